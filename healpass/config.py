@@ -1,0 +1,174 @@
+"""The options of a compile, parsed once and strictly. Imports `errors` only.
+
+`torch.compile` does not check the options of a backend it does not know, so every mistake is caught
+here: an unknown name, a wrong type, a value outside its choices, or a combination without meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from healpass.errors import ConfigError, UnavailableError, suggestion
+
+Precision = Literal["heal", "layercast", "exact", "fp32", "fp16", "bf16"]
+KVFormat = Literal["int16", "int24", "fp32"]
+Outputs = Literal["traced", "fp32"]
+Generation = Literal["v100", "a100", "h100", "b200"]
+Mode = Literal[
+    "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"
+]
+
+#: Precisions that rewrite nothing: the baselines of the study run the graph as it was traced.
+BASELINES = ("fp32", "fp16", "bf16")
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "precision": get_args(Precision),
+    "kv": (None, *get_args(KVFormat)),
+    "outputs": get_args(Outputs),
+    "mode": (None, *get_args(Mode)),
+    "simulate": (None, *get_args(Generation)),
+    "exact_products": (3, 5, 6, 8),
+}
+
+#: Options whose meaning is fixed but whose machinery is not in this version: value -> what it needs.
+UNAVAILABLE: dict[str, str] = {
+    "simulate": "the simulated tensor core",
+    "order": "the simulated tensor core",
+    "prepack": "the CUDA templates",
+    "autotune": "the CUDA templates",
+    "m_invariant": "the CUDA templates",
+    "exact_products": 'precision="exact"',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """What `torch.compile(model, backend="heal", options={...})` is asked to do.
+
+    Raises:
+        ConfigError: A value has the wrong type or is not among its choices.
+        UnavailableError: The value is valid, but not in this version of healpass.
+    """
+
+    precision: Precision = "heal"
+    """Arithmetic of matmuls and attention; `fp32`, `fp16` and `bf16` run the graph as traced."""
+    kv: KVFormat | None = None
+    """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32."""
+    outputs: Outputs = "traced"
+    """`traced` keeps the dtype the caller expects; `fp32` hands FP32 logits out."""
+    mode: Mode | None = None
+    """An Inductor mode. It stands here because torch forbids `mode=` beside `options=`."""
+    simulate: Generation | None = None
+    """Run matmuls on CPU as the tensor cores of this GPU generation would."""
+    order: int = 0
+    """Seed of another order of summation (the study's stand-in for another GPU)."""
+    exact_products: int = 5
+    """Digit products of `precision="exact"`: more cost more and are more accurate."""
+    prepack: bool = False
+    """Convert frozen weights once to FP16 with a channel scale (same bytes)."""
+    autotune: bool = False
+    """Let Inductor time tile shapes. Results do not change, only speed."""
+    m_invariant: bool = False
+    """Same bits across the border of the decode and the prefill kernels."""
+    strict: bool = False
+    """Raise StrictError where a matmul or SDPA node has to be kept as it is."""
+    disable: tuple[str, ...] = field(default=())
+    """Names of passes to leave out, for bisecting."""
+
+    def __post_init__(self) -> None:
+        """Check types, choices and what this version can do."""
+        object.__setattr__(self, "disable", _names(self.disable))
+        for option in dataclasses.fields(self):
+            _check_type(option.name, getattr(self, option.name), option.default)
+            _check_choice(option.name, getattr(self, option.name))
+        _check_available(self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None) -> HealConfig:
+        """Build a configuration from what torch hands to a backend.
+
+        Args:
+            options: The `options=` of `torch.compile`, keys being the fields of this class.
+            mode: The `mode=` of `torch.compile`.
+
+        Raises:
+            ConfigError: An option is unknown (the nearest name is suggested), or `mode` is given twice.
+        """
+        given = dict(options or {})
+        known = [option.name for option in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"unknown option {name!r} for backend='heal'.{suggestion(str(name), known)}\n"
+                    f"Known options: {', '.join(known)}. Inductor's own options are not accepted "
+                    "here, because some of them change results."
+                )
+        if mode is not None:
+            if given.get("mode") not in (None, mode):
+                raise ConfigError(
+                    f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other. "
+                    "Give one of them."
+                )
+            given["mode"] = mode
+        return cls(**given)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the graph is changed at all."""
+        return self.precision not in BASELINES
+
+    @property
+    def numerics(self) -> str:
+        """The `numerics` argument of the `heal::` operators."""
+        return self.precision
+
+    def key(self) -> str:
+        """Canonical JSON of every option: part of the compile caches' keys."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"disable={value!r}: a tuple of pass names is needed, as ('promote',).")
+    return tuple(value)
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: True or False is needed.")
+    if type(default) is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"{name}={value!r}: a whole number is needed.")
+
+
+def _check_choice(name: str, value: Any) -> None:
+    choices = CHOICES.get(name)
+    if choices is None or value in choices:
+        return
+    raise ConfigError(
+        f"{name}={value!r} is not one of {', '.join(map(repr, choices))}."
+        + suggestion(str(value), [str(choice) for choice in choices])
+    )
+
+
+def _check_available(config: HealConfig) -> None:
+    if config.precision == "exact":
+        raise UnavailableError(
+            "precision='exact' is not in this version of healpass: its integer operators are missing. "
+            "precision='heal' gives FP32-equivalent results today."
+        )
+    if config.kv in ("int16", "int24"):
+        raise UnavailableError(
+            f"kv={config.kv!r} is not in this version of healpass: integer attention is missing. "
+            "Leave kv out, or use kv='fp32'."
+        )
+    defaults = {option.name: option.default for option in dataclasses.fields(config)}
+    for name, needs in UNAVAILABLE.items():
+        if getattr(config, name) != defaults[name]:
+            raise UnavailableError(
+                f"{name}={getattr(config, name)!r} is not in this version of healpass: {needs} is "
+                f"missing. Leave {name} out."
+            )

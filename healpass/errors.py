@@ -1,0 +1,48 @@
+"""What healpass raises. Lowest layer: imports nothing of healpass.
+
+Every message answers four questions: what was asked, what was found, why that does not work, and the
+way out. torch wraps a backend's exception and prints its first line, so the first line stands alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HealError(Exception):
+    """Root of everything healpass raises on purpose."""
+
+
+class ConfigError(HealError, ValueError):
+    """An option has an unknown name, a wrong type or an impossible value."""
+
+
+class UnavailableError(HealError):
+    """An option is known, but this version of healpass cannot do it yet."""
+
+
+class UnsupportedTorchError(HealError):
+    """The installed torch lies outside the supported range."""
+
+
+class StrictError(HealError):
+    """`strict=True` was asked for, and the graph holds a node that cannot be rewritten."""
+
+
+class GraphCheckError(HealError):
+    """A pass left the graph in a state that breaks a promise. Always a bug of healpass."""
+
+
+class CacheError(HealError, ValueError):
+    """A key/value cache is used in a way that would lose or overwrite data."""
+
+
+class FetchError(HealError):
+    """A model file could not be fetched, or is not the file it should be."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,235 @@
+"""Attention: `heal::attention` (primitive) and `heal::sdpa` (composite, all of SDPA's arguments).
+
+Meaning, in FP32 throughout: `softmax(scale * Q K^T + mask) V`. A row whose keys are all masked gives
+zeros, as torch's SDPA does. Its error bound is derived with the attention operators' arithmetic; until
+then reports say "not derived".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from healpass.ops.matmul import check_operands, library
+
+
+def _mask_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Add a float mask, or put -inf where a bool mask or causality hides a key."""
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, -math.inf)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -math.inf)
+    return scores + attn_mask
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    """Softmax over the keys; a row of nothing but -inf gives zeros instead of NaN."""
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores, -1).masked_fill(empty, 0.0)
+
+
+def _fold(states: Tensor, heads: int) -> Tensor:
+    """`[B, H, L, E]` to `[B * heads, (H / heads) * L, E]`: query heads that share a key head."""
+    batch, all_heads, length, size = states.shape
+    return states.reshape(batch * heads, (all_heads // heads) * length, size)
+
+
+def _attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    numerics: str,
+) -> Tensor:
+    """`softmax(scale * Q K^T + mask)`, `[B, H, L, S]`, query heads grouped over their key head."""
+    heads = key.shape[1]
+    scores = torch.ops.heal.bmm(_fold(query, heads), _fold(key, heads).mT, numerics) * scale
+    scores = scores.reshape(*query.shape[:-1], key.shape[-2])
+    return _probabilities(_mask_scores(scores, attn_mask, is_causal))
+
+
+@torch.library.custom_op("heal::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    numerics: str = "heal",
+) -> Tensor:
+    """Attention in FP32 over `[B, H, L, E]`, `[B, Hkv, S, E]`, `[B, Hkv, S, Ev]`.
+
+    Args:
+        query: FP16, BF16 or FP32; `H` is a multiple of `Hkv` (grouped-query attention).
+        key: Its dtype may differ from the query's, as 16-bit caches do.
+        value: `Ev` may differ from `E`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key `s` from query `l` where `s > l`, counted from the first of each.
+        scale: Factor of the scores.
+        numerics: As `heal::mm`.
+
+    Returns:
+        `[B, H, L, Ev]` in FP32.
+    """
+    check_operands("attention", numerics, query, key, value)
+    heads = key.shape[1]
+    weights = _attention_probabilities(query, key, attn_mask, is_causal, scale, numerics)
+    result = torch.ops.heal.bmm(_fold(weights, heads), _fold(value, heads), numerics)
+    return result.reshape(*query.shape[:-1], value.shape[-1])
+
+
+@attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,  # noqa: ARG001
+    is_causal: bool,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    numerics: str = "heal",
+) -> Tensor:
+    check_operands("attention", numerics, query, key, value)
+    torch._check(
+        query.dim() == key.dim() == value.dim() == 4,
+        lambda: "heal::attention needs [B, H, L, E] tensors; heal::sdpa takes other ranks",
+    )
+    torch._check(
+        query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
+        lambda: "heal::attention: head sizes of Q and K, or lengths of K and V, differ",
+    )
+    return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+
+
+def _save_attention(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs[:4], output)
+    ctx.is_causal, ctx.scale, ctx.numerics = inputs[4:]
+
+
+def _attention_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+    """Standard attention gradient; with P the probabilities and G the incoming gradient:
+
+    dV = P^T G,  dP = G V^T,  dS = P * (dP - rowsum(G * O)),  dQ = scale dS K,  dK = scale dS^T Q.
+    """
+    query, key, value, attn_mask, output = ctx.saved_tensors
+    heads, bmm, numerics = key.shape[1], torch.ops.heal.bmm, ctx.numerics
+    weights = _attention_probabilities(
+        query, key, attn_mask, ctx.is_causal, ctx.scale, numerics
+    )
+    grad_rows, weight_rows = _fold(grad, heads), _fold(weights, heads)
+    grad_value = bmm(weight_rows.mT, grad_rows, numerics)
+    grad_weights = bmm(grad_rows, _fold(value, heads).mT, numerics).reshape(weights.shape)
+    grad_scores = weights * (grad_weights - (grad * output).sum(-1, keepdim=True))
+    score_rows = _fold(grad_scores, heads)
+    grad_query = bmm(score_rows, _fold(key, heads), numerics) * ctx.scale
+    grad_key = bmm(score_rows.mT, _fold(query, heads), numerics) * ctx.scale
+    grad_mask = None
+    if attn_mask is not None and ctx.needs_input_grad[3]:
+        grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    return (
+        grad_query.reshape(query.shape).to(query.dtype),
+        grad_key.reshape(key.shape).to(key.dtype),
+        grad_value.reshape(value.shape).to(value.dtype),
+        grad_mask,
+        None,
+        None,
+        None,
+    )
+
+
+attention.register_autograd(_attention_backward, setup_context=_save_attention)
+
+
+library.define(
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    'str numerics="heal") -> Tensor'
+)
+
+
+@torch.library.impl(library, "sdpa", "CompositeImplicitAutograd")
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    numerics: str = "heal",
+) -> Tensor:
+    """`F.scaled_dot_product_attention` in FP32, with all of its arguments, for any leading dimensions.
+
+    Args:
+        query: `[..., H, L, E]`.
+        key: `[..., Hkv, S, E]`; leading dimensions broadcast with the query's.
+        value: `[..., Hkv, S, Ev]`.
+        attn_mask: Bool or float, broadcastable to `[..., H, L, S]`; excludes `is_causal`.
+        dropout_p: Probability of dropping a weight; torch's random numbers, so that autograd and
+            checkpointing replay them.
+        is_causal: As in torch: counted from the first query and the first key.
+        scale: Factor of the scores, `1 / sqrt(E)` if None.
+        enable_gqa: Allow `H` to be a multiple of `Hkv`.
+        numerics: As `heal::mm`.
+    """
+    torch._check(
+        not (is_causal and attn_mask is not None),
+        lambda: "heal::sdpa: attn_mask and is_causal exclude each other, as in torch",
+    )
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    shape = (*_leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
+    q, k, v = _four_dimensional(query, key, value, enable_gqa)
+    mask = None if attn_mask is None else _mask_four_dimensional(attn_mask, shape)
+    if dropout_p == 0.0:
+        result = torch.ops.heal.attention(q, k, v, mask, is_causal, factor, numerics)
+    else:
+        weights = _attention_probabilities(q, k, mask, is_causal, factor, numerics)
+        weights = F.dropout(weights, dropout_p, training=True)
+        rows = torch.ops.heal.bmm(_fold(weights, k.shape[1]), _fold(v, k.shape[1]), numerics)
+        result = rows.reshape(*q.shape[:-1], v.shape[-1])
+    return result.reshape(shape)
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
+    """The result's dimensions before `[L, Ev]`."""
+    if not gqa:
+        leads = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        return tuple(torch.broadcast_shapes(*leads))
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    return (*batch, query.shape[-3])
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcast leading dimensions and fold them into `[B, H, ., .]`."""
+    lead = _leading(query, key, value, gqa)
+    batch = math.prod(lead[:-1])
+
+    def fold(states: Tensor) -> Tensor:
+        heads = (states.shape[-3] if gqa else lead[-1]) if lead else 1
+        states = states.expand(*lead[:-1], *((heads,) if lead else ()), *states.shape[-2:])
+        return states.reshape(batch, heads, *states.shape[-2:])
+
+    return fold(query), fold(key), fold(value)
+
+
+def _mask_four_dimensional(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Fold a mask that broadcasts to `[..., H, L, S]` into one that broadcasts to `[B, H, L, S]`."""
+    lead = shape[:-2]
+    if attn_mask.dim() <= 3 and len(lead) >= 2:
+        return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+    if attn_mask.dim() == 4 and len(lead) == 2:
+        return attn_mask
+    sizes = attn_mask.shape[-2:] if attn_mask.dim() > 1 else (1, attn_mask.shape[-1])
+    full = attn_mask.expand(*lead, *sizes)
+    return full.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *sizes)
