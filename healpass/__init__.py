@@ -1,0 +1,12 @@
+"""healpass: `torch.compile(model, backend="heal")` gives the same answer on every GPU and batch size.
+
+The public names. Importing this costs nothing beyond torch; the backend itself needs no import at all.
+"""
+
+from healpass.config import HealConfig
+from healpass.doors import explain, inductor_options
+from healpass.errors import HealError
+from healpass.report import HealReport
+
+__all__ = ["HealConfig", "HealError", "HealReport", "explain", "inductor_options"]
+__version__ = "0.1.0"

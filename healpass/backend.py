@@ -1,0 +1,100 @@
+"""The first file to read: options -> HealConfig -> passes -> Inductor.
+
+`torch.compile(model, backend="heal")` finds `heal_backend` by its entry point; nothing of healpass needs
+to be imported by the user. May import everything below it; loads `lowering` when a graph is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from healpass.cache_key import CacheKey
+from healpass.config import HealConfig
+from healpass.errors import UnsupportedTorchError
+from healpass.graph.pipeline import rewrite
+
+#: The torch releases that healpass is tested with: from the first up to, not including, the last.
+SUPPORTED_TORCH = ((2, 11), (2, 16))
+
+
+def heal_backend(
+    graph_module: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with reproducible numerics: the target of `backend="heal"`.
+
+    Args:
+        graph_module: The graph at torch level, SDPA one node, autograd still to come.
+        example_inputs: Its inputs (fake tensors or symbols).
+        mode: An Inductor mode, as `torch.compile(mode=)`.
+        options: The fields of `HealConfig`, as `torch.compile(options=)`.
+
+    Returns:
+        The compiled callable; its backward is compiled from the operators' own autograd formulas.
+
+    Raises:
+        ConfigError: An option is unknown or has a wrong value.
+        UnavailableError: An option is not in this version of healpass.
+        UnsupportedTorchError: torch is older or newer than the supported range.
+        StrictError: `strict=True` and a node cannot be rewritten.
+    """
+    check_torch(torch.__version__)
+    config = HealConfig.from_options(options, mode)
+    rewrite(graph_module, config)
+    return _inductor(graph_module, example_inputs, config)
+
+
+def _inductor(graph_module: GraphModule, inputs: list[Any], config: HealConfig) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    from healpass import lowering
+
+    lowering.register()
+    return compile_fx(graph_module, inputs, config_patches=inductor_patches(config))
+
+
+def inductor_patches(config: HealConfig) -> dict[str, Any]:
+    """Inductor settings of one compile: the mode, the cache key, and nothing that reorders sums."""
+    from torch._inductor import config as inductor
+    from torch._inductor import list_mode_options
+
+    patches = dict(list_mode_options(config.mode)) if config.mode else {}
+    if not config.rewrites:
+        return patches
+    wanted = {"batch_invariant": True, "emulate_precision_casts": False}
+    patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
+    key = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
+    return patches | {"post_grad_custom_pre_pass": key}
+
+
+def check_torch(version: str) -> None:
+    """Refuse a torch outside the supported range.
+
+    Raises:
+        UnsupportedTorchError: With the range and the way out.
+    """
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    low, high = SUPPORTED_TORCH
+    if not low <= release < high:
+        newest = f"{high[0]}.{high[1] - 1}"
+        raise UnsupportedTorchError(
+            f"torch {version} is not supported: healpass needs torch {low[0]}.{low[1]} to {newest}.\n"
+            f"Way out: pip install 'torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}'."
+        )
+
+
+def _reset() -> None:
+    """What `torch._dynamo.reset()` calls: drop captured CUDA graphs."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+heal_backend.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,62 @@
+"""What makes Inductor's and AOTAutograd's caches tell our compiles apart. Imports torch only.
+
+A graph that looks the same may have to compile to other code: under another option, or after a change
+of healpass itself. Both caches ask every custom pass for its `uuid()`, so a pass that does nothing and
+has the right `uuid` is all it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 over every source file and template of healpass."""
+    digest = hashlib.sha256()
+    for package in ("healpass", "healpass.lowering"):
+        for path in _files(resources.files(package)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(folder: Any) -> list[Any]:
+    found: list[Any] = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.is_dir():
+            found += _files(path)
+        elif path.name.endswith((".py", ".jinja")):
+            found.append(path)
+    return found
+
+
+class CacheKey(CustomGraphPass):
+    """A pass that changes nothing and carries (source, options) into the caches' keys.
+
+    Attributes:
+        options: Canonical text of the configuration.
+        chained: The user's own pass in that slot; it runs, and its uuid counts too.
+    """
+
+    def __init__(self, options: str, chained: Any = None) -> None:
+        self.options = options
+        self.chained = chained
+
+    def __call__(self, graph: Graph) -> None:
+        """Run the user's pass, if there is one."""
+        if self.chained is not None:
+            self.chained(graph)
+
+    def uuid(self) -> Any:
+        """The part of the key that is ours, then the user's; None (no caching) if theirs has none."""
+        ours = ("healpass", source_hash(), self.options)
+        if self.chained is None:
+            return ours
+        theirs = self.chained.uuid() if isinstance(self.chained, CustomGraphPass) else None
+        return None if theirs is None else (ours, theirs)

@@ -1,0 +1,94 @@
+"""The other two ways in: `explain`, which only looks, and `inductor_options`. May import `backend`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from healpass.backend import check_torch, inductor_patches
+from healpass.cache_key import CacheKey
+from healpass.config import HealConfig
+from healpass.graph.pipeline import rewrite
+from healpass.report import HealReport
+
+
+def explain(model: Any, *args: Any, config: HealConfig | None = None, **kwargs: Any) -> HealReport:
+    """Say what `backend="heal"` does to a model on these inputs, without compiling it.
+
+    The model is captured as `torch.compile` captures it, rewritten, and run once with plain torch.
+
+    Args:
+        model: A module or a function.
+        *args: What it is called with.
+        config: The options to explain; the default ones if None.
+        **kwargs: What it is called with.
+
+    Returns:
+        Every matmul and SDPA node, rewritten or kept and why, with the user's source line and the
+        error bound, and every kernel boundary that is still 16-bit.
+    """
+    check_torch(torch.__version__)
+    config = config or HealConfig()
+    report = HealReport(dataclasses.asdict(config))
+
+    def look(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
+        del example_inputs
+        report.graphs.append(rewrite(graph_module, config))
+        return graph_module.forward
+
+    def call(*call_args: Any, **call_kwargs: Any) -> Any:
+        return model(*call_args, **call_kwargs)
+
+    before = _graph_breaks()
+    torch.compile(call, backend=look)(*args, **kwargs)
+    report.breaks += sorted(set(_graph_breaks()) - set(before))
+    return report
+
+
+def _graph_breaks() -> list[str]:
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    return [str(reason).strip().split("\n")[0] for reason in reasons]
+
+
+class RewritePass:
+    """The passes as Inductor's `pre_grad_custom_pass`: a callable on a graph."""
+
+    def __init__(self, config: HealConfig) -> None:
+        self.config = config
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        owner = graph.owning_module
+        assert isinstance(owner, GraphModule), "Inductor hands out graphs that belong to a module"
+        rewrite(owner, self.config)
+
+    def uuid(self) -> Any:
+        """The same key as the backend's."""
+        return CacheKey(self.config.key()).uuid()
+
+
+def inductor_options(**options: Any) -> dict[str, Any]:
+    """The second door: options that make plain `torch.compile(model, options=...)` do the same.
+
+    For tools that accept no backend name but Inductor's. The result holds Inductor settings only.
+
+    Args:
+        **options: The fields of `HealConfig`.
+
+    Returns:
+        A dict for `torch.compile(model, options=...)`.
+
+    Raises:
+        ConfigError: An option is unknown or has a wrong value.
+    """
+    from healpass import lowering
+
+    check_torch(torch.__version__)
+    config = HealConfig.from_options(options, None)
+    lowering.register()
+    if not config.rewrites:
+        return inductor_patches(config)
+    return inductor_patches(config) | {"pre_grad_custom_pass": RewritePass(config)}

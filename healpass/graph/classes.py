@@ -1,0 +1,139 @@
+"""Which class of the promote pass a node belongs to. May import `graph.nodes` and `graph.names`."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, Node
+
+from healpass.graph import names
+from healpass.graph.nodes import heal_name, is_half, is_parameter, op_name, tensors, value
+
+SETITEM = operator.setitem
+
+
+def classify(node: Node) -> str:
+    """The class of a call node, as listed in the promote pass."""
+    name = op_name(node)
+    if name in names.SCOPES or _touches_functorch(node):
+        return "scope" if name in names.SCOPES else "foreign"
+    if isinstance(node.target, HigherOrderOperator):
+        return "higher_order"
+    if heal_name(node) is not None:
+        return "arithmetic"
+    if name is None or _views_bits(node, name) or _writes_running_stats(node):
+        return "foreign"
+    if destination(node) is not None:
+        return "in_place"
+    return next((kind for kind, members in _BY_NAME if name in members), "arithmetic")
+
+
+_BY_NAME = (
+    ("cast", names.CASTS),
+    ("factory", names.FACTORIES),
+    ("embedding", frozenset({"embedding"})),
+    ("buffer_write", names.BUFFER_WRITES),
+    ("move", names.MOVES),
+)
+
+
+def _touches_functorch(node: Node) -> bool:
+    seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in seen)
+
+
+def _views_bits(node: Node, name: str) -> bool:
+    """`x.view(torch.int16)`: the bits themselves matter."""
+    return name == "view" and any(isinstance(a, torch.dtype) for a in node.args)
+
+
+def _writes_running_stats(node: Node) -> bool:
+    """Batch norm in training updates its statistics: upcasting 16-bit ones would lose the update."""
+    if op_name(node) not in ("batch_norm", "instance_norm"):
+        return False
+    statistics = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
+    return any(is_half(value(s)) for s in statistics if isinstance(s, Node))
+
+
+# ----------------------------------------------------------------------------------- mutation
+
+
+def destination(node: Node) -> Node | None:
+    """The node that a call writes into, or None."""
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    name = op_name(node) or ""
+    by_name = name.endswith("_") and not name.endswith("__") and name not in names.MOVES
+    by_operator = node.target is SETITEM or name in names.IN_PLACE_OPERATORS
+    by_schema = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    mutates = by_name or by_operator or by_schema or node.kwargs.get("inplace") is True
+    return first if mutates and isinstance(value(first), Tensor) else None
+
+
+def mutates_intermediates(graph: Graph) -> bool:
+    """Whether the graph writes in place into a value of its own.
+
+    Then a cast that has lost its work cannot simply go: it was a copy, and something may write into
+    the one and read the other.
+    """
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or destination(node) is None:
+            continue
+        root = _root(destination(node))
+        if root.op not in ("placeholder", "get_attr"):
+            return True
+    return False
+
+
+def _root(node: Any) -> Node:
+    """The tensor that a node views."""
+    while op_name(node) in names.MOVES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_join(node: Node) -> bool:
+    """Whether a move has several inputs that must agree in dtype."""
+    return op_name(node) in names.JOINS
+
+
+def cache_destination(node: Node) -> Node | None:
+    """The caller's 16-bit cache that a functional write extends and hands back, or None.
+
+    A cache is an input that is no parameter; that the result leaves the graph tells it from an
+    activation that happens to be joined with an input.
+    """
+    returned = any(user.op == "output" for user in node.users)
+    for source in node.all_input_nodes if returned else ():
+        root = _root(source)
+        if root.op == "placeholder" and is_half(value(root)) and not is_parameter(root):
+            return source
+    return None
+
+
+# ---------------------------------------------------------------------------------- the others
+
+
+def embedding_table(node: Node) -> Node:
+    """The weight of an embedding: second for `F.embedding`, first for `aten.embedding`."""
+    if isinstance(node.target, OpOverload):
+        return node.args[0]  # type: ignore[return-value]
+    return node.kwargs.get("weight") or node.args[1]  # type: ignore[return-value]
+
+
+def embedding_writes_table(node: Node) -> bool:
+    """Whether the lookup rescales the table (`max_norm`) or wants sparse gradients."""
+    named = dict(zip(("padding_idx", "max_norm", "norm_type", "scale", "sparse"), node.args[2:], strict=False))
+    options = {**named, **node.kwargs}
+    return options.get("max_norm") is not None or bool(options.get("sparse"))
+
+
+def is_autocast(node: Node) -> bool:
+    """Whether a node enters or leaves an autocast region."""
+    return op_name(node) in ("_enter_autocast", "_exit_autocast")

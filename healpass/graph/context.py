@@ -1,0 +1,136 @@
+"""What the passes of one compile share. May import `report`, `config` and below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from healpass.config import HealConfig
+from healpass.graph.nodes import Builder, is_floating, node_inputs, tensors, user_line, value
+from healpass.report import Boundary, GraphReport, NodeRecord
+
+
+@dataclass
+class Context:
+    """Configuration, fake mode and the report that the passes fill.
+
+    Attributes:
+        config: The parsed options.
+        fake_mode: The mode of the traced graph's fake tensors.
+        report: Grows as nodes are rewritten or kept.
+        kept: Nodes that stay as traced, with the reason; `verify` lets them pass.
+    """
+
+    config: HealConfig
+    fake_mode: Any
+    report: GraphReport = field(default_factory=GraphReport)
+    kept: dict[Node, str] = field(default_factory=dict)
+
+    def builder(self, graph_module: GraphModule, like: Node) -> Builder:
+        """A builder of nodes that stand for `like`."""
+        return Builder(graph_module.graph, like, self.fake_mode)
+
+    def rewritten(self, node: Node, op: str, heal_op: str, bound: str | None) -> None:
+        """Record that a `heal::` operator took the place of `node`."""
+        self._record(node, op, heal_op, None, bound)
+
+    def keep(self, node: Node, op: str, reason: str) -> None:
+        """Record that `node` stays as traced."""
+        if node not in self.kept:
+            self.kept[node] = reason
+            self._record(node, op, None, reason, None)
+
+    def boundary(self, node: Node, kind: str, dtype: torch.dtype, detail: str) -> None:
+        """Record a place where values pass through 16 bits."""
+        name = str(dtype).removeprefix("torch.")
+        self.report.boundaries.append(
+            Boundary(qualified_name(node), kind, name, detail, user_line(node)[0])
+        )
+
+    def _record(
+        self, node: Node, op: str, heal_op: str | None, reason: str | None, bound: str | None
+    ) -> None:
+        line, code = user_line(node)
+        shapes = ", ".join(describe(t) for t in tensors([value(n) for n in node_inputs(node)]))
+        self.report.nodes.append(
+            NodeRecord(qualified_name(node), op, heal_op, reason, shapes, bound, line, code)
+        )
+
+
+def qualified_name(node: Node) -> str:
+    """The node's name, with its subgraph's name before it."""
+    owner = getattr(node.graph, "owning_module", None)
+    inside = getattr(owner, "meta", {}).get("heal_subgraph", "")
+    return f"{inside}.{node.name}" if inside else node.name
+
+
+_SHORT = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+def describe(tensor: Tensor) -> str:
+    """`bf16[s0, 576]` for a tensor."""
+    dtype = _SHORT.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    return f"{dtype}[{', '.join(map(str, tensor.shape))}]"
+
+
+def matmul_bound(terms: Any) -> str:
+    """Bound of FP32 arithmetic in any order of summation (Higham, section 3.5): K * u * sum."""
+    return f"{terms}·2^-24·Σ|x||w|"
+
+
+def why_not(operands: list[Tensor]) -> str | None:
+    """Why a matmul of these operands cannot become a `heal::` operator; None if it can."""
+    checks = (_why_not_kind, _why_not_device, _why_not_dtype)
+    return next((reason for check in checks if (reason := check(operands))), None)
+
+
+def _why_not_kind(operands: list[Tensor]) -> str | None:
+    for operand in operands:
+        if torch._C._functorch.is_functorch_wrapped_tensor(operand):
+            return "inside a torch.func transform (vmap, grad)"
+        kind = _subclass(operand)
+        if kind:
+            return f"operand is a {kind}: its own class defines its matmul"
+        if operand.layout != torch.strided:
+            return f"operand has the layout {str(operand.layout).removeprefix('torch.')}"
+    return None
+
+
+def _subclass(operand: Tensor) -> str | None:
+    plain = (torch._subclasses.FakeTensor, Tensor, torch.nn.Parameter)
+    if type(operand) in plain or isinstance(operand, torch._subclasses.FakeTensor):
+        return None
+    return type(operand).__name__
+
+
+def _why_not_device(operands: list[Tensor]) -> str | None:
+    for operand in operands:
+        reason = device_reason(operand.device.type, torch.version.hip)
+        if reason:
+            return reason
+    return None
+
+
+def device_reason(device_type: str, hip: str | None) -> str | None:
+    """Why nothing is rewritten on a device; None on CPU and on NVIDIA CUDA."""
+    if device_type == "cuda":
+        return "ROCm is not supported" if hip else None
+    return None if device_type == "cpu" else f"device {device_type!r} is not supported"
+
+
+def _why_not_dtype(operands: list[Tensor]) -> str | None:
+    for operand in operands:
+        if operand.dtype == torch.float64:
+            return "float64 is wider than FP32 already"
+        if not is_floating(operand) or operand.element_size() < 2:
+            return f"{str(operand.dtype).removeprefix('torch.')} operands"
+    return None

@@ -1,0 +1,174 @@
+"""The pass that opens operators made of matmuls, so that the matmuls inside can be rewritten.
+
+`einsum`, `tensordot`, `chain_matmul`, `multi_dot`, `bilinear` and `multi_head_attention_forward` are one
+node each in Dynamo's graph. This pass traces each of them on its fake operands down to torch's own
+definition and puts those nodes in its place; nothing is rewritten here. May import `graph.nodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from healpass.graph.context import Context, why_not
+from healpass.graph.names import COMPOSITES
+from healpass.graph.nodes import evaluate, node_inputs, op_name, set_value, value
+
+aten = torch.ops.aten
+
+#: Composite ATen operators that tracing would leave whole; torch's own definition opens them.
+OPENED = (
+    aten.einsum.default,
+    aten.tensordot.default,
+    aten.bilinear.default,
+    aten.chain_matmul.default,
+    aten.linalg_multi_dot.default,
+)
+
+
+def expand_composites(graph_module: GraphModule, context: Context) -> int:
+    """Open every composite of one graph; return how many."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        name = op_name(node)
+        if name not in COMPOSITES:
+            continue
+        operands = [value(n) for n in node_inputs(node) if isinstance(value(n), Tensor)]
+        reason = why_not([operand for operand in operands if operand.dtype != torch.bool])
+        if reason:
+            context.keep(node, name, reason)
+        else:
+            _open(node, graph_module, context)
+            count += 1
+    return count
+
+
+def _open(node: Node, graph_module: GraphModule, context: Context) -> None:
+    """Replace `node` by the graph of its definition."""
+    inputs = list(dict.fromkeys(node_inputs(node)))
+    function = DEFINITIONS.get(op_name(node) or "", node.target)
+
+    def call(*operands: Any) -> Any:
+        given = dict(zip(inputs, operands, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda argument: given[argument])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return function(*args, **kwargs)  # type: ignore[operator]
+
+    with context.fake_mode, torch.no_grad():
+        table = {overload: overload.decompose for overload in OPENED}
+        traced = make_fx(call, decomposition_table=table, pre_dispatch=True)(*map(value, inputs))
+    _inline(traced, node, inputs, graph_module, context)
+
+
+def _inline(
+    traced: GraphModule, node: Node, inputs: list[Node], graph_module: GraphModule, context: Context
+) -> None:
+    """Copy the nodes of `traced` before `node`, which then goes."""
+    copies: dict[Node, Any] = {}
+    operands = iter(inputs)
+    for inner in traced.graph.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(operands)
+        elif inner.op == "output":
+            result = map_arg(inner.args[0], lambda argument: copies[argument])
+            _replace(node, result)
+        else:
+            with graph_module.graph.inserting_before(node):
+                copy = graph_module.graph.node_copy(inner, lambda argument: copies[argument])
+            copy.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
+            set_value(copy, evaluate(copy, context.fake_mode))
+            copies[inner] = copy
+
+
+def _replace(node: Node, result: Any) -> None:
+    """Point the users of `node` to its parts: a tuple's users are `getitem` nodes."""
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            part = result[user.args[1]]
+            user.replace_all_uses_with(part) if isinstance(part, Node) else None
+            user.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _encoder_layer(
+    source: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """What `torch._transformer_encoder_layer_fwd` (nn.TransformerEncoderLayer's fast path) computes."""
+
+    def attend(states: Tensor) -> Tensor:
+        return _self_attention(
+            states, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type
+        )
+
+    def feed_forward(states: Tensor) -> Tensor:
+        hidden = F.linear(states, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def norm_1(states: Tensor) -> Tensor:
+        return F.layer_norm(states, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(states: Tensor) -> Tensor:
+        return F.layer_norm(states, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        states = source + attend(norm_1(source))
+        return states + feed_forward(norm_2(states))
+    states = norm_1(source + attend(source))
+    return norm_2(states + feed_forward(states))
+
+
+def _self_attention(
+    states: Tensor,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None,
+    mask_type: int | None,
+) -> Tensor:
+    """Self-attention of `[B, L, E]` states. Mask types: 0 is `[L, L]`, 1 is `[B, L]`, 2 is both."""
+    batch, length, size = states.shape
+    packed = F.linear(states, qkv_weight, qkv_bias)
+    packed = packed.reshape(batch, length, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)
+    query, key, value_states = packed[0], packed[1], packed[2]
+    visible = None
+    if mask is not None:
+        visible = mask[:, None, None, :] if mask_type == 1 else mask
+        visible = ~visible if visible.dtype == torch.bool else visible
+    attended = F.scaled_dot_product_attention(query, key, value_states, visible)
+    attended = attended.permute(0, 2, 1, 3).reshape(batch, length, size)
+    return F.linear(attended, proj_weight, proj_bias)
+
+
+#: Fused kernels that torch has no definition of in terms of other operators.
+DEFINITIONS: dict[str, Callable[..., Any]] = {"_transformer_encoder_layer_fwd": _encoder_layer}

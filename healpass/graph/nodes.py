@@ -1,0 +1,160 @@
+"""Reading and writing the nodes of a Dynamo graph. May import `ops` and below.
+
+A node carries the fake tensor Dynamo traced in `meta["example_value"]`. The passes keep it true: a node
+they make gets the value that its target computes on fake inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node; anything that is not a node is its own value."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def set_value(node: Node, new: Any) -> None:
+    """Record the fake value of a node."""
+    node.meta["example_value"] = new
+
+
+def is_floating(item: Any) -> bool:
+    """Whether `item` is a real floating-point tensor."""
+    return isinstance(item, Tensor) and item.is_floating_point()
+
+
+def is_half(item: Any) -> bool:
+    """Whether `item` is an FP16 or BF16 tensor."""
+    return isinstance(item, Tensor) and item.dtype in HALF
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and slices, in order."""
+    found: list[Tensor] = []
+    torch.fx.node.map_aggregate(
+        tree, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None
+    )
+    return found
+
+
+def node_inputs(node: Node) -> list[Node]:
+    """The nodes among the arguments, with repetitions, in order."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), lambda arg: found.append(arg) or arg)
+    return found
+
+
+def op_name(node: Node) -> str | None:
+    """The plain name of torch's operator behind a node, or None where it is not torch's.
+
+    `torch.mm`, `Tensor.mm` and `aten.mm.default` are all "mm". Higher-order operators, user-defined
+    operators and `heal::` operators have no plain name.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    target = node.target
+    if node.op != "call_function" or isinstance(target, HigherOrderOperator):
+        return None
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        namespace, name = _qualified(target).split("::")
+        return name if namespace in ("aten", "prims") else None
+    module = getattr(target, "__module__", None) or ""
+    if module.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins", ""):
+        return getattr(target, "__name__", None)
+    return None
+
+
+def _qualified(target: OpOverload | OpOverloadPacket) -> str:
+    if isinstance(target, OpOverload):
+        return target._schema.name
+    return target._qualified_op_name
+
+
+def heal_name(node: Node) -> str | None:
+    """`"heal::mm"` for a node that calls `torch.ops.heal.mm`, else None."""
+    if isinstance(node.target, OpOverload) and node.target.namespace == "heal":
+        return node.target._schema.name
+    return None
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a node is an `nn.Parameter`, seen through views of it."""
+    while node.op != "placeholder" and node.op != "get_attr":
+        inputs = node.all_input_nodes
+        if len(inputs) != 1 or op_name(node) not in ("t", "transpose", "permute", "view", "expand"):
+            return False
+        node = inputs[0]
+    return isinstance(value(node), torch.nn.Parameter)
+
+
+def user_line(node: Node) -> tuple[str, str]:
+    """The innermost user frame of a node's stack trace: (`file:line in function`, code)."""
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
+    )
+    if not frames:
+        return "unknown", ""
+    path, line, function, code = frames[-1]
+    return f"{path}:{line} in {function}", code.strip()
+
+
+def subgraphs(graph_module: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graph modules that higher-order operators call, innermost ones excluded."""
+    for name, child in graph_module.named_children():
+        if isinstance(child, GraphModule):
+            yield name, child
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes nodes before another node, with its source line and a computed fake value.
+
+    Attributes:
+        graph: The graph under edit.
+        like: The node that the new nodes stand for.
+        fake_mode: The mode of the graph's fake tensors.
+    """
+
+    graph: Graph
+    like: Node
+    fake_mode: Any
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Insert `target(*args, **kwargs)` before `like`."""
+        return self._create("call_function", target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        """Insert `args[0].name(*args[1:], **kwargs)` before `like`."""
+        return self._create("call_method", name, args, kwargs)
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """`node` in `dtype`, itself if it has it already."""
+        return node if value(node).dtype == dtype else self.method("to", node, dtype)
+
+    def _create(self, op: str, target: Any, args: tuple, kwargs: dict) -> Node:
+        with self.graph.inserting_before(self.like):
+            node = self.graph.create_node(op, target, args, kwargs)
+        node.meta = {k: v for k, v in self.like.meta.items() if k not in ("example_value", "val")}
+        set_value(node, evaluate(node, self.fake_mode))
+        return node
+
+
+def evaluate(node: Node, fake_mode: Any) -> Any:
+    """What a call node computes on the fake values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    with fake_mode, torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,131 @@
+"""The passes in the order they run. May import `graph` and below.
+
+Per pass: an off switch by name, its time, how many nodes it changed, the graph before and after as
+structured trace artifacts (tlparse), and a check of the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from healpass.config import HealConfig
+from healpass.errors import ConfigError, StrictError, suggestion
+from healpass.graph.ambient import shield_from_autocast
+from healpass.graph.attention import rewrite_attention
+from healpass.graph.context import Context
+from healpass.graph.expand import expand_composites
+from healpass.graph.matmul import rewrite_matmuls
+from healpass.graph.nodes import subgraphs, value
+from healpass.graph.promote import promote
+from healpass.graph.verify import verify
+from healpass.report import GraphReport
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[GraphModule, Context], int]
+
+
+def everywhere(local: Pass) -> Pass:
+    """Let a pass that looks at one graph run on the subgraphs too."""
+
+    def apply(graph_module: GraphModule, context: Context) -> int:
+        count = local(graph_module, context)
+        for name, body in subgraphs(graph_module):
+            inside = graph_module.meta.get("heal_subgraph", "")
+            body.meta["heal_subgraph"] = f"{inside}.{name}" if inside else name
+            count += apply(body, context)
+            body.recompile()
+        return count
+
+    return apply
+
+
+#: The passes, in order. `promote` follows the calls of subgraphs itself.
+PASSES: dict[str, Pass] = {
+    "expand": everywhere(expand_composites),
+    "matmul": everywhere(rewrite_matmuls),
+    "attention": everywhere(rewrite_attention),
+    "promote": promote,
+    "autocast": shield_from_autocast,
+}
+
+
+def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
+    """Run the passes on Dynamo's graph, in place.
+
+    Args:
+        graph_module: A graph at torch level, as Dynamo hands it to a backend.
+        config: The options; a baseline precision changes nothing.
+
+    Returns:
+        What was rewritten, what was kept, and where 16 bits remain.
+
+    Raises:
+        ConfigError: `config.disable` names no pass.
+        StrictError: A node had to be kept, and `config.strict` is set.
+        GraphCheckError: A pass broke the graph (a bug of healpass).
+    """
+    _check_names(config.disable)
+    context = Context(config, _fake_mode(graph_module))
+    if not config.rewrites or context.fake_mode is None:
+        return context.report
+    chosen = {name: run for name, run in PASSES.items() if name not in config.disable}
+    for name, run in chosen.items():
+        _run(name, run, graph_module, context, complete=name == "promote")
+    log.info("%s: %s", config.precision, context.report.summary())
+    if config.strict and context.report.kept:
+        raise StrictError(_kept_message(context.report))
+    return context.report
+
+
+def _run(name: str, run: Pass, graph_module: GraphModule, context: Context, complete: bool) -> None:
+    _artifact(f"heal_before_{name}", graph_module)
+    start = time.perf_counter()
+    count = run(graph_module, context)
+    if count:
+        graph_module.recompile()
+        verify(graph_module, context, name, complete and not context.config.disable)
+    seconds = time.perf_counter() - start
+    context.report.passes.append({"name": name, "changed": count, "seconds": seconds})
+    log.debug("pass %s changed %d nodes in %.3f s", name, count, seconds)
+    _artifact(f"heal_after_{name}", graph_module)
+
+
+def _fake_mode(graph_module: GraphModule) -> Any:
+    """The fake mode of the traced values; None for a graph without tensors."""
+    for node in graph_module.graph.nodes:
+        mode = getattr(value(node), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def _artifact(name: str, graph_module: GraphModule) -> None:
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: graph_module.print_readable(print_output=False),
+    )
+
+
+def _check_names(disabled: tuple[str, ...]) -> None:
+    for name in disabled:
+        if name not in PASSES:
+            raise ConfigError(
+                f"disable={name!r} names no pass; passes: {', '.join(PASSES)}."
+                + suggestion(name, PASSES)
+            )
+
+
+def _kept_message(report: GraphReport) -> str:
+    lines = "\n".join(f"  {n.op} at {n.line}: {n.reason}" for n in report.kept)
+    return (
+        f"strict=True, but {len(report.kept)} of {len(report.nodes)} matmul and SDPA nodes cannot be "
+        f"rewritten:\n{lines}\nLeave strict out to run them as torch has them, or change the model there."
+    )

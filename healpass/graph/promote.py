@@ -1,0 +1,311 @@
+"""The pass that keeps activations in FP32 between kernels. May import `graph.nodes` and below.
+
+HEAL's finding is that the downcast at a kernel's border is what makes results diverge (arXiv
+2606.21023, section 2.3). So a 16-bit activation becomes FP32 from the first operator on, and the casts
+back to 16 bits go. Weights, caches and everything else that the caller owns keep their 16 bits.
+
+Each node falls into one class, tried in this order; the class decides the dtypes of its result:
+
+====================  ==========================================================================
+scope                 functorch and autocast bookkeeping: untouched; autocast regions are dissolved
+higher-order          `checkpoint` and the like: promoted inside; others at their traced dtypes
+foreign               somebody's custom operator: its operands are cast to the dtypes it was traced with
+in place              the destination keeps its dtype, the source is cast to it
+cast                  casts of activations to 16 bits go, casts of parameters stay
+factory               makes FP32 instead of 16 bits
+embedding             looks up 16-bit rows, hands out FP32
+buffer write          a functional write into the caller's 16-bit cache stays 16-bit
+move                  moves data without touching it: the dtype of the input
+arithmetic            everything else: 16-bit operands are upcast, results are FP32
+====================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+
+from healpass.graph import classes, higher_order
+from healpass.graph.context import Context
+from healpass.graph.nodes import (
+    Builder,
+    evaluate,
+    heal_name,
+    is_floating,
+    is_half,
+    is_parameter,
+    set_value,
+    tensors,
+    value,
+)
+
+FP32 = torch.float32
+
+
+def promote(graph_module: GraphModule, context: Context) -> int:
+    """Promote one graph and the subgraphs it calls; return how many nodes changed."""
+    return Promotion(graph_module, context).run()
+
+
+class Promotion:
+    """The walk over one graph. `traced` remembers the values that Dynamo saw."""
+
+    def __init__(self, graph_module: GraphModule, context: Context, inner: bool = False) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.context = context
+        self.inner = inner
+        self.traced: dict[Node, Any] = {}
+        self.aliasing = classes.mutates_intermediates(self.graph)
+        self.changed = 0
+
+    def run(self) -> int:
+        """Visit every node once, in order."""
+        for node in list(self.graph.nodes):
+            self.traced.setdefault(node, value(node))
+            if node.op == "output":
+                self._output(node)
+            elif node.op in ("call_function", "call_method"):
+                self._visit(node)
+        _dissolve_autocast(self.graph)
+        return self.changed
+
+    # ------------------------------------------------------------------------------ dispatch
+
+    def _visit(self, node: Node) -> None:
+        kind = classes.classify(node)
+        if kind == "scope":
+            return
+        if kind == "higher_order":
+            higher_order.promote_call(self, node)
+        elif kind == "foreign":
+            self._foreign(node)
+        elif tensors([value(n) for n in node.all_input_nodes] + [value(node)]):
+            getattr(self, f"_{kind}")(node)
+
+    def builder(self, like: Node) -> Builder:
+        """A builder of nodes before `like`."""
+        return self.context.builder(self.graph_module, like)
+
+    def cast(self, node: Node, dtype: torch.dtype, before: Node) -> Node:
+        """A node that holds `node` in `dtype`."""
+        return self.builder(before).cast(node, dtype)
+
+    def refresh(self, node: Node) -> None:
+        """Recompute the value of a node whose operands changed their dtype."""
+        before = value(node)
+        set_value(node, _retyped(node, before, self.context.fake_mode))
+        self.changed += 1
+
+    # ------------------------------------------------------------------------------- classes
+
+    def _foreign(self, node: Node) -> None:
+        """Give back the traced dtypes; the rounding shows in the report."""
+        cast_any = False
+
+        def restore(argument: Node) -> Node:
+            nonlocal cast_any
+            traced, now = self.traced.get(argument), value(argument)
+            if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+                return argument
+            cast_any = True
+            return self.cast(argument, traced.dtype, node)
+
+        node.args, node.kwargs = map_arg((node.args, node.kwargs), restore)
+        halves = [t for t in tensors([self.traced[node]]) if is_half(t)]
+        if cast_any or halves:
+            dtype = halves[0].dtype if halves else torch.float32
+            self.context.boundary(
+                node, "foreign operator", dtype, f"{node.target} runs at the dtypes it was traced with"
+            )
+
+    def _in_place(self, node: Node) -> None:
+        destination = classes.destination(node)
+        dtype = value(destination).dtype
+
+        def match(argument: Node) -> Node:
+            if argument is destination or not is_floating(value(argument)):
+                return argument
+            return self.cast(argument, dtype, node)
+
+        wide = any(value(n).dtype == FP32 for n in node.all_input_nodes if is_floating(value(n)))
+        if is_floating(value(destination)):
+            node.args, node.kwargs = map_arg((node.args, node.kwargs), match)
+        if is_half(value(destination)) and wide:
+            self.context.boundary(
+                node, "buffer of the caller", dtype, f"values are rounded into {destination.name}"
+            )
+        set_value(node, value(destination) if node.target is not classes.SETITEM else None)
+
+    def _cast(self, node: Node) -> None:
+        source, traced = node.args[0], self.traced[node]
+        if not isinstance(source, Node) or not is_half(traced):
+            self.refresh(node)
+            return
+        now = value(source)
+        if is_parameter(source) and is_floating(now):
+            return  # a rounded weight is the weight that is served
+        self.changed += 1
+        builder = self.builder(node)
+        moved = source
+        if now.device != traced.device:
+            moved = builder.method("to", source, traced.device)
+        if value(moved).dtype != FP32:
+            moved = builder.cast(moved, FP32)
+        elif self.aliasing:
+            moved = builder.method("clone", moved)
+        self._substitute(node, moved)
+
+    def _factory(self, node: Node) -> None:
+        traced = self.traced[node]
+        if not is_half(traced):
+            self.refresh(node)
+            return
+        node.args, node.kwargs = _with_dtype(node, FP32)
+        self.refresh(node)
+        if is_half(value(node)):  # no dtype was named, and the model tensor is a 16-bit parameter
+            node.kwargs = {**node.kwargs, "dtype": FP32}
+            self.refresh(node)
+
+    def _embedding(self, node: Node) -> None:
+        """Upcast the rows, or, where the table is trained, the table.
+
+        With a trained table the gradients of equal tokens must add up in FP32, so the upcast comes
+        first; Inductor fuses it into the lookup and no FP32 table is ever stored.
+        """
+        table = classes.embedding_table(node)
+        if not is_half(value(table)) or not is_half(self.traced[node]):
+            self._arithmetic(node)
+            return
+        if value(table).requires_grad and not classes.embedding_writes_table(node):
+            self._arithmetic(node)
+            return
+        with self.graph.inserting_after(node):
+            wide = self.graph.call_method("to", (node, FP32))
+        wide.meta = dict(node.meta)
+        set_value(wide, evaluate(wide, self.context.fake_mode))
+        self.traced[wide] = self.traced[node]
+        node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+        self.changed += 1
+
+    def _buffer_write(self, node: Node) -> None:
+        """A 16-bit cache that the caller gave and gets back keeps its format."""
+        destination = classes.cache_destination(node)
+        if destination is None:
+            self._move(node) if classes.is_join(node) else self._arithmetic(node)
+            return
+        dtype = value(destination).dtype
+        sources = [n for n in node.all_input_nodes if is_floating(value(n)) and n is not destination]
+        narrow = {n: self.cast(n, dtype, node) for n in sources}
+        node.args, node.kwargs = map_arg((node.args, node.kwargs), lambda n: narrow.get(n, n))
+        self.refresh(node)
+        self.context.boundary(
+            node, "cache of the caller", dtype, f"new values are rounded into {destination.name}"
+        )
+
+    def _move(self, node: Node) -> None:
+        dtypes = {value(n).dtype for n in node.all_input_nodes if is_floating(value(n))}
+        if len(dtypes) > 1 and classes.is_join(node):
+            self._arithmetic(node)
+        else:
+            self.refresh(node)
+
+    def _arithmetic(self, node: Node) -> None:
+        if not self._touches_half(node):
+            return
+        if heal_name(node) is None:
+            self._upcast_operands(node)
+        self.refresh(node)
+
+    def _touches_half(self, node: Node) -> bool:
+        before = [self.traced.get(n) for n in node.all_input_nodes] + [self.traced[node]]
+        now = [value(n) for n in node.all_input_nodes]
+        return any(is_half(item) for item in tensors(before) + tensors(now))
+
+    def _upcast_operands(self, node: Node) -> None:
+        autocast = _autocast_dtype(node, self.traced)
+
+        def widen(argument: Any) -> Any:
+            if isinstance(argument, torch.dtype) and argument in (torch.float16, torch.bfloat16):
+                return FP32
+            if not isinstance(argument, Node) or not is_floating(value(argument)):
+                return argument
+            if autocast is not None and is_parameter(argument):
+                argument = self.cast(argument, autocast, node)
+            return self.cast(argument, FP32, node) if is_half(value(argument)) else argument
+
+        node.args = map_aggregate(node.args, widen)
+        node.kwargs = map_aggregate(node.kwargs, widen)
+
+    # -------------------------------------------------------------------------------- border
+
+    def _output(self, node: Node) -> None:
+        if self.inner:
+            return
+
+        def restore(argument: Node) -> Node:
+            traced, now = self.traced.get(argument), value(argument)
+            if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+                return argument
+            if self.context.config.outputs == "fp32":
+                return argument
+            narrow = self.cast(argument, traced.dtype, node)
+            self.context.boundary(
+                argument, "graph output", traced.dtype, "handed out in the dtype the caller expects"
+            )
+            return narrow
+
+        node.args = map_arg(node.args, restore)
+
+    def _substitute(self, node: Node, other: Node) -> None:
+        self.traced[other] = self.traced[node]
+        node.replace_all_uses_with(other)
+        self.graph.erase_node(node)
+
+
+def _retyped(node: Node, before: Any, fake_mode: Any) -> Any:
+    """The node's value on its new operands.
+
+    An operator whose result has data-dependent sizes is not run again, since that would make new
+    unbacked symbols; its traced value is cast instead.
+    """
+    if not any(_has_unbacked(tensor) for tensor in tensors([before])):
+        return evaluate(node, fake_mode)
+    with fake_mode:
+        return map_aggregate(before, lambda leaf: leaf.to(FP32) if is_half(leaf) else leaf)
+
+
+def _has_unbacked(tensor: Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(tensor))
+
+
+def _with_dtype(node: Node, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The arguments of a node with every 16-bit dtype among them replaced."""
+
+    def swap(argument: Any) -> Any:
+        is_dtype = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return dtype if is_dtype and argument.itemsize == 2 else argument
+
+    return map_aggregate(node.args, swap), map_aggregate(node.kwargs, swap)
+
+
+def _autocast_dtype(node: Node, traced: dict[Node, Any]) -> torch.dtype | None:
+    """The dtype that autocast brought in: 16-bit results of FP32 operands come from nothing else."""
+    results = tensors([traced[node]])
+    operands = tensors([traced.get(n) for n in node.all_input_nodes])
+    if not results or not is_half(results[0]) or any(is_half(t) for t in operands):
+        return None
+    return results[0].dtype if any(is_floating(t) for t in operands) else None
+
+
+def _dissolve_autocast(graph: torch.fx.Graph) -> None:
+    """Take autocast regions away: every operator now has the dtype it shall have."""
+    for node in reversed(list(graph.nodes)):
+        if classes.is_autocast(node):
+            graph.erase_node(node)

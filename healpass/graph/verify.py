@@ -1,0 +1,82 @@
+"""The check after every pass. May import `graph.nodes` and below.
+
+A pass is believed only when each node, run again on fake tensors, gives the shape and dtype that the
+node claims, and when no matmul or SDPA is left but those the report lists as kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from healpass.errors import GraphCheckError
+from healpass.graph import classes, names
+from healpass.graph.context import Context, qualified_name
+from healpass.graph.nodes import evaluate, op_name, subgraphs, tensors, user_line, value
+from healpass.graph.promote import _has_unbacked
+
+
+def verify(graph_module: GraphModule, context: Context, after: str, complete: bool) -> None:
+    """Check one graph and its subgraphs after the pass `after`.
+
+    Args:
+        graph_module: The graph under edit.
+        context: Its context; `context.kept` names the matmuls that may remain.
+        after: The pass that ran last, for the message.
+        complete: Whether matmuls and SDPA must all be gone by now.
+
+    Raises:
+        GraphCheckError: A node's value is not what it claims, or a matmul was forgotten.
+    """
+    graph_module.graph.lint()
+    for node in graph_module.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if complete and _is_matmul(node) and node not in context.kept:
+            raise _error(node, after, f"{op_name(node)} was neither rewritten nor listed as kept")
+        if _can_run(node):
+            _check_value(node, after, context)
+    for _, body in subgraphs(graph_module):
+        verify(body, context, after, complete)
+
+
+def _is_matmul(node: Node) -> bool:
+    return op_name(node) in names.MATMULS | names.SDPA | names.COMPOSITES
+
+
+def _can_run(node: Node) -> bool:
+    """Whether running the node on fake tensors has no effect but its result."""
+    kind = classes.classify(node)
+    results = tensors([value(node)])
+    return (
+        kind not in ("scope", "higher_order", "foreign", "in_place")
+        and bool(results)
+        and not any(_has_unbacked(tensor) for tensor in results)
+    )
+
+
+def _check_value(node: Node, after: str, context: Context) -> None:
+    try:
+        found = tensors([evaluate(node, context.fake_mode)])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _error(node, after, f"it no longer runs: {error}") from error
+    for claimed, real in zip(tensors([value(node)]), found, strict=True):
+        if _facts(claimed) != _facts(real):
+            raise _error(node, after, f"it claims {_facts(claimed)} but computes {_facts(real)}")
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tuple(map(str, tensor.shape)), tensor.device.type
+
+
+def _error(node: Node, after: str, problem: str) -> GraphCheckError:
+    line, code = user_line(node)
+    return GraphCheckError(
+        f"the graph is wrong after pass {after!r} at node {qualified_name(node)!r}: {problem}\n"
+        f"  user code: {line}: {code}\n"
+        f"  torch {torch.__version__}. This is a bug of healpass; options={{'disable': ({after!r},)}} "
+        "leaves the pass out."
+    )

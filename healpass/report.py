@@ -1,0 +1,188 @@
+"""What a compile did to each matmul and SDPA node, and where 16 bits remain. May import `arithmetic`.
+
+`HealReport` is what `healpass.explain` returns: text on `print`, JSON, notebook HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: Version of the JSON layout; grows when a field changes its meaning or goes away.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One matmul, SDPA or other contraction of the traced graph.
+
+    Attributes:
+        name: Node name in the graph, with the subgraph's name before it where there is one.
+        op: What the user called, as `linear` or `scaled_dot_product_attention`.
+        heal_op: The operator that took its place, or None where the node was kept.
+        reason: Why a kept node was kept.
+        shapes: Shapes and dtypes of the operands, as traced.
+        bound: Worst-case forward error of the new operator, or None.
+        line: The user's source line, `file:line in function`.
+        code: That line's text.
+    """
+
+    name: str
+    op: str
+    heal_op: str | None
+    reason: str | None
+    shapes: str
+    bound: str | None
+    line: str
+    code: str
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether a `heal::` operator does the work now."""
+        return self.heal_op is not None
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A place where values still pass through 16 bits: a cache, a graph output, a foreign operator.
+
+    Such roundings are the root cause of divergence that HEAL names (arXiv 2606.21023, section 2.3).
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    detail: str
+    line: str
+
+
+@dataclass
+class GraphReport:
+    """The records of one captured graph, filled by the passes."""
+
+    nodes: list[NodeRecord] = field(default_factory=list)
+    boundaries: list[Boundary] = field(default_factory=list)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[NodeRecord]:
+        """Nodes that were left as traced."""
+        return [node for node in self.nodes if not node.rewritten]
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return (
+            f"{len(self.nodes) - len(self.kept)} of {len(self.nodes)} matmul and SDPA nodes rewritten, "
+            f"{len(self.boundaries)} kernel boundaries still 16-bit"
+        )
+
+
+@dataclass
+class HealReport:
+    """Everything `healpass.explain` found, graph by graph."""
+
+    config: dict[str, Any]
+    graphs: list[GraphReport] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[NodeRecord]:
+        """All records of all graphs."""
+        return [node for graph in self.graphs for node in graph.nodes]
+
+    @property
+    def kept(self) -> list[NodeRecord]:
+        """All nodes that were left as traced."""
+        return [node for graph in self.graphs for node in graph.kept]
+
+    @property
+    def boundaries(self) -> list[Boundary]:
+        """All places where 16 bits remain."""
+        return [boundary for graph in self.graphs for boundary in graph.boundaries]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with a versioned layout."""
+        return {
+            "schema": SCHEMA,
+            "config": self.config,
+            "breaks": self.breaks,
+            "graphs": [asdict(graph) for graph in self.graphs],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def print(self, file: Any = None) -> None:
+        """Print the report as tables."""
+        Console(file=file).print(*self._tables(), sep="\n")
+
+    def __str__(self) -> str:
+        """The tables as plain text."""
+        out = io.StringIO()
+        Console(file=out, width=160, color_system=None).print(*self._tables(), sep="\n")
+        return out.getvalue()
+
+    def _tables(self) -> Iterator[Any]:
+        rewritten = len(self.nodes) - len(self.kept)
+        yield (
+            f"precision={self.config['precision']}: {rewritten} of {len(self.nodes)} matmul and SDPA "
+            f"nodes rewritten in {len(self.graphs)} graph(s)"
+        )
+        if self.nodes:
+            yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
+        if self.boundaries:
+            yield _table(
+                "Kernel boundaries that are still 16-bit",
+                ("where", "kind", "dtype", "what", "line"),
+                [(b.name, b.kind, b.dtype, b.detail, b.line) for b in self.boundaries],
+            )
+        for reason in self.breaks:
+            yield f"graph break: {reason}"
+
+    def _repr_html_(self) -> str:
+        """Tables for a notebook; every text is escaped."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in _NODE_COLUMNS)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in _grouped(self.nodes)
+        )
+        boundaries = "".join(
+            f"<li><code>{html.escape(b.name)}</code> {html.escape(b.kind)}, {html.escape(b.dtype)}: "
+            f"{html.escape(b.detail)}</li>"
+            for b in self.boundaries
+        )
+        title = html.escape(next(iter(self._tables())))
+        return (
+            f"<p>{title}</p><table><tr>{head}</tr>{rows}</table>"
+            f"<p>16-bit kernel boundaries:</p><ul>{boundaries or '<li>none</li>'}</ul>"
+        )
+
+
+_NODE_COLUMNS = ("count", "op", "became", "operands", "bound", "why kept", "line")
+
+
+def _grouped(nodes: list[NodeRecord]) -> list[tuple[str, ...]]:
+    """One row for all nodes that differ in their name only: thirty layers read as one."""
+    groups: dict[tuple[str, ...], int] = {}
+    for node in nodes:
+        became = node.heal_op or "kept"
+        key = (node.op, became, node.shapes, node.bound or "", node.reason or "", node.line)
+        groups[key] = groups.get(key, 0) + 1
+    return [(str(count), *key) for key, count in groups.items()]
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
