@@ -2,3 +2,7 @@
 
 Knows nothing of graphs, models or devices.
 """
+
+from healpass.arithmetic.formats import unit_roundoff
+
+__all__ = ["unit_roundoff"]
