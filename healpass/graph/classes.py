@@ -69,7 +69,8 @@ def destination(node: Node) -> Node | None:
         return out
     first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
     name = op_name(node) or ""
-    by_name = name.endswith("_") and not name.endswith("__") and name not in names.MOVES
+    python = getattr(node.target, "__module__", "") == "_operator"  # and_ writes into nothing
+    by_name = name.endswith("_") and not (python or name.endswith("__") or name in names.MOVES)
     by_operator = node.target is SETITEM or name in names.IN_PLACE_OPERATORS
     by_schema = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
     mutates = by_name or by_operator or by_schema or node.kwargs.get("inplace") is True

@@ -26,8 +26,14 @@ def value(node: Any) -> Any:
 
 
 def set_value(node: Node, new: Any) -> None:
-    """Record the fake value of a node."""
+    """Record a fake value that a pass has computed; `verify` looks at such nodes."""
     node.meta["example_value"] = new
+    node.meta["heal_changed"] = True
+
+
+def is_changed(node: Node) -> bool:
+    """Whether a pass has made this node or given it a new value."""
+    return "heal_changed" in node.meta
 
 
 def is_floating(item: Any) -> bool:

@@ -96,9 +96,10 @@ class Promotion:
         return self.builder(before).cast(node, dtype)
 
     def refresh(self, node: Node) -> None:
-        """Recompute the value of a node whose operands changed their dtype."""
-        before = value(node)
-        set_value(node, _retyped(node, before, self.context.fake_mode))
+        """Recompute the value of a node if its operands are not those that Dynamo traced."""
+        if all(value(n) is self.traced.get(n) for n in node.all_input_nodes):
+            return
+        set_value(node, _retyped(node, value(node), self.context.fake_mode))
         self.changed += 1
 
     # ------------------------------------------------------------------------------- classes
@@ -139,7 +140,8 @@ class Promotion:
             self.context.boundary(
                 node, "buffer of the caller", dtype, f"values are rounded into {destination.name}"
             )
-        set_value(node, value(destination) if node.target is not classes.SETITEM else None)
+        if node.target is not classes.SETITEM and value(node) is not None:
+            set_value(node, value(destination))
 
     def _cast(self, node: Node) -> None:
         source, traced = node.args[0], self.traced[node]
@@ -166,10 +168,11 @@ class Promotion:
             self.refresh(node)
             return
         node.args, node.kwargs = _with_dtype(node, FP32)
-        self.refresh(node)
+        set_value(node, evaluate(node, self.context.fake_mode))
         if is_half(value(node)):  # no dtype was named, and the model tensor is a 16-bit parameter
             node.kwargs = {**node.kwargs, "dtype": FP32}
-            self.refresh(node)
+            set_value(node, evaluate(node, self.context.fake_mode))
+        self.changed += 1
 
     def _embedding(self, node: Node) -> None:
         """Upcast the rows, or, where the table is trained, the table.

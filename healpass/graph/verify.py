@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from healpass.errors import GraphCheckError
 from healpass.graph import classes, names
 from healpass.graph.context import Context, qualified_name
-from healpass.graph.nodes import evaluate, op_name, subgraphs, tensors, user_line, value
+from healpass.graph.nodes import evaluate, is_changed, op_name, subgraphs, tensors, user_line, value
 from healpass.graph.promote import _has_unbacked
 
 
@@ -37,7 +37,7 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
             continue
         if complete and _is_matmul(node) and node not in context.kept:
             raise _error(node, after, f"{op_name(node)} was neither rewritten nor listed as kept")
-        if _can_run(node):
+        if is_changed(node) and _can_run(node):
             _check_value(node, after, context)
     for _, body in subgraphs(graph_module):
         verify(body, context, after, complete)
