@@ -1,6 +1,16 @@
 """A simulated tensor core: what a GPU's accumulation does to a matmul. May import `arithmetic`."""
 
+from healpass.tensorcore.attention import heal_attention
+from healpass.tensorcore.matmul import Accumulation, heal_matmul
 from healpass.tensorcore.rules import RULES, AccumulationRule, Schedule
 from healpass.tensorcore.simulate import simulate_matmul
 
-__all__ = ["RULES", "AccumulationRule", "Schedule", "simulate_matmul"]
+__all__ = [
+    "RULES",
+    "Accumulation",
+    "AccumulationRule",
+    "Schedule",
+    "heal_attention",
+    "heal_matmul",
+    "simulate_matmul",
+]

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from healpass.arithmetic.formats import FORMATS, FP32
+from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
 from healpass.tensorcore.rules import INSTRUCTION_K, RULES, AccumulationRule, Schedule
 
 #: Below this many products the eager code is faster than waiting for a compiler.
 COMPILE_FROM = 1 << 24
 #: Columns of one pass: operands and accumulators of a pass fit a core's cache.
-COLUMNS = 2048
+COLUMNS = 512
 
 _FP64_EXPONENT = 0x7FF << 52
 _FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
@@ -179,13 +179,12 @@ def _widened(piece: Tensor, k_dim: int) -> tuple[Tensor, Tensor]:
     shape[1 - k_dim] = max(shape[1 - k_dim], 2)
     values = piece.new_zeros(shape, dtype=torch.float64)
     values[: piece.shape[0], : piece.shape[1]] = piece
-    return values, _powers(values, FORMATS[piece.dtype].smallest_normal)
+    return values, _powers(values, FORMATS[piece.dtype])
 
 
-def _powers(values: Tensor, smallest_normal: float) -> Tensor:
-    """2^exponent of each element as its format stores it; 0 for zeros, 1 for non-finite ones."""
-    power = _leading_bit(values).clamp_min(smallest_normal)
-    power = torch.where(values.isfinite(), power, 1.0)
+def _powers(values: Tensor, fmt: FloatFormat) -> Tensor:
+    """2^exponent of each element as its format stores it; 0 for zeros, any for non-finite ones."""
+    power = _leading_bit(values).clamp_(fmt.smallest_normal, 2.0**fmt.max_exponent)
     return torch.where(values == 0, 0.0, power)
 
 
@@ -238,7 +237,7 @@ def _toward_zero(x: Tensor) -> Tensor:
     step = FP32.smallest_subnormal
     subnormal = torch.trunc(x * (1.0 / step)) * step
     result = torch.where(x.abs() < FP32.smallest_normal, subnormal, normal)
-    return result.to(torch.float32).to(torch.float64)
+    return torch.where(x.abs() >= 2.0 ** (FP32.max_exponent + 1), x * torch.inf, result)
 
 
 def _fma_step(c: Tensor, a: Tensor, b: Tensor, _pa: Tensor, _pb: Tensor) -> Tensor:

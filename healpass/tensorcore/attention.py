@@ -1,0 +1,53 @@
+"""What `heal` means by attention: two `heal` matmuls around an FP32 softmax. Layer `tensorcore`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from healpass.tensorcore.matmul import IDEAL, Accumulation, heal_matmul
+
+
+def heal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    accumulate: Accumulation | str = IDEAL,
+) -> Tensor:
+    """softmax(scale * Q K^T + mask) V, both products by 16-bit pieces, everything else in FP32.
+
+    FP32 operands make three products each for Q K^T and P V. Integer caches enter dequantized: the
+    quantization is the error that `bounds.attention_bound` adds for them.
+
+    Args:
+        query: `[B, H, L, E]`, FP16, BF16 or FP32; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores; 1 / sqrt(E) if None.
+        accumulate: How products are added.
+
+    Returns:
+        `[B, H, L, Ev]` in FP32. A row that sees no key is zero.
+    """
+    groups = query.shape[1] // key.shape[1]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    scores = heal_matmul(query, key.mT, accumulate) * scale
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, -math.inf)
+    if attn_mask is not None:
+        added = (
+            torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
+        )
+        scores = scores + added
+    hidden = (scores == -math.inf).all(-1, keepdim=True)
+    return heal_matmul(torch.softmax(scores, -1).masked_fill(hidden, 0.0), value, accumulate)

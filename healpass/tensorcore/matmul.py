@@ -1,0 +1,161 @@
+"""What `heal` means by a matmul: pieces, their products, and who adds them. Layer `tensorcore`.
+
+Operands decide the products: 16-bit x 16-bit is one, FP32 x 16-bit two, FP32 x FP32 three (low x
+low is dropped). Low pieces come first in every chain, where the accumulator is still small and
+truncation costs nothing; after every 64 of K the chain is added to an FP32 register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from healpass.arithmetic.bits import exponent, times_power_of_two
+from healpass.arithmetic.pieces import Pieces, pack_fp16, split_fp16
+from healpass.tensorcore.rules import RULES, Schedule
+from healpass.tensorcore.simulate import simulate_matmul
+
+#: FP32 additions rounded to nearest, 64 of K at a time: a tensor core with an ideal accumulator.
+IDEAL = "fp32"
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """Who adds the products, and in which order.
+
+    Attributes:
+        rule: `fp32` (an ideal accumulator, torch's own FP32 matmul per block) or a name in
+            `RULES`.
+        order: Seed of another order of the K tiles.
+        split_k: Parts of K that are summed apart.
+        promote_every: K between additions to the FP32 register.
+
+    Raises:
+        ValueError: The rule is unknown.
+    """
+
+    rule: str = IDEAL
+    order: int = 0
+    split_k: int = 1
+    promote_every: int | None = 64
+
+    def __post_init__(self) -> None:
+        """Check the rule's name."""
+        if self.rule != IDEAL and self.rule not in RULES:
+            raise ValueError(
+                f"accumulation rule {self.rule!r} is unknown; known: {', '.join((IDEAL, *RULES))}."
+            )
+
+
+def heal_matmul(a: Tensor, b: Tensor, accumulate: Accumulation | str = IDEAL) -> Tensor:
+    """`a @ b` by products of 16-bit pieces.
+
+    Args:
+        a: `[..., M, K]` in FP16, BF16 or FP32.
+        b: `[..., K, N]`, the same number of leading dimensions (broadcast), any of those dtypes.
+        accumulate: How the products are added, or the name of a rule.
+
+    Returns:
+        `[..., M, N]` in FP32; `bounds.matmul_bound("heal", K, ...)` bounds its error. Where an
+        operand makes the result non-finite, it is what FP32 arithmetic gives.
+
+    Raises:
+        ValueError: The rule is unknown.
+        TypeError: An operand has another dtype.
+    """
+    how = Accumulation(accumulate) if isinstance(accumulate, str) else accumulate
+    for operand in (a, b):
+        if operand.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"heal_matmul got a {operand.dtype} operand; it takes 16 bits or FP32."
+            )
+    left, right = _operands(a, b)
+    y = _sum_products(products(left, right), how)
+    y = _unscaled(y, left.scale, right.scale)
+    finite = y.isfinite()
+    if not finite.all():
+        y = torch.where(finite, y, torch.matmul(a.to(torch.float32), b.to(torch.float32)))
+    return y
+
+
+def products(left: Pieces, right: Pieces) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of pieces to multiply, the smallest products first, low x low dropped."""
+    pairs = [(i + j, a, b) for i, a in enumerate(left.pieces) for j, b in enumerate(right.pieces)]
+    kept = max(len(left.pieces), len(right.pieces))
+    return [(a, b) for level, a, b in sorted(pairs, key=lambda p: -p[0]) if level < kept]
+
+
+def _operands(a: Tensor, b: Tensor) -> tuple[Pieces, Pieces]:
+    """Pieces of both operands in one 16-bit dtype."""
+    if a.dtype == b.dtype != torch.float32:
+        return Pieces((a,)), Pieces((b,))
+    return _fp16_pieces(a, -1), _fp16_pieces(b, -2)
+
+
+def _fp16_pieces(x: Tensor, dim: int) -> Pieces:
+    return split_fp16(x, dim) if x.dtype == torch.float32 else pack_fp16(x, dim)
+
+
+def _unscaled(y: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is None or right is None:
+        return y
+    return times_power_of_two(y, exponent(left) + exponent(right))
+
+
+def _sum_products(pairs: list[tuple[Tensor, Tensor]], how: Accumulation) -> Tensor:
+    left, right = zip(*pairs, strict=True)
+    if how.rule == IDEAL:
+        return _ideal(left, right, how)
+    batch = torch.broadcast_shapes(left[0].shape[:-2], right[0].shape[:-2])
+    if not batch:
+        return _simulated(left, right, how)
+    flat_left = _flattened(left, batch)
+    flat_right = _flattened(right, batch)
+    count = batch.numel()
+    rows = [
+        _simulated([a[i] for a in flat_left], [b[i] for b in flat_right], how)
+        for i in range(count)
+    ]
+    shape = (*batch, left[0].shape[-2], right[0].shape[-1])
+    return torch.stack(rows).reshape(shape) if rows else left[0].new_zeros(shape).float()
+
+
+def _simulated(left: Sequence[Tensor], right: Sequence[Tensor], how: Accumulation) -> Tensor:
+    return simulate_matmul(
+        left,
+        right,
+        how.rule,
+        promote_every=how.promote_every,
+        order=how.order,
+        split_k=how.split_k,
+    )
+
+
+def _flattened(pieces: tuple[Tensor, ...], batch: torch.Size) -> list[Tensor]:
+    done: dict[int, Tensor] = {}
+    for piece in pieces:
+        if id(piece) not in done:
+            matrix = piece.shape[-2:]
+            done[id(piece)] = piece.expand(*batch, *matrix).reshape(-1, *matrix)
+    return [done[id(piece)] for piece in pieces]
+
+
+def _ideal(left: tuple[Tensor, ...], right: tuple[Tensor, ...], how: Accumulation) -> Tensor:
+    """The same blocks and splits with each block's products added by torch in FP32."""
+    k = left[0].shape[-1]
+    wide = [(a.to(torch.float32), b.to(torch.float32)) for a, b in zip(left, right, strict=True)]
+    total = torch.matmul(wide[0][0][..., :0], wide[0][1][..., :0, :])
+    for blocks in Schedule(
+        promote_every=how.promote_every, order=how.order, split_k=how.split_k
+    ).splits(k):
+        register = torch.zeros_like(total)
+        for block in blocks:
+            index = torch.tensor([i for tile in block for i in tile], device=total.device)
+            chained = [(a.index_select(-1, index), b.index_select(-2, index)) for a, b in wide]
+            a, b = torch.cat([c[0] for c in chained], -1), torch.cat([c[1] for c in chained], -2)
+            register = register + torch.matmul(a, b)
+        total = total + register
+    return total
