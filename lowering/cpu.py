@@ -10,12 +10,12 @@ more rows a GEMM is faster, and its operand has to be FP32 in memory for the tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, to_dtype
+from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.virtualized import V
 
 from healpass.ops.ieee import is_ieee
@@ -65,19 +65,70 @@ def lower_attention(
     scale: float,
     numerics: str = "heal",
 ) -> Any:
-    """`heal::attention` on CPU through torch's FP32 flash attention (no score matrix in memory).
+    """`heal::attention` on CPU through torch's FP32 flash attention: no score matrix in memory.
 
-    Query heads that share a key head are folded into the rows of one head, so that keys and values are
-    never repeated.
+    In decode, query heads that share a key head become rows of one head, so that keys and values are
+    not repeated; with more queries they are repeated and causality is left to the kernel.
     """
     del numerics
-    if not is_ieee("cpu") or attn_mask is not None and _needs_meaning(attn_mask):
+    if not is_ieee("cpu") or not _fits_flash(query, key, value):
         return None
-    return None
+    query, key, value = map(_fp32, (query, key, value))
+    batch, heads, length, size = query.get_size()
+    groups = heads // key.get_size()[1]
+    mask = None if attn_mask is None else _float_mask(attn_mask, query, key)
+    if groups > 1 and not is_causal and _is_static(length) and int(length) == 1:
+        rows = _view(query, [batch, heads // groups, groups, size])
+        mask = None if mask is None else _fold_mask(mask, heads // groups, groups)
+        attended = _flash(rows, key, value, False, mask, scale)
+        return _view(attended, [batch, heads, length, size])
+    if groups > 1:
+        key, value = (_repeat_heads(states, groups) for states in (key, value))
+    return _flash(query, key, value, is_causal and mask is None, mask, scale)
 
 
-def _needs_meaning(attn_mask: Any) -> bool:
-    return attn_mask.get_dtype() not in (torch.bool, torch.float32)
+def _flash(query: Any, key: Any, value: Any, is_causal: bool, mask: Any, scale: float) -> Any:
+    kernel = lowerings[aten._scaled_dot_product_flash_attention_for_cpu.default]
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+def _fits_flash(query: Any, key: Any, value: Any) -> bool:
+    """The kernel needs one head size for K and V and at least one key and one query."""
+    sizes = [*query.get_size(), *key.get_size(), *value.get_size()]
+    empty = any(_is_static(size) and int(size) == 0 for size in sizes)
+    same = V.graph.sizevars.statically_known_equals(query.get_size()[-1], value.get_size()[-1])
+    return same and not empty
+
+
+def _float_mask(attn_mask: Any, query: Any, key: Any) -> Any:
+    """The mask as FP32 `[B or 1, H or 1, L, S]`, -inf where a key is hidden."""
+    rows, columns = query.get_size()[-2], key.get_size()[-2]
+    mask = attn_mask
+    if mask.get_dtype() == torch.bool:
+        hidden = lowerings[aten.scalar_tensor.default](-math.inf, dtype=torch.float32, device="cpu")
+        visible = lowerings[aten.scalar_tensor.default](0.0, dtype=torch.float32, device="cpu")
+        mask = lowerings[aten.where.self](mask, visible, hidden)
+    lead = list(mask.get_size())[:-2]
+    lead = [1] * (2 - len(lead)) + lead
+    return lowerings[aten.expand.default](_fp32(mask), [*lead, rows, columns])
+
+
+def _fold_mask(mask: Any, heads: Any, groups: Any) -> Any:
+    """`[B, H or 1, 1, S]` to `[B, Hkv, groups, S]`, as the folded query needs it."""
+    batch, _, _, columns = mask.get_size()
+    full = lowerings[aten.expand.default](mask, [batch, heads * groups, 1, columns])
+    return _view(full, [batch, heads, groups, columns])
+
+
+def _repeat_heads(states: Any, groups: Any) -> Any:
+    batch, heads, length, size = states.get_size()
+    states = lowerings[aten.unsqueeze.default](states, 2)
+    states = lowerings[aten.expand.default](states, [batch, heads, groups, length, size])
+    return _view(states, [batch, heads * groups, length, size])
+
+
+def _view(x: Any, sizes: list[Any]) -> Any:
+    return lowerings[aten.reshape.default](x, sizes)
 
 
 def _fp32(x: Any) -> Any:
