@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class NodeRecord:
         reason: Why a kept node was kept.
         shapes: Shapes and dtypes of the operands, as traced.
         bound: Worst-case forward error of the new operator, or None.
+        module: The module that called it, as `model.layers.3.mlp.up_proj`, or "".
         line: The user's source line, `file:line in function`.
         code: That line's text.
     """
@@ -40,6 +42,7 @@ class NodeRecord:
     reason: str | None
     shapes: str
     bound: str | None
+    module: str
     line: str
     code: str
 
@@ -142,7 +145,10 @@ class HealReport:
             yield _table(
                 "Kernel boundaries that are still 16-bit",
                 ("where", "kind", "dtype", "what", "line"),
-                [(b.name, b.kind, b.dtype, b.detail, b.line) for b in self.boundaries],
+                [
+                    (b.name, b.kind, b.dtype, b.detail, short_line(b.line))
+                    for b in self.boundaries
+                ],
             )
         for reason in self.breaks:
             yield f"graph break: {reason}"
@@ -166,17 +172,23 @@ class HealReport:
         )
 
 
-_NODE_COLUMNS = ("count", "op", "became", "operands", "bound", "why kept", "line")
+_NODE_COLUMNS = ("count", "where", "op", "became", "operands", "bound", "why kept", "line")
 
 
 def _grouped(nodes: list[NodeRecord]) -> list[tuple[str, ...]]:
-    """One row for all nodes that differ in their name only: thirty layers read as one."""
+    """One row for all nodes that differ in a layer's number only: thirty layers read as one."""
     groups: dict[tuple[str, ...], int] = {}
     for node in nodes:
-        became = node.heal_op or "kept"
-        key = (node.op, became, node.shapes, node.bound or "", node.reason or "", node.line)
+        where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", node.module)
+        became, bound, reason = node.heal_op or "kept", node.bound or "", node.reason or ""
+        key = (where, node.op, became, node.shapes, bound, reason, short_line(node.line))
         groups[key] = groups.get(key, 0) + 1
     return [(str(count), *key) for key, count in groups.items()]
+
+
+def short_line(line: str) -> str:
+    """`modeling_llama.py:81 in forward`: a source line without its folders."""
+    return re.split(r"[/\\]", line)[-1]
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

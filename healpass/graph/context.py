@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from healpass.config import HealConfig
-from healpass.graph.nodes import Builder, is_floating, node_inputs, tensors, user_line, value
+from healpass.graph.nodes import (
+    Builder,
+    is_floating,
+    module_path,
+    node_inputs,
+    tensors,
+    user_line,
+    value,
+)
 from healpass.report import Boundary, GraphReport, NodeRecord
 
 
@@ -57,7 +65,9 @@ class Context:
         line, code = user_line(node)
         shapes = ", ".join(describe(t) for t in tensors([value(n) for n in node_inputs(node)]))
         self.report.nodes.append(
-            NodeRecord(qualified_name(node), op, heal_op, reason, shapes, bound, line, code)
+            NodeRecord(
+                qualified_name(node), op, heal_op, reason, shapes, bound, module_path(node), line, code
+            )
         )
 
 

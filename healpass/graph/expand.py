@@ -27,7 +27,6 @@ aten = torch.ops.aten
 OPENED = (
     aten.einsum.default,
     aten.tensordot.default,
-    aten.bilinear.default,
     aten.chain_matmul.default,
     aten.linalg_multi_dot.default,
 )
@@ -170,5 +169,20 @@ def _self_attention(
     return F.linear(attended, proj_weight, proj_bias)
 
 
-#: Fused kernels that torch has no definition of in terms of other operators.
-DEFINITIONS: dict[str, Callable[..., Any]] = {"_transformer_encoder_layer_fwd": _encoder_layer}
+def _bilinear(
+    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`sum_ij x1[i] W[o, i, j] x2[j]` as two products: over i for every (o, j), then over j."""
+    outputs, size1, size2 = weight.shape
+    lead = input1.shape[:-1]
+    table = weight.permute(0, 2, 1).reshape(outputs * size2, size1)
+    partial = F.linear(input1, table).reshape(*lead, outputs, size2)
+    result = torch.matmul(partial, input2.unsqueeze(-1)).squeeze(-1)
+    return result if bias is None else result + bias
+
+
+#: Kernels that torch has no definition of in terms of matmuls.
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "_transformer_encoder_layer_fwd": _encoder_layer,
+    "bilinear": _bilinear,
+}

@@ -69,7 +69,8 @@ def _promote_body(promotion: Any, body: Any, operands: list[Any] | None) -> list
 
     A body with given operands hands out what it computes; otherwise its outputs keep their dtypes.
     """
-    inner = type(promotion)(body, promotion.context, inner=operands is not None)
+    border = "traced" if operands is None else "promoted"
+    inner = type(promotion)(body, promotion.context, border)
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, operand in zip(placeholders, operands or (), strict=False):
         inner.traced[placeholder] = value(placeholder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 HALF = (torch.float16, torch.bfloat16)
+PACKAGE = str(Path(__file__).parent.parent)
 
 
 def value(node: Any) -> Any:
@@ -107,13 +109,22 @@ def is_parameter(node: Node) -> bool:
 
 def user_line(node: Node) -> tuple[str, str]:
     """The innermost user frame of a node's stack trace: (`file:line in function`, code)."""
-    frames = re.findall(
+    frames = re.findall(  # the wrapper that `explain` puts around the model is not the user's
         r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
     )
+    frames = [frame for frame in frames if not frame[0].startswith(PACKAGE)]
     if not frames:
         return "unknown", ""
     path, line, function, code = frames[-1]
     return f"{path}:{line} in {function}", code.strip()
+
+
+def module_path(node: Node) -> str:
+    """The path of the module that called a node, as `model.layers.3.mlp.up_proj`, or ""."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path.removeprefix("L")).replace("_modules.", "")
+    return re.sub(r"^\.(self|model|fn|mod)(\.|$)", "", path)
 
 
 def subgraphs(graph_module: GraphModule) -> Iterator[tuple[str, GraphModule]]:

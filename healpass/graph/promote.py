@@ -52,13 +52,22 @@ def promote(graph_module: GraphModule, context: Context) -> int:
 
 
 class Promotion:
-    """The walk over one graph. `traced` remembers the values that Dynamo saw."""
+    """The walk over one graph.
 
-    def __init__(self, graph_module: GraphModule, context: Context, inner: bool = False) -> None:
+    Attributes:
+        traced: The values that Dynamo saw, before anything was promoted.
+        border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
+            traced dtypes, "promoted" hands out what was computed.
+        aliasing: Whether a cast that became a no-op must remain a copy.
+    """
+
+    def __init__(
+        self, graph_module: GraphModule, context: Context, border: str = "model"
+    ) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.context = context
-        self.inner = inner
+        self.border = border
         self.traced: dict[Node, Any] = {}
         self.aliasing = classes.mutates_intermediates(self.graph)
         self.changed = 0
@@ -247,14 +256,13 @@ class Promotion:
     # -------------------------------------------------------------------------------- border
 
     def _output(self, node: Node) -> None:
-        if self.inner:
+        wide = self.border == "model" and self.context.config.outputs == "fp32"
+        if wide or self.border == "promoted":
             return
 
         def restore(argument: Node) -> Node:
             traced, now = self.traced.get(argument), value(argument)
             if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
-                return argument
-            if self.context.config.outputs == "fp32":
                 return argument
             narrow = self.cast(argument, traced.dtype, node)
             self.context.boundary(
