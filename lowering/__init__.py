@@ -1,13 +1,13 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks at the
-device and hands on to `cpu` or to the CUDA templates. An operator without a lowering for its device
-runs its own meaning, as one call from the compiled code.
+device and hands on to `cpu` (C++ code) or to `matmul` (Triton templates on CUDA). An operator without a
+lowering for its device runs its own meaning, as one call from the compiled code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,23 +15,29 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 
+#: A lowering; None as its result asks for the operator's own meaning.
+Lowering = Callable[..., Any]
+
 
 @cache
 def register() -> None:
-    """Register the lowerings with Inductor, once per process."""
+    """Register the lowerings with Inductor, once per process. Only `heal::` operators are touched."""
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    from healpass.lowering import cpu
+    from healpass.lowering import cpu, matmul
 
-    for operator, on_cpu in cpu.LOWERINGS.items():
+    tables = {"cpu": cpu.LOWERINGS, "cuda": matmul.LOWERINGS}
+    for operator in cpu.LOWERINGS.keys() | matmul.LOWERINGS.keys():
+        by_device = {device: table[operator] for device, table in tables.items() if operator in table}
         meaning = fallback_handler(operator)
-        register_lowering(operator, type_promotion_kind=None)(_by_device(on_cpu, meaning))
+        register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
 
 
-def _by_device(on_cpu: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
+def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
         device: torch.device = first.get_device()
-        result = on_cpu(first, *args, **kwargs) if device.type == "cpu" else None
+        lowering = lowerings.get(device.type)
+        result = None if lowering is None else lowering(first, *args, **kwargs)
         return meaning(first, *args, **kwargs) if result is None else result
 
     return lower

@@ -1,0 +1,81 @@
+"""Everything in `lowering` that differs between torch 2.11 and 2.15. Imports torch only.
+
+A difference belongs here only if it was seen: the comment at each function names the versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V
+
+__all__ = [
+    "SymbolicGridFn",
+    "TritonTemplate",
+    "append_choice",
+    "is_true",
+    "realize_inputs",
+    "select",
+    "size_hint",
+]
+
+
+def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) -> None:
+    """Append one rendering of a template, with contraction of multiply and add pinned off.
+
+    `triton_meta=` reached `TritonTemplate.generate` in 2.12. Before, Inductor's own setting decides,
+    which the backend pins for the whole graph.
+
+    Raises:
+        NotImplementedError: Inductor refused the knobs (a template of ours always has a rendering).
+    """
+    if "triton_meta" in _generate_parameters():
+        knobs["triton_meta"] = {"enable_fp_fusion": False}
+    refusal = template.maybe_append_choice(choices, **knobs)
+    if refusal is not None:
+        raise refusal
+
+
+@functools.cache
+def _generate_parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(TritonTemplate.generate).parameters)
+
+
+def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -> ir.TensorBox:
+    """Let Inductor pick a choice; 2.11 returns the node, 2.13 the node and the choice."""
+    result = autotune_select_algorithm(name, choices, nodes, layout)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def is_true(condition: Any) -> bool:
+    """Decide a condition on sizes; a symbolic size gets a guard, so that the answer is the true one.
+
+    A size that no input determines (data-dependent) cannot be guarded: only what holds for every value
+    counts as true then.
+    """
+    sizevars = V.graph.sizevars
+    if sizevars.statically_known_true(condition):
+        return True
+    symbols = condition.free_symbols if isinstance(condition, sympy.Basic) else set()
+    if any(sizevars.shape_env.is_unbacked_symint(symbol) for symbol in symbols):
+        return False
+    return bool(sizevars.evaluate_expr(condition)) if symbols else bool(condition)
+
+
+def size_hint(sizes: Sequence[Any], fallback: int) -> tuple[int, ...]:
+    """A typical value of each size, for tuning only: `optimization_hint` is 2.13's `size_hint`."""
+    sizevars = V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint
+    return tuple(int(hint(size, fallback=fallback)) for size in sizes)

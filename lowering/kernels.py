@@ -1,0 +1,61 @@
+"""The Triton templates, loaded from `templates/*.py.jinja`. Imports `compat` only.
+
+Inductor keeps templates by name for the whole process, so each is made once, here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+from typing import Any
+
+from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
+
+#: CUDA's limit of blocks along the second and third grid axis.
+MAX_GRID_Y = 65535
+
+
+def source(name: str) -> str:
+    """Text of a template with the device functions that it calls."""
+    folder = importlib.resources.files("healpass.lowering") / "templates"
+    return "".join(
+        (folder / f"{part}.py.jinja").read_text(encoding="utf-8") for part in (name, "helpers")
+    )
+
+
+@SymbolicGridFn
+def gemm_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One block per output tile."""
+    return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1
+
+
+@SymbolicGridFn
+def batched_grid(
+    batch: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any, max: Any  # noqa: A002
+) -> tuple[Any, Any, Any]:
+    """One block per output tile and batch entry; the batch folds over two axes where it is long."""
+    depth = max(cdiv(batch, MAX_GRID_Y), 1)
+    return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), cdiv(batch, depth), depth
+
+
+@SymbolicGridFn
+def decode_grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
+    """One block per tile of columns and chunk of K; sizes are `[M, N]` or `[SPLITS, M, N]`."""
+    *sizes, meta = sizes_and_meta
+    return cdiv(sizes[-1], meta["BLOCK_N"]), meta["SPLITS"], 1
+
+
+GRIDS = {
+    "gemm": gemm_grid,
+    "gemm_batched": batched_grid,
+    "decode": decode_grid,
+    "layercast": gemm_grid,
+    "layercast_batched": batched_grid,
+}
+
+
+@functools.cache
+def template(name: str) -> TritonTemplate:
+    """The template of a name in `GRIDS`; a batched one shares its text with the plain one."""
+    text = source(name.removesuffix("_batched"))
+    return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=text)

@@ -1,0 +1,245 @@
+"""`heal::mm` and `heal::bmm` on CUDA: problem -> check -> operands -> tiles -> choices -> select.
+
+May import `compat`, `kernels`, `operands`, `tiles`. One frozen `MatmulProblem` goes
+through all steps. Everything that decides bits is a function of it: K and the dtypes, whether M <= 16,
+and `numerics`. The architecture and the hints of symbolic sizes decide tiles only.
+
+Families (rows of one family have the same bits for every M, tile and GPU of one generation):
+
+* decode, M <= 16: BF16 pieces cut in registers, no scales, fixed chunks of K added in order;
+* gemm, M > 16 and every `bmm`: FP16 pieces with power-of-two scales, one sum over K;
+* layercast, `numerics="layercast"`: chains of IEEE FP32 multiply-adds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.virtualized import ops
+
+from healpass.lowering import compat, kernels
+from healpass.lowering.operands import Operand, as_pieces, as_stored
+from healpass.lowering.tiles import Tile, decode_tiles, gemm_tiles, layercast_tiles
+
+#: Numerics: depth of a K tile, which is the promotion interval.
+BLOCK_K = 64
+#: Numerics: the decode family ends here (rows of the smallest tensor-core tile).
+DECODE_ROWS = 16
+#: Numerics: most chunks that the decode family cuts K into, and fewest K tiles of a chunk.
+MOST_CHUNKS, FEWEST_TILES = 8, 4
+#: Numerics: pieces of an operand in the decode family (8 significant bits each).
+BF16_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+#: Tuning: an operand that this many columns (rows) of the result share is cut in registers.
+FEW_COLUMNS, FEW_ROWS = 256, 128
+#: Tuning: depth of a K tile in FP32; one chain runs through all of them.
+LAYERCAST_BLOCK_K = 8
+#: The oldest architecture with BF16 tensor cores.
+LOWEST_CAPABILITY = 80
+
+
+class TemplateWarning(UserWarning):
+    """A matmul runs without its template: correct, but slower."""
+
+
+@dataclass(frozen=True)
+class MatmulProblem:
+    """One product `[(batch,) m, k] @ [(batch,) k, n]`, all that the steps below need to know."""
+
+    a: ir.TensorBox
+    b: ir.TensorBox
+    numerics: str
+    batch: sympy.Expr | None
+    m: sympy.Expr
+    n: sympy.Expr
+    k: sympy.Expr
+    device: torch.device
+    capability: int
+
+    @classmethod
+    def of(cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str) -> MatmulProblem:
+        """Describe the product of two IR nodes."""
+        *batch, m, k = a.get_size()
+        device = a.get_device()
+        major, minor = torch.cuda.get_device_capability(device)
+        n = b.get_size()[-1]
+        lead = batch[0] if batch else None
+        return cls(a, b, numerics, lead, m, n, k, device, 10 * major + minor)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of A and B."""
+        return self.a.get_dtype(), self.b.get_dtype()
+
+    @property
+    def size(self) -> list[sympy.Expr]:
+        """Shape of the result."""
+        return [*([] if self.batch is None else [self.batch]), self.m, self.n]
+
+    @property
+    def hints(self) -> tuple[int, int]:
+        """Typical M and N."""
+        m, n = compat.size_hint((self.m, self.n), fallback=1024)
+        return m, n
+
+    def layout(self, *lead: int) -> ir.FixedLayout:
+        """Row-major FP32 layout of the result, or of that many partial results."""
+        return ir.FixedLayout(self.device, torch.float32, [*map(sympy.Integer, lead), *self.size])
+
+    def divides_k(self, depth: int) -> bool:
+        """Whether K is known to be a multiple of `depth`: no mask is needed then."""
+        return compat.V.graph.sizevars.statically_known_true(sympy.Eq(sympy.Mod(self.k, depth), 0))
+
+
+def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.TensorBox | None:
+    """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
+    reason = check(a)
+    if reason is not None:
+        warnings.warn(f"a matmul runs without a template: {reason}.", TemplateWarning, stacklevel=2)
+        return None
+    problem = MatmulProblem.of(a, b, numerics)
+    if any(compat.is_true(sympy.Eq(size, 0)) for size in (*problem.size, problem.k)):
+        return _zeros(problem)
+    return lower_matmul(problem)
+
+
+def check(a: ir.TensorBox) -> str | None:
+    """Why this device cannot run the templates, or None."""
+    device = a.get_device()
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type} is not an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < LOWEST_CAPABILITY:
+        return f"compute capability {major}.{minor} is below 8.0, which has no BF16 tensor cores"
+    return None
+
+
+def lower_matmul(problem: MatmulProblem) -> ir.TensorBox | None:
+    """Lower one product; None if its template failed its own check on this device."""
+    few_rows = problem.batch is None and compat.is_true(sympy.Le(problem.m, DECODE_ROWS))
+    if few_rows and problem.k.is_number:
+        return _lower_decode(problem)
+    if problem.numerics == "layercast":
+        return _lower_layercast(problem)
+    return _lower_gemm(problem)
+
+
+def decode_chunk(k: int) -> tuple[int, int]:
+    """Terms of K per program and the number of chunks: a function of K alone."""
+    tiles = -(-k // BLOCK_K)
+    chunks = min(MOST_CHUNKS, max(1, tiles // FEWEST_TILES))
+    chunk = -(-tiles // chunks) * BLOCK_K
+    return chunk, -(-k // chunk)
+
+
+def _lower_decode(problem: MatmulProblem) -> ir.TensorBox | None:
+    chunk, splits = decode_chunk(int(problem.k))
+    a_pieces, b_pieces = (BF16_PIECES[dtype] for dtype in problem.dtypes)
+    knobs = {
+        "A_PIECES": a_pieces,
+        "B_PIECES": b_pieces,
+        "CHUNK": chunk,
+        "SPLITS": splits,
+        "FMA": problem.numerics == "layercast",
+        "EVEN_K": problem.divides_k(chunk),
+        "BLOCK_K": BLOCK_K,
+    }
+    layout = problem.layout(splits) if splits > 1 else problem.layout()
+    nodes = list(compat.realize_inputs(problem.a, problem.b))
+    partials = _select("decode", nodes, layout, knobs, decode_tiles(problem.hints[1]))
+    return partials if partials is None or splits == 1 else _add_in_order(partials, splits)
+
+
+def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
+    """Sum `[splits, M, N]` over its first dimension, first to last; fuses with what follows."""
+    load = partials.make_loader()
+
+    def inner(index: Any) -> Any:
+        total = load([0, *index])
+        for chunk in range(1, splits):
+            total = ops.add(total, load([chunk, *index]))
+        return total
+
+    return ir.Pointwise.create(
+        device=partials.get_device(),
+        dtype=torch.float32,
+        inner_fn=inner,
+        ranges=partials.get_size()[1:],
+    )
+
+
+def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox | None:
+    batched = problem.batch is not None
+    knobs = {"BATCHED": batched, "EVEN_K": problem.divides_k(LAYERCAST_BLOCK_K)}
+    knobs |= {"BLOCK_K": LAYERCAST_BLOCK_K}
+    nodes = list(compat.realize_inputs(problem.a, problem.b))
+    name = "layercast_batched" if batched else "layercast"
+    return _select(name, nodes, problem.layout(), knobs, layercast_tiles(*problem.hints))
+
+
+def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox | None:
+    a, b = gemm_operands(problem)
+    batched = problem.batch is not None
+    knobs = {
+        "BATCHED": batched,
+        "A_PIECES": a.pieces,
+        "B_PIECES": b.pieces,
+        "A_CUT": a.cut,
+        "B_CUT": b.cut,
+        "A_SCALED": a.exponent is not None,
+        "B_SCALED": b.exponent is not None,
+        "EVEN_K": problem.divides_k(BLOCK_K),
+        "BLOCK_K": BLOCK_K,
+    }
+    planes = (a.planes, b.planes)
+    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut_a=a.cut)
+    name = "gemm_batched" if batched else "gemm"
+    return _select(name, a.nodes + b.nodes, problem.layout(), knobs, tiles)
+
+
+def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
+    """A and B as the tensor core takes them; two BF16 operands as they are, all else in FP16."""
+    if problem.dtypes == (torch.bfloat16, torch.bfloat16):
+        return as_stored(problem.a), as_stored(problem.b)
+    rows, columns = problem.hints
+    a = as_pieces(problem.a, axis=-1, cut=columns <= FEW_COLUMNS)
+    b = as_pieces(problem.b, axis=-2, cut=rows <= FEW_ROWS)
+    return a, b
+
+
+def _select(
+    name: str, nodes: list[Any], layout: ir.Layout, knobs: dict[str, Any], tiles: list[Tile]
+) -> ir.TensorBox | None:
+    """Render the template for the best guess, or for all tiles where Inductor is to time them."""
+    template = kernels.template(name)
+    timed = config.max_autotune or config.max_autotune_gemm
+    choices: list[Any] = []
+    for tile in tiles if timed else tiles[:1]:
+        compat.append_choice(
+            template,
+            choices,
+            input_nodes=tuple(nodes),
+            layout=layout,
+            num_stages=tile.num_stages,
+            num_warps=tile.num_warps,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            GROUP_M=tile.group_m,
+            **knobs,
+        )
+    return compat.select(f"heal_{name}", choices, nodes, layout)
+
+
+def _zeros(problem: MatmulProblem) -> ir.TensorBox:
+    """An empty sum is zero; an empty result has no elements."""
+    return lowerings[torch.ops.aten.full.default](
+        problem.size, 0.0, dtype=torch.float32, device=problem.device
+    )
+
+
+LOWERINGS = {torch.ops.heal.mm.default: lower, torch.ops.heal.bmm.default: lower}

@@ -1,0 +1,75 @@
+"""Tile shapes by architecture. Imports nothing of healpass.
+
+A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces) is in
+`matmul.py`, a function of K and the dtypes alone. The shapes come from ahead-of-time compiles: no
+spills, no serialised tensor-core chain (`python -m tests.sass` prints the table). None was timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Shared memory that one block may use, by compute capability (CUDA C++ programming guide, table of
+#: technical specifications). Other capabilities take the smallest.
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+SMALLEST_SHARED_MEMORY = 99
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The tuning knobs of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    def gemm_bytes(self, block_k: int, planes_a: int, planes_b: int) -> int:
+        """Shared memory of the pipelined 16-bit operand tiles."""
+        return 2 * block_k * self.num_stages * (planes_a * self.block_m + planes_b * self.block_n)
+
+
+def gemm_tiles(
+    capability: int, m: int, n: int, planes: tuple[int, int], block_k: int, *, cut_a: bool
+) -> list[Tile]:
+    """Tiles of the tensor-core kernel for about `m` x `n` outputs, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        m: Rows, a hint.
+        n: Columns, a hint.
+        planes: 16-bit tiles of A and of B that one K tile needs (an operand cut in registers counts
+            its stored width).
+        block_k: Depth of a K tile.
+        cut_a: A is cut into pieces in registers.
+    """
+    # mma.sync and an A that is cut in registers leave fewer registers: larger tiles spill there.
+    narrow = [Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)]
+    wide = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3)]
+    tiles = narrow if capability < 90 or cut_a else wide
+    small = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
+    return [_fit(tile, capability, planes, block_k) for tile in small or tiles[-1:]]
+
+
+def _fit(tile: Tile, capability: int, planes: tuple[int, int], block_k: int) -> Tile:
+    """Fewer stages, until the tile fits into shared memory."""
+    room = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY) * 1024
+    for stages in range(tile.num_stages, 1, -1):
+        fitted = Tile(tile.block_m, tile.block_n, tile.num_warps, stages, tile.group_m)
+        if fitted.gemm_bytes(block_k, *planes) <= room:
+            return fitted
+    return Tile(64, 64, 4, 2, tile.group_m)
+
+
+def decode_tiles(n: int) -> list[Tile]:
+    """Tiles of the kernel for at most 16 rows: many small blocks, to keep many loads in flight."""
+    tiles = [Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 128, 4, 3)]
+    return tiles if n > 64 else tiles[:2]
+
+
+def layercast_tiles(m: int, n: int) -> list[Tile]:
+    """Tiles of the FP32 kernel for about `m` x `n` outputs."""
+    if min(m, n) < 64:
+        return [Tile(32, 32, 4, 3)]
+    return [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)][m <= 64 :]

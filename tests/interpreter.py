@@ -1,0 +1,224 @@
+"""Runs generated Triton kernels on CPU, in Triton's interpreter, with its known faults corrected.
+
+Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
+
+* `tl.dot` multiplies the raw bits of BF16 operands: they are widened to FP32 first (exact);
+* a cast from FP32 to BF16 truncates: it is made to round to nearest even;
+* arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
+* a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
+* Inductor's `max2` goes element by element through Python: NumPy's maximum has the same meaning.
+
+`run` executes a whole wrapper of Inductor: its kernels in the order of its calls, on NaN-filled buffers.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import linecache
+import math
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.experimental.gluon  # noqa: F401  it must see Triton as it is, before the patches
+import triton.language as tl
+from torch._inductor.runtime import triton_helpers
+from triton.language import standard
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from tests.fake_cuda import Kernel, kernels
+
+_Builder = interpreter.InterpreterBuilder
+_dot, _cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
+    _Builder.create_dot,
+    _Builder.cast_impl,
+    _Builder.create_fp_to_fp,
+    _Builder.binary_op,
+    _Builder.create_masked_load,
+    _Builder.create_masked_store,
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << np.uint32(16)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _dot_of_values(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any) -> Any:
+    return _dot(self, _widened(a), _widened(b), accumulator, *rest)
+
+
+def _to_bf16(source: Any) -> Any:
+    tensor = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+    bits = tensor.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape)
+    return interpreter.TensorHandle(bits, tl.bfloat16)
+
+
+def _rounding_cast(self: Any, source: Any, target: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+        return _to_bf16(source)
+    return _cast(self, source, target)
+
+
+def _rounding_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+        return _to_bf16(source)
+    return _fp_to_fp(self, source, target, rounding)
+
+
+def _no_bf16_arithmetic(self: Any, left: Any, right: Any, op: Any, *rest: Any) -> Any:
+    if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar) and op not in _BITWISE:
+        raise TypeError("the interpreter computes on the bits of BF16: upcast first")
+    return _binary(self, left, right, op, *rest)
+
+
+def _boolean(mask: Any) -> Any:
+    return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
+
+
+def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    return _masked_load(self, pointers, _boolean(mask), *rest)
+
+
+def _store_where(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    return _masked_store(self, pointers, value, _boolean(mask), *rest)
+
+
+def _maximum(x: Any, axis: int) -> Any:
+    """Maximum along an axis; NaN if there is one, as Inductor's `max2`."""
+    handle = interpreter.TensorHandle(np.max(x.handle.data, axis=axis), x.dtype)
+    return tl.tensor(handle, tl.block_type(x.dtype, list(handle.data.shape)))
+
+
+def _interpreted_functions(module: Any) -> dict[str, Any]:
+    """Every compiled function of a module, to be interpreted instead."""
+    return {
+        name: interpreter.InterpretedFunction(value.fn)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
+
+
+@contextlib.contextmanager
+def _corrected() -> Iterator[None]:
+    """Triton's interpreter with its faults corrected, for the time of a block."""
+    changes = {
+        "create_dot": _dot_of_values,
+        "cast_impl": _rounding_cast,
+        "create_fp_to_fp": _rounding_fp_to_fp,
+        "binary_op": _no_bf16_arithmetic,
+        "create_masked_load": _load_where,
+        "create_masked_store": _store_where,
+    }
+    with contextlib.ExitStack() as stack:
+        # NumPy warns of NaN and overflow in elements that a kernel masks off.
+        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(mock.patch.multiple(_Builder, **changes))
+        for module in (tl, standard, triton_helpers):
+            # Triton was imported to compile: its own library functions are compiled ones, too.
+            stack.enter_context(mock.patch.multiple(module, **_interpreted_functions(module)))
+        yield
+
+
+class _Helpers:
+    """Inductor's helper functions, with a fast maximum."""
+
+    max2 = staticmethod(_maximum)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(triton_helpers, name)
+
+
+class _Math:
+    """libdevice and tl_math: the functions of `tl` and `tl.math` by the same names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tl, name, None) or getattr(tl.math, name)
+
+
+def load(kernel: Kernel) -> Any:
+    """A generated kernel as an interpreted function, to be launched as `load(kernel)[grid](...)`."""
+    name = f"<interpreted {kernel.name} {hash(kernel.source)}>"
+    # The interpreter rewrites functions from their source, which it asks of linecache.
+    linecache.cache[name] = (len(kernel.body), None, kernel.body.splitlines(keepends=True), name)
+    module: dict[str, Any] = {
+        "triton": types.SimpleNamespace(jit=interpreter.InterpretedFunction),
+        "tl": tl,
+        "tl_math": _Math(),
+        "libdevice": _Math(),
+        "triton_helpers": _Helpers(),
+    }
+    exec(compile(kernel.body, name, "exec"), module)
+    return module[kernel.name]
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Stands where a wrapper has a compiled kernel."""
+
+    kernel: Kernel
+
+    #: Tuning of Inductor's own kernels; a loop over the reduction shorter than the tests' rows.
+    BLOCKS = {"XBLOCK": 16, "YBLOCK": 16, "R0_BLOCK": 64}
+
+    def run(self, *arguments: Any, stream: Any) -> None:
+        """Launch with the wrapper's arguments, which end with the grid for a template."""
+        function = load(self.kernel)
+        names = function.arg_names
+        if self.kernel.is_template:
+            values, grid = arguments[: len(names)], arguments[len(names) :]
+            function[tuple(int(size) for size in grid)](*values)
+            return
+        blocks = {name: size for name, size in self.BLOCKS.items() if name in names}
+        sizes = dict(zip(names, arguments, strict=False))
+        grid = [
+            -(-int(sizes[f"{axis}numel"]) // blocks[f"{axis.upper()}BLOCK"])
+            for axis in ("x", "y")
+            if f"{axis.upper()}BLOCK" in blocks
+        ]
+        function[tuple(grid)](*arguments, **blocks)
+
+
+def _poisoned(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A buffer in which whatever is not written shows: NaN, or the largest integer."""
+    poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+    return torch.empty_strided(size, stride, dtype=dtype).fill_(poison)
+
+
+def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Execute a wrapper of Inductor on CPU tensors.
+
+    Args:
+        source: What `fake_cuda.generated_source` returned.
+        *inputs: In the order of the compiled function; a symbolic size goes first.
+    """
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    guard = types.SimpleNamespace(
+        _DeviceGuard=lambda index: contextlib.nullcontext(), set_device=nothing
+    )
+    names: dict[str, Any] = {
+        "torch": types.SimpleNamespace(cuda=guard, **{str(d)[6:]: d for d in _DTYPES}),
+        "empty_strided_cuda": _poisoned,
+        "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
+        "get_raw_stream": nothing,
+        "assert_size_stride": nothing,
+        "copy_if_misaligned": lambda tensor: tensor,
+        **{kernel.name: _Launch(kernel) for kernel in kernels(source)},
+    }
+    tree = ast.parse(source)
+    (call,) = (
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
+    exec(compile(ast.Module([call], []), "<wrapper>", "exec"), names)
+    with _corrected():
+        return names["call"](None, list(inputs))
