@@ -1,4 +1,4 @@
-"""What `heal` means by attention: two `heal` matmuls around an FP32 softmax. Layer `tensorcore`."""
+"""What `heal` means by attention: two `heal` matmuls and an FP32 softmax. Layer `tensorcore`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,178 @@
+"""The forward error of attention as a formula. Layer `arithmetic`: imports `bounds`.
+
+For one output element o = sum_j w_j v_j with w = softmax(s) over n keys, in five steps:
+
+1. Scores. With q and k in an integer format, each differs from its operand by a step rho max|x|
+(and
+   u |x| for the dequantization), so the score moves by rho (A SB + B SA) + E rho^2 A B + 2u S to
+   first order, all included below. The product itself errs by the matmul bound; scaling and
+   masking round three times. Together |s' - s| <= Delta.
+2. Exponentials. exp(s' - m') is computed from a difference rounded once, off by u D' with D' the
+spread
+   of the visible scores plus 2 Delta, by a function that is within `EXP_ULPS` units in the last
+   place. Numerator and denominator of a weight each move by a factor within exp(+-(Delta + u D'))
+   of their own.
+3. The denominator is a sum of n positive numbers (gamma_n), then one division. 4. Hence w'_j = w_j
+(1 + theta_j) with |theta_j| <= Theta, and a weight that underflows loses 2^-126. 5. P V is a
+matmul with the weights as its left operand, which are at most 1 and sum to at most
+   1 + Theta.
+
+The score's bound of step 1 enters the exponent: attention is as sensitive to the scores as softmax
+is (its condition number in the maximum norm is at most 2).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy import Expr, Integer, Rational, Symbol
+from torch import Tensor
+
+from healpass.arithmetic.bounds import matmul_bound
+from healpass.arithmetic.int16 import INT16, INT24
+from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, gamma
+
+#: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
+EXP_ULPS = 2
+
+#: Magnitudes of the scores: of `q k^T` before the scale, maxima over the keys.
+QK_S, QK_A, QK_B, QK_SA, QK_SB = sympy.symbols("QK_S QK_A QK_B QK_SA QK_SB", nonnegative=True)
+#: |scale|, the largest finite |mask|, and the spread of the visible scores of a row.
+SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
+#: sum_j w_j |v_j|, the largest |v_j| of the column, sum_j |v_j|, and the largest |v| of all
+# columns.
+V_S, V_B, V_SB, V_MAX = sympy.symbols("V_S V_B V_SB V_MAX", nonnegative=True)
+
+_FORMATS = {"int16": INT16, "int24": INT24}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the bound of an attention depends on besides magnitudes.
+
+    Attributes:
+        head_size: E, the length of a score's sum.
+        keys: S, the number of keys.
+        precision: `heal` or `layercast`, as in `matmul_bound`.
+        rule: Who adds, as in `matmul_bound`.
+        kv: `fp32` or an integer format of Q, K and V.
+    """
+
+    head_size: int
+    keys: int
+    precision: str = "heal"
+    rule: str | None = None
+    kv: str = "fp32"
+
+
+@functools.cache
+def attention_bound(shape: AttentionShape) -> Bound:
+    """Forward error of one element of `heal::attention` with FP32 operands.
+
+    Raises:
+        ValueError: The precision, rule or format has no bound here.
+    """
+    if shape.kv not in ("fp32", *_FORMATS):
+        raise ValueError(f"no attention bound for kv={shape.kv!r}; known: fp32, int16, int24.")
+    delta = _score_error(shape)
+    theta = _weight_error(delta, shape.keys)
+    product = _product_bound(shape).expression.subs(
+        {S: (1 + theta) * V_S, A: 1 + theta, B: V_B, SA: 1 + theta, SB: V_SB}, simultaneous=True
+    )
+    terms = [
+        Term("softmax", theta * V_S),
+        Term("underflow", shape.keys * Rational(1, 2**126) * V_B),
+        Term("split", product),
+    ]
+    if shape.kv != "fp32":
+        step = _step(shape.kv)
+        terms.append(Term("quantize", (1 + theta) * (step * V_MAX + U * (V_S + step * V_MAX))))
+    return Bound(f"attention, {shape}", tuple(terms))
+
+
+def _product_bound(shape: AttentionShape) -> Bound:
+    return matmul_bound(shape.precision, shape.keys, left="fp32", right="fp32", rule=shape.rule)
+
+
+def _step(kv: str) -> Expr:
+    """Half a step of the integer format relative to the row's maximum, as `int16` computes it."""
+    half = Rational(1, 2) + Rational(1, 2**26)
+    return half * (1 + Rational(1, 2**23)) / _FORMATS[kv].limit
+
+
+def _score_error(shape: AttentionShape) -> Expr:
+    """Delta: the largest error of a scaled and masked score."""
+    qk = {S: QK_S, A: QK_A, B: QK_B, SA: QK_SA, SB: QK_SB}
+    product = matmul_bound(
+        shape.precision, shape.head_size, left="fp32", right="fp32", rule=shape.rule
+    )
+    error = product.expression.subs(qk, simultaneous=True)
+    if shape.kv != "fp32":
+        error = _quantized_scores(shape, error)
+    rounded = (1 + 4 * U) * error + 4 * U * QK_S
+    return SCALE * rounded + U * (MASK + SCALE * (QK_S + rounded))
+
+
+def _quantized_scores(shape: AttentionShape, error: Expr) -> Expr:
+    """The quantization moves the operands, and the product's own error sees the moved ones."""
+    step, e = _step(shape.kv), shape.head_size
+    moved = (1 + U) * step
+    shift = (
+        moved * (QK_A * QK_SB + QK_B * QK_SA) * (1 + U)
+        + e * moved**2 * QK_A * QK_B
+        + (2 * U + U**2) * QK_S
+    )
+    grown: dict[Symbol, Expr] = {
+        QK_S: QK_S + shift,
+        QK_A: (1 + U) * (1 + step) * QK_A,
+        QK_B: (1 + U) * (1 + step) * QK_B,
+        QK_SA: (1 + U) * (QK_SA + e * step * QK_A),
+        QK_SB: (1 + U) * (QK_SB + e * step * QK_B),
+    }
+    return shift + error.subs(grown, simultaneous=True)
+
+
+def _weight_error(delta: Expr, keys: int) -> Expr:
+    """Theta: the largest relative error of a softmax weight."""
+    exponent = 2 * (delta + U * (SPREAD + 2 * delta))
+    ulp = 2 * EXP_ULPS * U
+    functions = (1 + ulp) / (1 - ulp)
+    sum_and_division = (1 + U) / (1 - gamma(keys))
+    return sympy.exp(exponent) * functions * sum_and_division - Integer(1)
+
+
+def attention_magnitudes(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float
+) -> dict[str, Tensor | float]:
+    """The magnitudes of `attention_bound` in FP64, each broadcastable to `[..., L, Ev]`.
+
+    Args:
+        query: `[..., L, E]`.
+        key: `[..., S, E]`, as many heads as `query`.
+        value: `[..., S, Ev]`.
+        scores: `[..., L, S]` in FP64: exact, scaled and masked; -inf hides a key.
+        scale: The factor of the scores.
+    """
+    q, k, v = (t.to(torch.float64).abs() for t in (query, key, value))
+    visible = scores.isfinite()
+    product = (q @ k.mT).masked_fill(~visible, 0.0)
+    mask = (scores - scale * (query.to(torch.float64) @ key.to(torch.float64).mT)).abs()
+    top = scores.amax(-1, keepdim=True)
+    spread = torch.where(visible, top - scores, 0.0).amax(-1, keepdim=True)
+    return {
+        "QK_S": product.amax(-1, keepdim=True),
+        "QK_A": q.amax(-1, keepdim=True),
+        "QK_B": k.amax((-2, -1), keepdim=True),
+        "QK_SA": q.sum(-1, keepdim=True),
+        "QK_SB": k.sum(-1).amax(-1)[..., None, None],
+        "SCALE": abs(scale),
+        "MASK": mask.masked_fill(~visible, 0.0).amax(-1, keepdim=True),
+        "SPREAD": spread,
+        "V_S": torch.softmax(scores, -1).nan_to_num(0.0) @ v,
+        "V_B": v.amax(-2, keepdim=True),
+        "V_SB": v.sum(-2, keepdim=True),
+        "V_MAX": v.amax((-2, -1), keepdim=True),
+    }
