@@ -87,10 +87,11 @@ def quantize(x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain") -
 def dequantize(quantized: Quantized) -> Tensor:
     """Return scale * payload in FP32, rounded once: at most 2^-24 of the value more.
 
-    With INT16 and a power-of-two scale nothing is rounded.
+    With INT16 and a power-of-two scale nothing is rounded. A maximum that rounds up past FP32's
+    largest number is kept at that number, not made infinite.
     """
     product = quantized.payload.to(torch.float64) * quantized.scale.to(torch.float64)
-    return product.to(torch.float32)
+    return product.clamp(-FP32.largest, FP32.largest).to(torch.float32)
 
 
 def round_trip(x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain") -> Tensor:

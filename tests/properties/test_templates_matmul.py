@@ -1,0 +1,201 @@
+"""The code that Inductor generates from the templates, run in Triton's interpreter, keeps its bound.
+
+What is generated here is what a GPU would run, byte for byte; only the interpreter stands in for
+the GPU. Padding is NaN, so a read past the end shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from healpass.lowering import matmul
+from healpass.lowering.tiles import Tile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import interpreter
+from tests.fake_cuda import Device, generated_source
+from tests.gpu.template_bounds import template_bound
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix lies in memory: transposed, and with NaN between its rows."""
+
+    transposed: bool
+    padding: int
+
+    def lay(self, matrix: Tensor) -> Tensor:
+        """The same values in this layout."""
+        stored = matrix.mT if self.transposed else matrix
+        *lead, rows, columns = stored.shape
+        room = torch.full((*lead, rows, columns + self.padding), torch.nan, dtype=matrix.dtype)
+        room[..., :columns] = stored
+        view = room[..., :columns]
+        return view.mT if self.transposed else view
+
+
+def multiply(a: Tensor, b: Tensor, numerics: str = "heal", capability: int = 90) -> Tensor:
+    """`a @ b` as the generated code for a GPU computes it."""
+    op = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
+    source = generated_source(
+        lambda x, y: (op(x, y, numerics),), [a.to("meta"), b.to("meta")], Device(capability)
+    )
+    (result,) = interpreter.run(source, a, b)
+    return result
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, exponent: int) -> Tensor:
+    """Normal numbers times a power of two, with a heavy tail that spans 2^-20 to 2^20."""
+    generator = torch.Generator().manual_seed(seed)
+    tail = torch.randint(-10, 11, shape, generator=generator)
+    scaled = torch.randn(shape, generator=generator).double() * 2.0 ** (exponent + tail.double())
+    limit = torch.finfo(dtype).max
+    return scaled.clamp(-limit, limit).to(dtype)
+
+
+def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str) -> None:
+    exact = a.double() @ b.double()
+    bound = template_bound(a, b, numerics)
+    # Where FP32 itself may overflow on the way, only the sign of the result is left to compare.
+    safe = (a.double().abs() @ b.double().abs()) + bound < LARGEST
+    ratio = torch.where(safe, (result.double() - exact).abs() / bound.clamp_min(2.0**-300), 0.0)
+    worst = ratio.max().item() if ratio.numel() else 0.0
+    assert not torch.isnan(result[safe]).any(), "NaN where the exact result is finite"
+    assert worst <= 1, f"observed / bound = {worst:.3f}"
+
+
+layouts = st.builds(Layout, st.booleans(), st.sampled_from([0, 1, 5, 8]))
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 100, 129]))
+
+
+@st.composite
+def products(draw: st.DrawFn, *, rows: st.SearchStrategy[int] = sizes) -> tuple[Tensor, Tensor]:
+    """Two operands of any dtypes, sizes, layouts and magnitudes, sometimes batched."""
+    m, n, k, seed = draw(rows), draw(sizes), draw(sizes), draw(st.integers(0, 2**30))
+    lead = draw(st.sampled_from([(), (), (), (1,), (3,)]))
+    exponents = st.integers(-90, 90).map(lambda e: e if abs(e) > 30 else 0)
+    a = values((*lead, m, k), draw(st.sampled_from(DTYPES)), seed, draw(exponents))
+    b = values((*lead, k, n), draw(st.sampled_from(DTYPES)), seed + 1, draw(exponents))
+    return draw(layouts).lay(a), draw(layouts).lay(b)
+
+
+@given(products(), st.sampled_from(["heal", "heal", "layercast"]), st.sampled_from([80, 90, 100]))
+def test_every_product_is_within_its_bound(operands, numerics, capability):
+    a, b = operands
+    assert_within_bound(a, b, multiply(a, b, numerics, capability), numerics)
+
+
+@settings(max_examples=15)
+@given(products(rows=st.integers(1, 16)), st.sampled_from(["heal", "layercast"]))
+def test_decode_is_within_its_bound(operands, numerics):
+    a, b = operands
+    assert_within_bound(a, b, multiply(a, b, numerics), numerics)
+
+
+@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("k", [700, 1100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_are_within_their_bound(m, k, dtype):
+    a = values((m, k), torch.float32, 0, 0)
+    b = values((k, 40), dtype, 1, 0)
+    assert_within_bound(a, b, multiply(a, b), "heal")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (20, 5, 0)])
+def test_empty_products_are_zero(shape):
+    m, n, k = shape
+    result = multiply(torch.ones(m, k), torch.ones(k, n, dtype=torch.bfloat16))
+    assert torch.equal(result, torch.zeros(m, n))
+
+
+SPECIAL = (0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan, LARGEST, -LARGEST, 2.0**-140)
+
+
+@given(
+    st.integers(0, 2**30),
+    st.sampled_from([2, 20]),
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_infinities_and_nans_are_those_of_fp32(seed, m, left, right, in_weight):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(m, 40, generator=generator), torch.randn(40, 12, generator=generator)
+    target = b if in_weight else a
+    places = torch.randint(0, target.numel(), (6,), generator=generator)
+    picks = torch.randint(0, len(SPECIAL), (6,), generator=generator)
+    target.view(-1)[places] = torch.tensor(SPECIAL)[picks]
+    a, b = a.to(left), b.to(right)
+    expected = a.float() @ b.float()
+    result = multiply(a, b)
+    near_limit = (a.double().abs() @ b.double().abs()).isfinite() & (
+        a.double().abs() @ b.double().abs() > LARGEST / 2
+    )
+    same = (result.isnan() == expected.isnan()) & (result.isinf() == expected.isinf())
+    signs = ~expected.isinf() | (result == expected)
+    assert (same & signs | near_limit).all()
+
+
+def test_subnormal_rows_keep_their_values():
+    """A row of nothing but FP32 subnormals: the floor of the scale loses none of them."""
+    a = torch.full((20, 8), 2.0**-149)
+    b = torch.full((8, 4), 2.0**20, dtype=torch.bfloat16)
+    assert torch.equal(multiply(a, b), torch.full((20, 4), 2.0**-126))
+
+
+def test_a_large_scale_of_one_operand_meets_a_small_one_of_the_other():
+    """2^100 by 2^-100: neither step of the final scaling overflows or underflows."""
+    a = torch.full((20, 64), 2.0**100)
+    b = torch.full((64, 4), 2.0**-100)
+    assert torch.equal(multiply(a, b), torch.full((20, 4), 64.0))
+
+
+@pytest.mark.parametrize("numerics", ["heal", "layercast"])
+@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [(1, 3, 16), (17, 33, 140)])
+def test_a_row_does_not_depend_on_the_number_of_rows(rows, right, numerics):
+    a, b = values((rows[-1], 300), torch.float32, 2, 0), values((300, 70), right, 3, 0)
+    whole = multiply(a, b, numerics)
+    for count in rows[:-1]:
+        assert torch.equal(multiply(a[:count], b, numerics), whole[:count])
+
+
+@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
+def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
+    a, b = values((140, 200), torch.float32, 4, 0), values((200, 140), right, 5, 0)
+    results = []
+    for few, tile in (
+        (0, Tile(128, 128, 8, 3)),
+        (0, Tile(64, 64, 4, 3)),
+        (999, Tile(128, 64, 8, 3)),
+    ):
+        monkeypatch.setattr(matmul, "FEW_COLUMNS", few)
+        monkeypatch.setattr(matmul, "FEW_ROWS", few)
+        monkeypatch.setattr(matmul, "gemm_tiles", lambda *args, tile=tile, **kwargs: [tile])
+        results.append(multiply(a, b))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_rows_differ_if_the_chunk_follows_the_rows(monkeypatch):
+    """The check of row equality notices a chunk of K that depends on M."""
+    a, b = values((16, 1024), torch.float32, 6, 0), values((1024, 32), torch.bfloat16, 7, 0)
+    whole = multiply(a, b)
+    monkeypatch.setattr(matmul, "decode_chunk", lambda k: (k, 1))
+    assert not torch.equal(multiply(a[:3], b), whole[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bound_notices_a_lost_piece(dtype, monkeypatch):
+    """With one BF16 piece for an FP32 operand, as in plain BF16 arithmetic, the check fails."""
+    monkeypatch.setattr(matmul, "BF16_PIECES", dict.fromkeys(DTYPES, 1))
+    a, b = values((4, 128), torch.float32, 8, 0), values((128, 32), dtype, 9, 0)
+    with pytest.raises(AssertionError, match="observed / bound"):
+        assert_within_bound(a, b, multiply(a, b), "heal")
