@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.graph.context import Context, why_not
 from healpass.graph.names import SDPA
-from healpass.graph.nodes import op_name, tensors, value
+from healpass.graph.nodes import op_name, set_value, tensors, value
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -41,7 +41,9 @@ def _rewrite(node: Node, graph_module: GraphModule, context: Context) -> bool:
         torch.ops.heal.sdpa.default, **arguments, numerics=context.config.numerics
     )
     context.rewritten(node, "scaled_dot_product_attention", "heal::sdpa", "not derived")
-    node.replace_all_uses_with(builder.cast(attended, value(node).dtype))
+    result = builder.cast(attended, value(node).dtype)
+    set_value(result, value(node))  # it takes its place in memory too
+    node.replace_all_uses_with(result)
     graph_module.graph.erase_node(node)
     return True
 

@@ -25,7 +25,7 @@ def classify(node: Node) -> str:
         return "higher_order"
     if heal_name(node) is not None:
         return "arithmetic"
-    if name is None or _views_bits(node, name) or _writes_running_stats(node):
+    if name is None or views_bits(node) or _writes_running_stats(node):
         return "foreign"
     if destination(node) is not None:
         return "in_place"
@@ -46,9 +46,10 @@ def _touches_functorch(node: Node) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in seen)
 
 
-def _views_bits(node: Node, name: str) -> bool:
+def views_bits(node: Node) -> bool:
     """`x.view(torch.int16)`: the bits themselves matter."""
-    return name == "view" and any(isinstance(a, torch.dtype) for a in node.args)
+    given = (*node.args, *node.kwargs.values())
+    return op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in given)
 
 
 def _writes_running_stats(node: Node) -> bool:
@@ -75,21 +76,6 @@ def destination(node: Node) -> Node | None:
     by_schema = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
     mutates = by_name or by_operator or by_schema or node.kwargs.get("inplace") is True
     return first if mutates and isinstance(value(first), Tensor) else None
-
-
-def mutates_intermediates(graph: Graph) -> bool:
-    """Whether the graph writes in place into a value of its own.
-
-    Then a cast that has lost its work cannot simply go: it was a copy, and something may write into
-    the one and read the other.
-    """
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method") or destination(node) is None:
-            continue
-        root = _root(destination(node))
-        if root.op not in ("placeholder", "get_attr"):
-            return True
-    return False
 
 
 def _root(node: Any) -> Node:

@@ -90,13 +90,20 @@ def _inline(
 def _replace(node: Node, result: Any) -> None:
     """Point the users of `node` to its parts: a tuple's users are `getitem` nodes."""
     if isinstance(result, Node):
-        node.replace_all_uses_with(result)
+        _stand_in(node, result)
     else:
         for user in list(node.users):
             part = result[user.args[1]]
-            user.replace_all_uses_with(part) if isinstance(part, Node) else None
+            _stand_in(user, part) if isinstance(part, Node) else None
             user.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _stand_in(node: Node, other: Node) -> None:
+    """Let `other` take the place of `node`, also its place in memory."""
+    if other not in node_inputs(node):
+        set_value(other, value(node))
+    node.replace_all_uses_with(other)
 
 
 def _encoder_layer(

@@ -27,6 +27,7 @@ from healpass.graph.nodes import (
     is_parameter,
     node_inputs,
     op_name,
+    set_value,
     value,
 )
 
@@ -68,6 +69,7 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
         terms = value(operator.args[0]).shape[-1]
         context.rewritten(node, name, heal_name(operator) or "", matmul_bound(terms))
     result = builder.cast(product, value(node).dtype)
+    set_value(result, value(node))  # it takes its place in memory too
     node.replace_all_uses_with(result)
     graph_module.graph.erase_node(node)
     return True

@@ -54,7 +54,7 @@ MOVES = frozenset(
 
 #: Moves with several tensor inputs, which must agree in dtype.
 JOINS = frozenset(
-    "cat concat concatenate stack hstack vstack dstack column_stack broadcast_tensors".split()
+    "cat concat concatenate stack hstack vstack dstack column_stack broadcast_tensors meshgrid".split()
 )
 
 #: Functional writes into a buffer: with a 16-bit cache as destination the result stays 16-bit.

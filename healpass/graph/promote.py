@@ -31,6 +31,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from healpass.graph import classes, higher_order
 from healpass.graph.context import Context
+from healpass.graph.memory import Memory, storages
 from healpass.graph.nodes import (
     Builder,
     evaluate,
@@ -38,6 +39,7 @@ from healpass.graph.nodes import (
     is_floating,
     is_half,
     is_parameter,
+    op_name,
     set_value,
     tensors,
     value,
@@ -58,7 +60,7 @@ class Promotion:
         traced: The values that Dynamo saw, before anything was promoted.
         border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
             traced dtypes, "promoted" hands out what was computed.
-        aliasing: Whether a cast that became a no-op must remain a copy.
+        memory: What the traced graph writes into: there aliases and copies must stay what they were.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Promotion:
         self.context = context
         self.border = border
         self.traced: dict[Node, Any] = {}
-        self.aliasing = classes.mutates_intermediates(self.graph)
+        self.memory = Memory(self.graph)
         self.changed = 0
 
     def run(self) -> int:
@@ -86,7 +88,7 @@ class Promotion:
     # ------------------------------------------------------------------------------ dispatch
 
     def _visit(self, node: Node) -> None:
-        kind = classes.classify(node)
+        kind = self._kind(node)
         if kind == "scope":
             return
         if kind == "higher_order":
@@ -95,6 +97,29 @@ class Promotion:
             self._foreign(node)
         elif tensors([value(n) for n in node.all_input_nodes] + [value(node)]):
             getattr(self, f"_{kind}")(node)
+        if self.memory.is_pinned(self.traced[node]):
+            self._narrow(node)
+
+    def _kind(self, node: Node) -> str:
+        kind = classes.classify(node)
+        if kind == "arithmetic" and self._is_view(node):
+            return "move"
+        pinned = kind in ("cast", "embedding") and self.memory.is_pinned(self.traced[node])
+        return "foreign" if pinned else kind
+
+    def _is_view(self, node: Node) -> bool:
+        """Whether the operator returned memory of its operands, whatever its name."""
+        memory = storages(self.traced[node])
+        return bool(memory) and memory <= storages([self.traced.get(n) for n in node.all_input_nodes])
+
+    def _narrow(self, node: Node) -> None:
+        """Give a value its traced dtype: someone writes into it who needs those bits."""
+        traced, now = self.traced[node], value(node)
+        if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+            return
+        narrow = self.builder(node.next).cast(node, traced.dtype)
+        node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+        self.traced[narrow] = traced
 
     def builder(self, like: Node) -> Builder:
         """A builder of nodes before `like`."""
@@ -154,22 +179,30 @@ class Promotion:
 
     def _cast(self, node: Node) -> None:
         source, traced = node.args[0], self.traced[node]
-        if not isinstance(source, Node) or not is_half(traced):
+        if not isinstance(source, Node):
             self.refresh(node)
-            return
-        now = value(source)
-        if is_parameter(source) and is_floating(now):
-            return  # a rounded weight is the weight that is served
-        self.changed += 1
+        elif storages(traced) & storages(self.traced.get(source)):
+            self._substitute(node, source)  # it had that dtype already: torch returns the input itself
+        elif not is_half(traced):
+            self.refresh(node)
+            if storages(value(node)) & storages(value(source)):
+                self._substitute(node, self._copied(node, source))
+        elif not (is_parameter(source) and is_floating(value(source))):  # a rounded weight is served
+            self._substitute(node, self._copied(node, self._wide(node, source)))
+
+    def _wide(self, node: Node, source: Node) -> Node:
+        """FP32 in the place of a cast to 16 bits, on the device that the cast moved to."""
         builder = self.builder(node)
-        moved = source
-        if now.device != traced.device:
-            moved = builder.method("to", source, traced.device)
-        if value(moved).dtype != FP32:
-            moved = builder.cast(moved, FP32)
-        elif self.aliasing:
-            moved = builder.method("clone", moved)
-        self._substitute(node, moved)
+        if value(source).device != self.traced[node].device:
+            source = builder.method("to", source, self.traced[node].device)
+        return builder.cast(source, FP32)
+
+    def _copied(self, node: Node, wide: Node) -> Node:
+        """A cast was a copy. One that has lost its work may go unless somebody writes into either."""
+        source = node.args[0]
+        if wide is source and self.memory.is_written(self.traced[node], self.traced.get(source)):
+            return self.builder(node).method("clone", wide)
+        return wide
 
     def _factory(self, node: Node) -> None:
         traced = self.traced[node]
@@ -223,8 +256,16 @@ class Promotion:
         dtypes = {value(n).dtype for n in node.all_input_nodes if is_floating(value(n))}
         if len(dtypes) > 1 and classes.is_join(node):
             self._arithmetic(node)
-        else:
-            self.refresh(node)
+            return
+        self._relax_view(node)
+        self.refresh(node)
+
+    def _relax_view(self, node: Node) -> None:
+        """A promoted operand may lie in memory in another order, where `view` would have to copy."""
+        source = node.all_input_nodes[0]
+        moved = value(source) is not self.traced.get(source)
+        if op_name(node) == "view" and moved and not self.memory.is_written(self.traced[node]):
+            node.target = "reshape" if node.op == "call_method" else torch.ops.aten.reshape.default
 
     def _arithmetic(self, node: Node) -> None:
         if not self._touches_half(node):
@@ -273,9 +314,15 @@ class Promotion:
         node.args = map_arg(node.args, restore)
 
     def _substitute(self, node: Node, other: Node) -> None:
-        self.traced[other] = self.traced[node]
+        """Let `other` stand for `node`, also for those who need the traced dtype of `node`."""
+        known, traced = self.traced.get(other), self.traced[node]
+        if known is not None and known.dtype != traced.dtype and len(other.users) > 1:
+            other = self.builder(node).method("to", other, FP32)  # its own users need another dtype
+        if known is None or known.dtype != traced.dtype:
+            self.traced[other] = traced
         node.replace_all_uses_with(other)
         self.graph.erase_node(node)
+        self.changed += 1
 
 
 def _retyped(node: Node, before: Any, fake_mode: Any) -> Any:
