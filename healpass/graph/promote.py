@@ -61,6 +61,7 @@ class Promotion:
         border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
             traced dtypes, "promoted" hands out what was computed.
         memory: What the traced graph writes into: there aliases and copies must stay what they were.
+        regions: Where the `torch.func` transforms around the current node begin, outermost first.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Promotion:
         self.border = border
         self.traced: dict[Node, Any] = {}
         self.memory = Memory(self.graph)
+        self.regions: list[Node] = []
         self.changed = 0
 
     def run(self) -> int:
         """Visit every node once, in order."""
         for node in list(self.graph.nodes):
             self.traced.setdefault(node, value(node))
+            self._follow_regions(node)
             if node.op == "output":
                 self._output(node)
             elif node.op in ("call_function", "call_method"):
@@ -99,6 +102,17 @@ class Promotion:
             getattr(self, f"_{kind}")(node)
         if self.memory.is_pinned(self.traced[node]):
             self._narrow(node)
+
+    def _follow_regions(self, node: Node) -> None:
+        name = op_name(node) or ""
+        if name.endswith("_increment_nesting"):
+            self.regions.append(node)
+        elif name.endswith("_decrement_nesting"):
+            self.regions.pop()
+
+    def _outside(self, argument: Node, node: Node) -> Node:
+        """Where to cast what `node` takes: a cast inside a transform would be transformed with it."""
+        return self.regions[0] if self.regions and argument < self.regions[0] else node
 
     def _kind(self, node: Node) -> str:
         kind = classes.classify(node)
@@ -148,7 +162,7 @@ class Promotion:
             if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
                 return argument
             cast_any = True
-            return self.cast(argument, traced.dtype, node)
+            return self.cast(argument, traced.dtype, self._outside(argument, node))
 
         node.args, node.kwargs = map_arg((node.args, node.kwargs), restore)
         halves = [t for t in tensors([self.traced[node]]) if is_half(t)]
