@@ -33,6 +33,7 @@ from torch import Tensor
 
 from healpass.arithmetic.bounds import matmul_bound
 from healpass.arithmetic.int16 import INT16, INT24
+from healpass.arithmetic.pieces import row_scale
 from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, gamma
 
 #: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
@@ -42,9 +43,9 @@ EXP_ULPS = 2
 QK_S, QK_A, QK_B, QK_SA, QK_SB = sympy.symbols("QK_S QK_A QK_B QK_SA QK_SB", nonnegative=True)
 #: |scale|, the largest finite |mask|, and the spread of the visible scores of a row.
 SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
-#: sum_j w_j |v_j|, the largest |v_j| of the column, sum_j |v_j|, and the largest |v| of all
-# columns.
-V_S, V_B, V_SB, V_MAX = sympy.symbols("V_S V_B V_SB V_MAX", nonnegative=True)
+#: sum_j w_j |v_j|; max and sum of w_j t_j; sum of |v_j| / t_j over visible keys; and the largest
+# |v|.
+V_S, W_MAX, W_SUM, V_SB, V_MAX = sympy.symbols("V_S W_MAX W_SUM V_SB V_MAX", nonnegative=True)
 
 _FORMATS = {"int16": INT16, "int24": INT24}
 
@@ -80,11 +81,18 @@ def attention_bound(shape: AttentionShape) -> Bound:
     delta = _score_error(shape)
     theta = _weight_error(delta, shape.keys)
     product = _product_bound(shape).expression.subs(
-        {S: (1 + theta) * V_S, A: 1 + theta, B: V_B, SA: 1 + theta, SB: V_SB}, simultaneous=True
+        {
+            S: (1 + theta) * V_S,
+            A: (1 + theta) * W_MAX,
+            SA: (1 + theta) * W_SUM,
+            B: Integer(2**16),
+            SB: V_SB,
+        },
+        simultaneous=True,
     )
     terms = [
         Term("softmax", theta * V_S),
-        Term("underflow", shape.keys * Rational(1, 2**126) * V_B),
+        Term("underflow", shape.keys * (Rational(1, 2**126) * V_MAX + Rational(1, 2**145))),
         Term("split", product),
     ]
     if shape.kv != "fp32":
@@ -162,6 +170,9 @@ def attention_magnitudes(
     mask = (scores - scale * (query.to(torch.float64) @ key.to(torch.float64).mT)).abs()
     top = scores.amax(-1, keepdim=True)
     spread = torch.where(visible, top - scores, 0.0).amax(-1, keepdim=True)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    token_scale = row_scale(value).to(torch.float64)
+    folded = weights * token_scale.mT
     return {
         "QK_S": product.amax(-1, keepdim=True),
         "QK_A": q.amax(-1, keepdim=True),
@@ -171,8 +182,9 @@ def attention_magnitudes(
         "SCALE": abs(scale),
         "MASK": mask.masked_fill(~visible, 0.0).amax(-1, keepdim=True),
         "SPREAD": spread,
-        "V_S": torch.softmax(scores, -1).nan_to_num(0.0) @ v,
-        "V_B": v.amax(-2, keepdim=True),
-        "V_SB": v.sum(-2, keepdim=True),
+        "V_S": weights @ v,
+        "W_MAX": folded.amax(-1, keepdim=True),
+        "W_SUM": folded.sum(-1, keepdim=True),
+        "V_SB": visible.to(torch.float64) @ (v / token_scale),
         "V_MAX": v.amax((-2, -1), keepdim=True),
     }

@@ -1,4 +1,8 @@
-"""What `heal` means by attention: two `heal` matmuls and an FP32 softmax. Layer `tensorcore`."""
+"""What `heal` means by attention: products of pieces around an FP32 softmax. Layer `tensorcore`.
+
+V's scale is one per token and is folded into that token's weights. One scale per column of V would
+be shared by all keys, and a huge value that a mask hides would cost the visible ones their digits.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-from healpass.tensorcore.matmul import IDEAL, Accumulation, heal_matmul
+from healpass.arithmetic.pieces import Pieces, split_fp16
+from healpass.tensorcore.matmul import (
+    IDEAL,
+    Accumulation,
+    fp16_pieces,
+    heal_matmul,
+    multiply,
+    repaired,
+)
+
+#: Weights times V's scales lie in [0, 2^113]: this keeps small ones out of FP32's subnormal range.
+_LIFT = 2.0**13
 
 
 def heal_attention(
@@ -50,4 +65,14 @@ def heal_attention(
         )
         scores = scores + added
     hidden = (scores == -math.inf).all(-1, keepdim=True)
-    return heal_matmul(torch.softmax(scores, -1).masked_fill(hidden, 0.0), value, accumulate)
+    weights = torch.softmax(scores, -1).masked_fill(hidden, 0.0)
+    return _weighted_sum(weights, value, accumulate)
+
+
+def _weighted_sum(weights: Tensor, value: Tensor, accumulate: Accumulation | str) -> Tensor:
+    """`weights [..., L, S] @ value [..., S, Ev]`, V's token scales folded into the weights."""
+    how = Accumulation(accumulate) if isinstance(accumulate, str) else accumulate
+    split = fp16_pieces(value, -1)
+    assert split.scale is not None
+    folded = split_fp16(weights * (split.scale.mT * _LIFT))
+    return repaired(multiply(folded, Pieces(split.pieces), how) / _LIFT, weights, value)

@@ -72,13 +72,24 @@ def heal_matmul(a: Tensor, b: Tensor, accumulate: Accumulation | str = IDEAL) ->
             raise TypeError(
                 f"heal_matmul got a {operand.dtype} operand; it takes 16 bits or FP32."
             )
-    left, right = _operands(a, b)
+    return repaired(multiply(*_operands(a, b), how), a, b)
+
+
+def multiply(left: Pieces, right: Pieces, how: Accumulation) -> Tensor:
+    """The product of two split operands, their scales applied to the result."""
     y = _sum_products(products(left, right), how)
-    y = _unscaled(y, left.scale, right.scale)
+    scales = [exponent(pieces.scale) for pieces in (left, right) if pieces.scale is not None]
+    for scale in scales[1:]:
+        scales[0] = scales[0] + scale
+    return times_power_of_two(y, scales[0]) if scales else y
+
+
+def repaired(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`y`, and where it is not finite FP32 arithmetic: inf times a low piece of 0 is NaN."""
     finite = y.isfinite()
-    if not finite.all():
-        y = torch.where(finite, y, torch.matmul(a.to(torch.float32), b.to(torch.float32)))
-    return y
+    if finite.all():
+        return y
+    return torch.where(finite, y, torch.matmul(a.to(torch.float32), b.to(torch.float32)))
 
 
 def products(left: Pieces, right: Pieces) -> list[tuple[Tensor, Tensor]]:
@@ -92,17 +103,12 @@ def _operands(a: Tensor, b: Tensor) -> tuple[Pieces, Pieces]:
     """Pieces of both operands in one 16-bit dtype."""
     if a.dtype == b.dtype != torch.float32:
         return Pieces((a,)), Pieces((b,))
-    return _fp16_pieces(a, -1), _fp16_pieces(b, -2)
+    return fp16_pieces(a, -1), fp16_pieces(b, -2)
 
 
-def _fp16_pieces(x: Tensor, dim: int) -> Pieces:
+def fp16_pieces(x: Tensor, dim: int) -> Pieces:
+    """Two FP16 pieces of FP32, one of 16 bits, scaled along `dim`."""
     return split_fp16(x, dim) if x.dtype == torch.float32 else pack_fp16(x, dim)
-
-
-def _unscaled(y: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    if left is None or right is None:
-        return y
-    return times_power_of_two(y, exponent(left) + exponent(right))
 
 
 def _sum_products(pairs: list[tuple[Tensor, Tensor]], how: Accumulation) -> Tensor:

@@ -62,13 +62,13 @@ attentions = st.builds(
     groups=st.integers(1, 3),
     length=st.integers(1, 6),
     # Few lengths, because each pair of them is a formula to be derived.
-    keys=st.sampled_from([1, 2, 17, 65, 150]),
-    head_size=st.sampled_from([1, 3, 16, 64, 80]),
+    keys=st.sampled_from([1, 17, 150]),
+    head_size=st.sampled_from([3, 64]),
     value_size=st.integers(1, 20),
     spread=st.sampled_from([1e-6, 0.1, 1.0, 8.0]),
     magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e20]),
     mask=st.sampled_from(["none", "bool", "float", "causal"]),
-    rule=st.sampled_from([None, "fp32", *GENERATIONS]),
+    rule=st.sampled_from([None, *GENERATIONS]),
     kv=st.sampled_from(["fp32", "int16", "int24"]),
     seed=st.integers(0, 2**16),
 )

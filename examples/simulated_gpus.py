@@ -1,0 +1,150 @@
+"""What each GPU generation would do to the 210 linear layers of SmolLM2-135M, simulated on CPU.
+
+    python examples/simulated_gpus.py [--tokens 64] [--layers 30]
+
+Every linear layer gets its real input (a forward pass in FP32 on the BF16 checkpoint), and its
+output is compared with FP64 in the Frobenius norm. The rows:
+
+* bf16: the layer as a BF16 model runs it.
+* FP32: torch's FP32 matmul; what healpass runs on CPU unsimulated.
+* layercast: FP32 on 16-bit weights by a chain of fused multiply-adds, as a GPU's FP32 units add.
+* heal, ideal: two FP16 pieces, FP32 additions rounded to nearest.
+* heal, v100 to b200: the same pieces, added as that generation's tensor cores add (a model of
+published
+  tests, not silicon). H200 adds as H100, Ada as A100.
+
+Two products per layer, promotion to FP32 every 64 of K. No GPU is needed.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from healpass.integrations import smollm2
+from healpass.tensorcore import heal_matmul, simulate_matmul
+
+PROMPT = (
+    "The tides are caused by the pull of the moon and of the sun on the water of the oceans. Twice "
+    "a day the water rises and falls along most coasts, because the Earth turns under two bulges: "
+    "one faces the moon, the other lies on the far side. When sun and moon pull along one line, at "
+    "new and at full moon, the difference between high and low water is the largest of the month."
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer with its real input: `[T, K]` in FP32, `[N, K]` in BF16."""
+
+    name: str
+    activation: Tensor
+    weight: Tensor
+
+
+def bf16(activation: Tensor, weight: Tensor) -> Tensor:
+    """The layer of a BF16 model."""
+    return torch.nn.functional.linear(activation.bfloat16(), weight).float()
+
+
+def fp32(activation: Tensor, weight: Tensor) -> Tensor:
+    """Torch's FP32 matmul."""
+    return activation @ weight.float().t()
+
+
+def layercast(activation: Tensor, weight: Tensor) -> Tensor:
+    """One FP32 fused multiply-add after the other, over all of K."""
+    return simulate_matmul([activation], [weight.float().t()], "sgemm", promote_every=None)
+
+
+def heal(rule: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Two products of FP16 pieces, added by `rule`."""
+    return lambda activation, weight: heal_matmul(activation, weight.t(), rule)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bf16": bf16,
+    "FP32": fp32,
+    "layercast": layercast,
+    "heal, ideal": heal("fp32"),
+    **{f"heal, {rule}": heal(rule) for rule in ("v100", "a100", "h100", "b200")},
+}
+
+
+def capture(tokens: int, layers: int) -> list[Layer]:
+    """The linear layers of the first `layers` blocks, with their inputs on the prompt."""
+    model, tokenizer = smollm2.load(torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, :tokens]
+    found: list[Layer] = []
+
+    def keep(name: str, module: torch.nn.Linear) -> Callable[..., None]:
+        def hook(_module: object, inputs: tuple[Tensor, ...]) -> None:
+            found.append(Layer(name, inputs[0][0], module.weight.detach().bfloat16()))
+
+        return hook
+
+    for name, module in model.model.layers[:layers].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(keep(name, module))
+    with torch.no_grad():
+        model(ids)
+    return found
+
+
+def error(y: Tensor, layer: Layer) -> float:
+    """Relative error against FP64 in the Frobenius norm."""
+    exact = layer.activation.double() @ layer.weight.double().t()
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+def main() -> None:
+    """Measure every layer under every rule and print the table."""
+    parser = argparse.ArgumentParser(
+        description="Errors of SmolLM2's linear layers by GPU generation"
+    )
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=30)
+    arguments = parser.parse_args()
+    console = Console()
+    with torch.no_grad():
+        layers = capture(arguments.tokens, arguments.layers)
+        table = Table(title=f"{len(layers)} linear layers, {layers[0].activation.shape[0]} tokens")
+        for heading in (
+            "method",
+            "median error",
+            "worst error",
+            "worst / FP32",
+            "in layer",
+            "seconds",
+        ):
+            table.add_column(
+                heading, justify="left" if heading in ("method", "in layer") else "right"
+            )
+        baseline: list[float] = []
+        for name, method in METHODS.items():
+            method(layers[0].activation, layers[0].weight)  # compile outside the timing
+            start, errors = time.perf_counter(), []
+            for layer in track(layers, name, console=console, transient=True):
+                errors.append(error(method(layer.activation, layer.weight), layer))
+            seconds = time.perf_counter() - start
+            baseline = errors if name == "FP32" else baseline
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            ratio = max(e / b for e, b in zip(errors, baseline, strict=True)) if baseline else None
+            table.add_row(
+                name,
+                f"{sorted(errors)[len(errors) // 2]:.2e}",
+                f"{errors[worst]:.2e}",
+                f"{ratio:.2f}" if ratio else "-",
+                layers[worst].name,
+                f"{seconds:.1f}",
+            )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
