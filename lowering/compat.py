@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
-import torch
 from torch._inductor import ir
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
@@ -35,11 +34,10 @@ __all__ = [
 def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) -> None:
     """Append one rendering of a template, with contraction of multiply and add pinned off.
 
-    `triton_meta=` reached `TritonTemplate.generate` in 2.12. Before, Inductor's own setting decides,
-    which the backend pins for the whole graph.
+    Where `TritonTemplate.generate` takes no `triton_meta=` yet (2.11), Triton's default decides.
 
     Raises:
-        NotImplementedError: Inductor refused the knobs (a template of ours always has a rendering).
+        NotImplementedError: Inductor refused the knobs; ours always have a rendering.
     """
     if "triton_meta" in _generate_parameters():
         knobs["triton_meta"] = {"enable_fp_fusion": False}
@@ -60,10 +58,10 @@ def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -
 
 
 def is_true(condition: Any) -> bool:
-    """Decide a condition on sizes; a symbolic size gets a guard, so that the answer is the true one.
+    """Decide a condition on sizes; a symbolic size gets a guard, so the answer is the true one.
 
-    A size that no input determines (data-dependent) cannot be guarded: only what holds for every value
-    counts as true then.
+    A size that no input determines (data-dependent) cannot be guarded: only what holds for every
+    value counts as true then.
     """
     sizevars = V.graph.sizevars
     if sizevars.statically_known_true(condition):
@@ -77,5 +75,5 @@ def is_true(condition: Any) -> bool:
 def size_hint(sizes: Sequence[Any], fallback: int) -> tuple[int, ...]:
     """A typical value of each size, for tuning only: `optimization_hint` is 2.13's `size_hint`."""
     sizevars = V.graph.sizevars
-    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint
+    hint = getattr(sizevars, "optimization_hint", None) or getattr(sizevars, "size_hint")  # noqa: B009
     return tuple(int(hint(size, fallback=fallback)) for size in sizes)

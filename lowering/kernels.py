@@ -31,9 +31,15 @@ def gemm_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, 
 
 @SymbolicGridFn
 def batched_grid(
-    batch: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any, max: Any  # noqa: A002
+    batch: Any,
+    m: Any,
+    n: Any,
+    meta: dict[str, Any],
+    *,
+    cdiv: Any,
+    max: Any,  # noqa: A002
 ) -> tuple[Any, Any, Any]:
-    """One block per output tile and batch entry; the batch folds over two axes where it is long."""
+    """One block per output tile and batch entry; a long batch folds over two axes."""
     depth = max(cdiv(batch, MAX_GRID_Y), 1)
     return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), cdiv(batch, depth), depth
 

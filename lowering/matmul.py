@@ -1,8 +1,8 @@
 """`heal::mm` and `heal::bmm` on CUDA: problem -> check -> operands -> tiles -> choices -> select.
 
-May import `compat`, `kernels`, `operands`, `tiles`. One frozen `MatmulProblem` goes
-through all steps. Everything that decides bits is a function of it: K and the dtypes, whether M <= 16,
-and `numerics`. The architecture and the hints of symbolic sizes decide tiles only.
+May import `compat`, `kernels`, `operands`, `selfcheck`, `tiles`. One frozen `MatmulProblem` goes
+through all steps. Everything that decides bits is a function of it: K and the dtypes, whether
+M <= 16, and `numerics`. The architecture and the hints of symbolic sizes decide tiles only.
 
 Families (rows of one family have the same bits for every M, tile and GPU of one generation):
 
@@ -19,13 +19,12 @@ from typing import Any
 
 import sympy
 import torch
+from healpass.lowering import compat, kernels, selfcheck
+from healpass.lowering.operands import Operand, as_pieces, as_stored
+from healpass.lowering.tiles import Tile, decode_tiles, gemm_tiles, layercast_tiles
 from torch._inductor import config, ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
-
-from healpass.lowering import compat, kernels
-from healpass.lowering.operands import Operand, as_pieces, as_stored
-from healpass.lowering.tiles import Tile, decode_tiles, gemm_tiles, layercast_tiles
 
 #: Numerics: depth of a K tile, which is the promotion interval.
 BLOCK_K = 64
@@ -41,10 +40,6 @@ FEW_COLUMNS, FEW_ROWS = 256, 128
 LAYERCAST_BLOCK_K = 8
 #: The oldest architecture with BF16 tensor cores.
 LOWEST_CAPABILITY = 80
-
-
-class TemplateWarning(UserWarning):
-    """A matmul runs without its template: correct, but slower."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class MatmulProblem:
     def of(cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str) -> MatmulProblem:
         """Describe the product of two IR nodes."""
         *batch, m, k = a.get_size()
-        device = a.get_device()
+        device = a.get_device_or_error()
         major, minor = torch.cuda.get_device_capability(device)
         n = b.get_size()[-1]
         lead = batch[0] if batch else None
@@ -100,7 +95,9 @@ def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.Tensor
     """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
     reason = check(a)
     if reason is not None:
-        warnings.warn(f"a matmul runs without a template: {reason}.", TemplateWarning, stacklevel=2)
+        warnings.warn(
+            f"a matmul runs without a template: {reason}.", selfcheck.TemplateWarning, stacklevel=2
+        )
         return None
     problem = MatmulProblem.of(a, b, numerics)
     if any(compat.is_true(sympy.Eq(size, 0)) for size in (*problem.size, problem.k)):
@@ -110,7 +107,7 @@ def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.Tensor
 
 def check(a: ir.TensorBox) -> str | None:
     """Why this device cannot run the templates, or None."""
-    device = a.get_device()
+    device = a.get_device_or_error()
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is not an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -120,13 +117,26 @@ def check(a: ir.TensorBox) -> str | None:
 
 
 def lower_matmul(problem: MatmulProblem) -> ir.TensorBox | None:
-    """Lower one product; None if its template failed its own check on this device."""
+    """Lower one product; None if its template failed its own check on this GPU."""
+    name = family(problem)
+    if selfcheck.broken(name, problem.device):
+        return None
+    if name == "decode":
+        return _lower_decode(problem)
+    return _lower_layercast(problem) if problem.numerics == "layercast" else _lower_gemm(problem)
+
+
+def family(problem: MatmulProblem) -> str:
+    """The template of a product: a function of its rank, `numerics`, and whether M <= 16.
+
+    A decode chunk is a number in the kernel's text, so a symbolic K (tokens summed over in a
+    weight gradient) takes the other families, whatever M.
+    """
     few_rows = problem.batch is None and compat.is_true(sympy.Le(problem.m, DECODE_ROWS))
     if few_rows and problem.k.is_number:
-        return _lower_decode(problem)
-    if problem.numerics == "layercast":
-        return _lower_layercast(problem)
-    return _lower_gemm(problem)
+        return "decode"
+    name = "layercast" if problem.numerics == "layercast" else "gemm"
+    return name if problem.batch is None else f"{name}_batched"
 
 
 def decode_chunk(k: int) -> tuple[int, int]:
@@ -137,10 +147,10 @@ def decode_chunk(k: int) -> tuple[int, int]:
     return chunk, -(-k // chunk)
 
 
-def _lower_decode(problem: MatmulProblem) -> ir.TensorBox | None:
+def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
     chunk, splits = decode_chunk(int(problem.k))
     a_pieces, b_pieces = (BF16_PIECES[dtype] for dtype in problem.dtypes)
-    knobs = {
+    knobs: dict[str, Any] = {
         "A_PIECES": a_pieces,
         "B_PIECES": b_pieces,
         "CHUNK": chunk,
@@ -152,7 +162,7 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox | None:
     layout = problem.layout(splits) if splits > 1 else problem.layout()
     nodes = list(compat.realize_inputs(problem.a, problem.b))
     partials = _select("decode", nodes, layout, knobs, decode_tiles(problem.hints[1]))
-    return partials if partials is None or splits == 1 else _add_in_order(partials, splits)
+    return partials if splits == 1 else _add_in_order(partials, splits)
 
 
 def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
@@ -173,19 +183,20 @@ def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
     )
 
 
-def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox | None:
+def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
     batched = problem.batch is not None
-    knobs = {"BATCHED": batched, "EVEN_K": problem.divides_k(LAYERCAST_BLOCK_K)}
+    knobs: dict[str, Any] = {"BATCHED": batched, "EVEN_K": problem.divides_k(LAYERCAST_BLOCK_K)}
     knobs |= {"BLOCK_K": LAYERCAST_BLOCK_K}
     nodes = list(compat.realize_inputs(problem.a, problem.b))
-    name = "layercast_batched" if batched else "layercast"
-    return _select(name, nodes, problem.layout(), knobs, layercast_tiles(*problem.hints))
+    return _select(
+        family(problem), nodes, problem.layout(), knobs, layercast_tiles(*problem.hints)
+    )
 
 
-def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox | None:
+def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
     a, b = gemm_operands(problem)
     batched = problem.batch is not None
-    knobs = {
+    knobs: dict[str, Any] = {
         "BATCHED": batched,
         "A_PIECES": a.pieces,
         "B_PIECES": b.pieces,
@@ -198,8 +209,7 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox | None:
     }
     planes = (a.planes, b.planes)
     tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut_a=a.cut)
-    name = "gemm_batched" if batched else "gemm"
-    return _select(name, a.nodes + b.nodes, problem.layout(), knobs, tiles)
+    return _select(family(problem), a.nodes + b.nodes, problem.layout(), knobs, tiles)
 
 
 def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
@@ -214,7 +224,7 @@ def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
 
 def _select(
     name: str, nodes: list[Any], layout: ir.Layout, knobs: dict[str, Any], tiles: list[Tile]
-) -> ir.TensorBox | None:
+) -> ir.TensorBox:
     """Render the template for the best guess, or for all tiles where Inductor is to time them."""
     template = kernels.template(name)
     timed = config.max_autotune or config.max_autotune_gemm

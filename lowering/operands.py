@@ -1,10 +1,10 @@
-"""Operands as the kernels read them: pieces and exponents, written in Inductor's IR. May import `compat`.
+"""Operands as the kernels read them: pieces and exponents in Inductor's IR. May import `compat`.
 
-Because the pieces are ordinary pointwise nodes and the exponents ordinary maxima, Inductor fuses both
-into the kernel that produces the operand. Rules (sources in the package's numerics notes):
+Because the pieces are ordinary pointwise nodes and the exponents ordinary maxima, Inductor fuses
+both into the kernel that produces the operand. The rules:
 
-* An FP16 operand is its own piece. A BF16 one becomes one FP16 piece, an FP32 one two, after a power
-  of two per row (of A) or column (of B) has put the largest element into [2^14, 2^15).
+* An FP16 operand is its own piece. A BF16 one becomes one FP16 piece, an FP32 one two, after a
+  power of two per row (of A) or column (of B) has put the largest element into [2^14, 2^15).
 * operand = 2^exponent * (high + low) within 2^-22 of each element, and 2^-40 of the row's maximum.
 * A maximum is the same in any order, so tiles, splits and the number of rows leave the bits alone.
 """
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from healpass.lowering.compat import realize_inputs
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings, to_dtype
-from torch._inductor.virtualized import ops
-
-from healpass.lowering.compat import realize_inputs
+from torch._inductor.virtualized import V, ops
 
 #: The largest element of a scaled row lies in [2^14, 2^15): FP16 overflows at 2^16.
 TOP_EXPONENT = 14
@@ -121,8 +120,8 @@ def _piece(
         biased = ops.sub(ops.constant(127, torch.int32), load_exponent(row))
         bits = ops.bitwise_left_shift(biased, ops.constant(23, torch.int32))
         scaled = ops.mul(load(index), ops.to_dtype_bitcast(bits, torch.float32, torch.int32))
-        # use_compute_types=False: Inductor would otherwise keep the "FP16" value in FP32 registers,
-        # and the low piece, the difference of the two, would vanish.
+        # use_compute_types=False: Inductor would otherwise keep the "FP16" value in FP32
+        # registers, and the low piece, the difference of the two, would vanish.
         high = ops.to_dtype(scaled, torch.float16, use_compute_types=False)
         if not low:
             return high
@@ -136,12 +135,12 @@ def _piece(
         device=x.get_device(), dtype=torch.float16, inner_fn=inner, ranges=x.get_size()
     )
     piece.realize()
-    piece.data.data.freeze_layout_with_stride_order(order)
+    V.graph.get_buffer(piece.get_name()).freeze_layout_with_stride_order(order)
     return realize_inputs(piece)
 
 
 def _stride_order(x: ir.TensorBox) -> list[int]:
-    """Rank of each dimension's stride, smallest 0: row-major unless `x` is known to be otherwise."""
+    """Rank of each dimension's stride, smallest 0: row-major where nothing else is known."""
     strides = x.maybe_get_stride()
     if strides is None or not all(isinstance(s, int) or s.is_number for s in strides):
         return list(reversed(range(len(x.get_size()))))

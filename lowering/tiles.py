@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Shared memory that one block may use, by compute capability (CUDA C++ programming guide, table of
-#: technical specifications). Other capabilities take the smallest.
+#: Shared memory that one block may use, by compute capability (CUDA C++ programming guide, table
+#: of technical specifications). Other capabilities take the smallest.
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 SMALLEST_SHARED_MEMORY = 99
 
@@ -39,8 +39,8 @@ def gemm_tiles(
         capability: As 90 for 9.0.
         m: Rows, a hint.
         n: Columns, a hint.
-        planes: 16-bit tiles of A and of B that one K tile needs (an operand cut in registers counts
-            its stored width).
+        planes: 16-bit tiles of A and of B that one K tile needs (an operand cut in registers
+            counts its stored width).
         block_k: Depth of a K tile.
         cut_a: A is cut into pieces in registers.
     """

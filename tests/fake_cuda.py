@@ -1,8 +1,8 @@
 """Inductor's code for an NVIDIA GPU, produced on a machine without one.
 
-`generated_source` compiles a function of CUDA tensors as Inductor would, up to the point where kernels
-would be loaded, and returns the wrapper's text. Everything that asks for a device is answered by a
-`Device` record. Only tests import this; nothing of the package is patched.
+`generated_source` compiles a function of CUDA tensors as Inductor would, up to the point where
+kernels would be loaded, and returns the wrapper's text. Everything that asks for a device is
+answered by a `Device` record. Only tests import this.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from healpass.lowering import selfcheck
 from torch._inductor import codecache, config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.graph import GraphLowering
@@ -62,24 +63,30 @@ class _Captured(Exception):  # noqa: N818  control flow, not an error
         self.source = source
 
 
+def always(value: Any) -> Callable[..., Any]:
+    """A function of anything with one answer."""
+
+    def answer(*_args: Any, **_kwargs: Any) -> Any:
+        return value
+
+    return answer
+
+
 def _answers(device: Device) -> dict[tuple[Any, str], Any]:
     """Every attribute to replace, and its replacement."""
     from torch._dynamo.device_interface import CudaInterface
 
     properties, pair = device.properties(), divmod(device.capability, 10)
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    zero = lambda *args, **kwargs: 0  # noqa: E731
-    one = lambda *args, **kwargs: 1  # noqa: E731
-    yes = lambda *args, **kwargs: True  # noqa: E731
-    seed = lambda *args, **kwargs: torch.zeros(16, dtype=torch.uint8, device="cpu")  # noqa: E731
+    nothing, zero, one, yes = always(None), always(0), always(1), always(True)
+    seed = always(torch.zeros(16, dtype=torch.uint8, device="cpu"))
     cuda = {
         "is_available": yes,
         "is_initialized": yes,
         "device_count": one,
         "current_device": zero,
-        "get_device_properties": lambda *args, **kwargs: properties,
-        "get_device_capability": lambda *args, **kwargs: pair,
-        "get_device_name": lambda *args, **kwargs: properties.name,
+        "get_device_properties": always(properties),
+        "get_device_capability": always(pair),
+        "get_device_name": always(properties.name),
         "synchronize": nothing,
         "set_device": nothing,
         "_lazy_init": nothing,
@@ -91,7 +98,7 @@ def _answers(device: Device) -> dict[tuple[Any, str], Any]:
     # CudaInterface holds these since its class was made: patching torch.cuda does not reach it.
     interface = {
         "get_device_properties": cuda["get_device_properties"],
-        "get_compute_capability": lambda *args, **kwargs: device.capability,
+        "get_compute_capability": always(device.capability),
         "exchange_device": zero,
         "maybe_exchange_device": zero,
         "synchronize": nothing,
@@ -105,10 +112,14 @@ def _answers(device: Device) -> dict[tuple[Any, str], Any]:
     }
     answers: dict[tuple[Any, str], Any] = {(torch.cuda, name): fn for name, fn in cuda.items()}
     answers |= {(CudaInterface, name): staticmethod(fn) for name, fn in interface.items()}
-    answers[CudaInterface.Worker, "get_device_properties"] = staticmethod(interface["get_device_properties"])
+    answers[CudaInterface.Worker, "get_device_properties"] = staticmethod(
+        interface["get_device_properties"]
+    )
     answers[torch.version, "cuda"] = "13.0"
     answers[torch._C, "_cuda_getCurrentRawStream"] = zero
     answers[importlib.import_module("torch._subclasses.fake_tensor"), "init_gpu_context"] = nothing
+    # There is no GPU on which the templates could prove themselves.
+    answers[selfcheck, "verdict"] = always({})
     answers[codecache.CacheBase, "get_system"] = staticmethod(lambda: {"hash": "fake"})
     return answers
 
@@ -120,7 +131,12 @@ def fake_cuda(device: Device) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    questions = ("has_triton", "triton_backend", "triton_hash_with_backend", "has_triton_tma_device")
+    questions = (
+        "has_triton",
+        "triton_backend",
+        "triton_hash_with_backend",
+        "has_triton_tma_device",
+    )
     cached = [getattr(_triton, name) for name in questions if hasattr(_triton, name)]
     cached.append(DeviceProperties.create)
 
@@ -171,7 +187,7 @@ def generated_source(
 
     Args:
         function: Takes the tensors; made of aten and `heal::` operators.
-        tensors: Meta tensors that give shapes, strides and dtypes.
+        tensors: They give shapes, strides and dtypes; on any device, also meta.
         device: The GPU to compile for.
         dynamic: Make the first size of the first tensor a symbol.
         **patches: Inductor settings.
@@ -185,7 +201,9 @@ def generated_source(
     settings = {"compile_threads": 1, "force_disable_caches": True, **patches}
     with fake_cuda(device), _capture(), config.patch(settings), mode:
         inputs: list[Any] = _fake_inputs(mode, tensors, dynamic)
-        decompositions = importlib.import_module("torch._inductor.decomposition").select_decomp_table()
+        decompositions = importlib.import_module(
+            "torch._inductor.decomposition"
+        ).select_decomp_table()
         graph = make_fx(function, decomposition_table=decompositions, tracing_mode="real")(*inputs)
         graph, inputs = _with_symbols(graph, inputs)
         context = torch._guards.TracingContext(mode)
@@ -212,7 +230,9 @@ def _fake_inputs(mode: Any, tensors: Sequence[torch.Tensor], dynamic: bool) -> l
                 size[0], source=ConstantSource("rows"), dynamic_dim=DimDynamic.DYNAMIC
             )
             size[0] = mode.shape_env.create_symintnode(symbol, hint=size[0])
-        inputs.append(torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device="cuda"))
+        inputs.append(
+            torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device="cuda")
+        )
     return inputs
 
 

@@ -2,13 +2,16 @@
 
 Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 
-* `tl.dot` multiplies the raw bits of BF16 operands: they are widened to FP32 first (exact);
+* `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
+  tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
+  elsewhere);
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
 * Inductor's `max2` goes element by element through Python: NumPy's maximum has the same meaning.
 
-`run` executes a whole wrapper of Inductor: its kernels in the order of its calls, on NaN-filled buffers.
+`run` executes a whole wrapper of Inductor: its kernels in the order of its calls, on buffers full
+of NaN.
 """
 
 from __future__ import annotations
@@ -32,11 +35,10 @@ from triton.language import standard
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from tests.fake_cuda import Kernel, kernels
+from tests.fake_cuda import Kernel, always, kernels
 
 _Builder = interpreter.InterpreterBuilder
-_dot, _cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
-    _Builder.create_dot,
+_cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
     _Builder.cast_impl,
     _Builder.create_fp_to_fp,
     _Builder.binary_op,
@@ -47,15 +49,16 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int6
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
-def _widened(handle: Any) -> Any:
+def _values(handle: Any) -> Any:
     if handle.dtype.scalar != tl.bfloat16:
-        return handle
+        return handle.data.astype(np.float64)
     bits = handle.data.astype(np.uint32) << np.uint32(16)
-    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+    return bits.view(np.float32).astype(np.float64)
 
 
-def _dot_of_values(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any) -> Any:
-    return _dot(self, _widened(a), _widened(b), accumulator, *rest)
+def _dot(self: Any, a: Any, b: Any, accumulator: Any, *_rest: Any) -> Any:
+    total = _values(a) @ _values(b) + _values(accumulator)
+    return interpreter.TensorHandle(total.astype(np.float32), tl.float32)
 
 
 def _to_bf16(source: Any) -> Any:
@@ -113,7 +116,7 @@ def _interpreted_functions(module: Any) -> dict[str, Any]:
 def _corrected() -> Iterator[None]:
     """Triton's interpreter with its faults corrected, for the time of a block."""
     changes = {
-        "create_dot": _dot_of_values,
+        "create_dot": _dot,
         "cast_impl": _rounding_cast,
         "create_fp_to_fp": _rounding_fp_to_fp,
         "binary_op": _no_bf16_arithmetic,
@@ -147,7 +150,7 @@ class _Math:
 
 
 def load(kernel: Kernel) -> Any:
-    """A generated kernel as an interpreted function, to be launched as `load(kernel)[grid](...)`."""
+    """A generated kernel as an interpreted function: launch it as `load(kernel)[grid](...)`."""
     name = f"<interpreted {kernel.name} {hash(kernel.source)}>"
     # The interpreter rewrites functions from their source, which it asks of linecache.
     linecache.cache[name] = (len(kernel.body), None, kernel.body.splitlines(keepends=True), name)
@@ -171,7 +174,7 @@ class _Launch:
     #: Tuning of Inductor's own kernels; a loop over the reduction shorter than the tests' rows.
     BLOCKS = {"XBLOCK": 16, "YBLOCK": 16, "R0_BLOCK": 64}
 
-    def run(self, *arguments: Any, stream: Any) -> None:
+    def run(self, *arguments: Any, stream: Any) -> None:  # noqa: ARG002  the wrapper passes it
         """Launch with the wrapper's arguments, which end with the grid for a template."""
         function = load(self.kernel)
         names = function.arg_names
@@ -202,22 +205,23 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         source: What `fake_cuda.generated_source` returned.
         *inputs: In the order of the compiled function; a symbolic size goes first.
     """
-    nothing = lambda *args, **kwargs: None  # noqa: E731
     guard = types.SimpleNamespace(
-        _DeviceGuard=lambda index: contextlib.nullcontext(), set_device=nothing
+        _DeviceGuard=always(contextlib.nullcontext()), set_device=always(None)
     )
     names: dict[str, Any] = {
         "torch": types.SimpleNamespace(cuda=guard, **{str(d)[6:]: d for d in _DTYPES}),
         "empty_strided_cuda": _poisoned,
         "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
-        "get_raw_stream": nothing,
-        "assert_size_stride": nothing,
+        "get_raw_stream": always(None),
+        "assert_size_stride": always(None),
         "copy_if_misaligned": lambda tensor: tensor,
         **{kernel.name: _Launch(kernel) for kernel in kernels(source)},
     }
     tree = ast.parse(source)
     (call,) = (
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "call"
     )
     exec(compile(ast.Module([call], []), "<wrapper>", "exec"), names)
     with _corrected():

@@ -1,0 +1,40 @@
+"""The Triton source that Inductor generates from each template, as text to be read and compared.
+
+After a change that is meant: `EXPECTTEST_ACCEPT=1 python -m pytest tests/golden/test_templates.py`
+writes the `.expected` files anew.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fake_cuda import generated_source, kernels
+from tests.sass import Case
+
+FP32, FP16 = torch.float32, torch.float16
+
+#: Llama-3-8B's down projection in prefill and decode, SmolLM2's gate, attention's products.
+CASES = {
+    "gemm_planes": Case("planes", 2048, 4096, 14336),
+    "gemm_cut": Case("cut in registers", 100, 192, 576),
+    "gemm_batched": Case("batched", 512, 512, 64, b=FP32, batch=9),
+    "decode": Case("decode", 1, 4096, 14336),
+    "decode_fp16": Case("decode", 8, 1536, 576, b=FP16),
+    "layercast": Case("layercast", 512, 1536, 576, numerics="layercast"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generated_kernels_are_as_expected(name):
+    case = CASES[name]
+    found = kernels(generated_source(case, case.tensors()))
+    text = "\n".join(f"# {kernel.name}\n{kernel.body.rstrip()}\n" for kernel in found)
+    text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    path = Path(__file__).with_name(f"test_templates.{name}.expected")
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; read the module's head"

@@ -1,0 +1,98 @@
+"""What the CUDA compiler makes of the templates: tensor-core instructions, registers, no spills.
+
+`python -m tests.sass` prints the whole table; here each claim has a test, on the telling cases.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.fake_cuda import Kernel
+from tests.sass import CASES, Report, compiled
+
+BY_TITLE = {case.title: case for case in CASES}
+#: Dots in the code of a case: those of a K tile of 64, and the one of the loop for NaN results.
+DOTS = {"prefill, planes": 3, "FP32 by FP32": 4, "16-bit by 16-bit": 1, "decode, BF16 weight": 3}
+
+
+def report(title: str, capability: int) -> Report:
+    return compiled(BY_TITLE[title].template(capability), capability)
+
+
+def assert_clean(facts: Report) -> None:
+    assert facts.spills == 0
+    assert facts.stack == 0
+    assert facts.registers > 10, "a trap stub was compiled instead of the kernel"
+    assert facts.serialised == ()
+    assert "div.full" not in facts.ptx
+    assert ".approx" not in facts.ptx
+    assert "tf32" not in facts.ptx
+
+
+@pytest.mark.parametrize("title", sorted(DOTS))
+def test_hopper_runs_wgmma_without_spills(title):
+    facts = report(title, 90)
+    assert_clean(facts)
+    assert all(name.startswith("HGMMA") for name in facts.mma)
+    assert sum(facts.mma.values()) == 4 * DOTS[title], "four steps of 16 per dot and K tile"
+
+
+@pytest.mark.parametrize("title", ["prefill, planes", "decode, BF16 weight"])
+def test_two_products_wait_at_most_twice(title):
+    """More waits than one per chain mean that the compiler ran the chain step by step."""
+    facts = report(title, 90)
+    loops = 2 if title.startswith("prefill") else 1
+    chains = {"prefill, planes": 2, "decode, BF16 weight": 3}[title]
+    assert facts.count("WARPGROUP.DEPBAR") <= chains * loops
+
+
+@pytest.mark.parametrize("title", ["prefill, planes", "decode, BF16 weight"])
+def test_ampere_runs_mma_sync_without_spills(title):
+    facts = report(title, 80)
+    assert_clean(facts)
+    assert {name[:10] for name in facts.mma} == {"HMMA.16816"}
+
+
+def test_blackwell_runs_its_tensor_core_without_spills():
+    facts = report("prefill, planes", 100)
+    assert_clean(facts)
+    assert set(facts.mma) == {"UTCHMMA"}
+
+
+def test_layercast_runs_fused_multiply_adds_and_no_tensor_core():
+    facts = report("layercast", 90)
+    assert_clean(facts)
+    assert facts.mma == {}
+    # Tile 128 x 64, 8 deep, 256 threads: 256 multiply-adds each.
+    assert facts.count("FFMA") >= 256
+    assert facts.count("FMUL") == 0
+
+
+@pytest.mark.parametrize("title", ["prefill, planes", "16-bit by 16-bit"])
+def test_chains_are_promoted_into_fp32_registers(title):
+    """Tile 128 x 128 on 256 threads: 64 elements each, added once per K tile."""
+    assert report(title, 90).count("FADD", "FFMA") >= 64
+
+
+def test_a_plain_add_after_one_dot_loses_the_promotion():
+    """Why the template writes an fma: without it the check above fails."""
+    kernel = BY_TITLE["16-bit by 16-bit"].template()
+    plain = kernel.source.replace("tl.fma(chain, ones, accumulator)", "accumulator + chain")
+    assert plain != kernel.source
+    assert compiled(Kernel(kernel.name, plain), 90).count("FADD", "FFMA") < 64
+
+
+def test_a_tile_that_is_too_large_is_seen_to_spill():
+    kernel = BY_TITLE["prefill, planes"].template()
+    wide = re.sub(r"BLOCK_N : tl.constexpr = \d+", "BLOCK_N : tl.constexpr = 256", kernel.source)
+    facts = compiled(Kernel(kernel.name, wide), 90)
+    assert facts.spills > 0
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("title", sorted(BY_TITLE))
+def test_every_case_is_clean(title, capability):
+    assert_clean(report(title, capability))
