@@ -1,8 +1,8 @@
-"""Two ways to compare a rewritten graph with torch: bit for bit, or within a derived bound of FP64.
+"""Two ways to compare a rewritten graph with torch: bit for bit, or within a bound from FP64.
 
 Bits: where operands are small integers every sum and product fits 8 bits, so 16-bit and FP32
-arithmetic agree and the rewritten graph must give torch's own bits; what is left to go wrong is who
-writes where, who sees which dtype, and which dtype comes out.
+arithmetic agree and the rewritten graph must give torch's own bits; what is left to go wrong is
+who writes where, who sees which dtype, and which dtype comes out.
 
 Accuracy: the rewritten graph and torch's FP32 run of the function are both FP32 evaluations,
 which differ in their order of summation only: `|heal - exact| <= 2 |fp32 - exact| + 4u |exact|` in

@@ -2,8 +2,9 @@
 
 `checkpoint`, `wrap` and `invoke_subgraph` run their body once and pass values through: FP32 activations
 go in and come out. The branches of `cond` must agree, so both hand out FP32. All others (`scan`,
-`while_loop`, `flex_attention`, custom autograd functions) keep their traced dtypes at the border: a loop
-must hand on what it takes in. Inside them matmuls are rewritten all the same.
+`while_loop`, custom autograd functions) keep their traced dtypes at the border: a loop must hand on what
+it takes in. Inside them matmuls are rewritten all the same. FlexAttention's bodies are left alone: its
+kernel hands them FP32 scores whatever dtype was traced.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def promote_call(promotion: Any, node: Node) -> None:
         _through(promotion, node, bodies, operands)
     else:
         promotion._foreign(node)
-        for body in bodies:
+        for body in bodies if "flex_attention" not in name else ():
             _promote_body(promotion, _body(promotion, body), None)
 
 
