@@ -90,6 +90,21 @@ def is_join(node: Node) -> bool:
     return op_name(node) in names.JOINS
 
 
+def sums_weight_gradients(node: Node) -> bool:
+    """Whether a move repeats a trained 16-bit weight, so that its gradient is a sum.
+
+    The sum must be taken in FP32 and rounded once, hence the upcast comes before the move.
+    """
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    repeats = op_name(node) in names.REPEATS and source is not None
+    return repeats and is_half(value(source)) and is_parameter(source) and trained(source)
+
+
+def trained(node: Node) -> bool:
+    """Whether gradients are taken with respect to a parameter, seen through views of it."""
+    return bool(getattr(value(_root(node)), "requires_grad", False))
+
+
 def cache_destination(node: Node) -> Node | None:
     """The caller's 16-bit cache that a functional write extends and hands back, or None.
 

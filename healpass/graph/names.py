@@ -57,6 +57,12 @@ JOINS = frozenset(
     "cat concat concatenate stack hstack vstack dstack column_stack broadcast_tensors meshgrid".split()
 )
 
+#: Moves that read an element more than once: their gradients are sums.
+REPEATS = frozenset(
+    "expand expand_as repeat tile repeat_interleave broadcast_to broadcast_tensors index_select gather "
+    "take take_along_dim getitem unfold as_strided".split()
+)
+
 #: Functional writes into a buffer: with a 16-bit cache as destination the result stays 16-bit.
 BUFFER_WRITES = frozenset(
     "cat concat concatenate index_copy index_put scatter slice_scatter select_scatter "

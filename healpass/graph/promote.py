@@ -78,7 +78,9 @@ class Promotion:
 
     def run(self) -> int:
         """Visit every node once, in order."""
-        for node in list(self.graph.nodes):
+        traced = list(self.graph.nodes)
+        self._share_trained_weights()
+        for node in traced:
             self.traced.setdefault(node, value(node))
             self._follow_regions(node)
             if node.op == "output":
@@ -87,6 +89,25 @@ class Promotion:
                 self._visit(node)
         _dissolve_autocast(self.graph)
         return self.changed
+
+    def _share_trained_weights(self) -> None:
+        """Upcast a trained 16-bit weight once if it is used more than once.
+
+        A weight tied to the embedding gets a gradient from each use. Rounded one by one to 16 bits
+        and then added, they are worse than the sum rounded once; one common upcast makes them meet in
+        FP32. It costs an FP32 copy of that weight while training.
+        """
+        nodes = list(self.graph.nodes)
+        first = next(node for node in nodes if node.op != "placeholder")
+        for node in nodes:
+            shared = node.op == "placeholder" and len(node.users) > 1 and is_half(value(node))
+            if not shared or not is_parameter(node) or not classes.trained(node):
+                continue
+            if self.memory.is_written(value(node)):
+                continue  # a copy would not see what is written
+            wide = self.cast(node, FP32, first)
+            self.traced[wide] = value(node)
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
 
     # ------------------------------------------------------------------------------ dispatch
 
@@ -268,7 +289,7 @@ class Promotion:
 
     def _move(self, node: Node) -> None:
         dtypes = {value(n).dtype for n in node.all_input_nodes if is_floating(value(n))}
-        if len(dtypes) > 1 and classes.is_join(node):
+        if (len(dtypes) > 1 and classes.is_join(node)) or classes.sums_weight_gradients(node):
             self._arithmetic(node)
             return
         self._relax_view(node)
