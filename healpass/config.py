@@ -132,7 +132,7 @@ class HealConfig:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"disable={value!r}: a tuple of pass names is needed, as ('promote',).")
     return tuple(value)
 

@@ -47,7 +47,7 @@ def branches(x, w):
 
 def branches_of_a_weight_and_a_product(x, w):
     h = x @ w
-    return torch.cond(x.sum() > 0, lambda h: h @ w, lambda h: w.clone() + 0 * h, (h,)) @ w
+    return torch.cond(x.sum() > 0, lambda h: h @ w, lambda _: w.clone(), (h,)) @ w
 
 
 def nested_branches(x, w):
@@ -69,9 +69,8 @@ def test_activations_stay_fp32_through_a_subgraph(function):
 
 def loop(x, w):
     first = torch.zeros((), dtype=torch.int64)
-    return (
-        while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, (h @ w).sign()), (first, x @ w))[1] @ w
-    )
+    condition, body = (lambda i, _: i < 3), (lambda i, h: (i + 1, (h @ w).sign()))
+    return while_loop(condition, body, (first, x @ w))[1] @ w
 
 
 def scanned(x, w):
@@ -190,7 +189,7 @@ class Block(nn.Module):
 
 
 def served(block):
-    """The block whose matmul weights are rounded to BF16, as autocast serves them, in FP64 and FP32."""
+    """The block with its matmul weights rounded to BF16, in FP64 and in FP32."""
     rounded = copy.deepcopy(block)
     with torch.no_grad():
         for layer in (rounded.up, rounded.down):
@@ -247,8 +246,8 @@ def gradients(function, parameters, dtype=None):
 def rounded_once(function, parameters):
     """Assert that 16-bit gradients are the FP64 ones, rounded once.
 
-    Every FP32 path leaves an error of the size `2 |fp32 - exact| + 4u |exact|` before the rounding; the
-    rounding itself adds at most half a unit in the last place of BF16, 2^-8 of the element.
+    Every FP32 path leaves an error of `2 |fp32 - exact| + 4u |exact|` before the rounding; the rounding
+    itself adds at most half a unit in the last place of BF16, 2^-8 of the element.
     """
     compiled = Rewritten(function)
     found = gradients(compiled, parameters)

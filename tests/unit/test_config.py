@@ -1,0 +1,152 @@
+"""HealConfig: strict parsing, errors that name the way out, a canonical key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from healpass import HealConfig, HealError
+from healpass.config import CHOICES, UNAVAILABLE
+from healpass.errors import ConfigError, UnavailableError, suggestion
+
+FIELDS = {field.name: field for field in dataclasses.fields(HealConfig)}
+VALID = {
+    "precision": "layercast",
+    "kv": "fp32",
+    "outputs": "fp32",
+    "mode": "max-autotune",
+    "strict": True,
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@given(letter=st.sampled_from("abcxyz_"), position=st.integers(0, 20))
+def test_a_misspelled_option_suggests_the_nearest_name(name, letter, position):
+    wrong = name[: position % len(name)] + letter + name[position % len(name) :]
+    with pytest.raises(ConfigError) as caught:
+        HealConfig.from_options({wrong: 1}, None)
+    first = str(caught.value).split("\n")[0]
+    assert repr(wrong) in first
+    assert "Did you mean" in first
+    assert name in str(caught.value)
+
+
+@given(st.text(), st.none() | st.integers() | st.text())
+def test_an_unknown_option_is_an_error_and_nothing_else(name, value):
+    if name in FIELDS:
+        return
+    with pytest.raises(ConfigError, match="unknown option"):
+        HealConfig.from_options({name: value}, None)
+
+
+@pytest.mark.parametrize("name", ["max_autotune", "epilogue_fusion", "triton.cudagraphs"])
+def test_inductors_own_options_are_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match="Inductor's own options are not accepted"):
+        HealConfig.from_options({name: True}, None)
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers()),
+    st.dictionaries(st.text(max_size=2), st.integers()), st.binary(max_size=3), st.just(object()),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@given(value=ODD)
+def test_any_value_is_accepted_in_its_domain_or_refused_by_name(name, value):
+    try:
+        config = HealConfig(**{name: value})
+    except HealError as error:
+        assert name in str(error).split("\n")[0]
+        return
+    accepted = getattr(config, name)
+    if name in CHOICES:
+        assert accepted in CHOICES[name]
+        assert not isinstance(accepted, bool)
+    elif name == "disable":
+        assert all(isinstance(part, str) for part in accepted)
+    else:
+        assert type(accepted) is type(FIELDS[name].default)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "hael"}, "Did you mean 'heal'"),
+        ({"precision": 16}, "precision=16 is not one of"),
+        ({"precision": None}, "precision=None is not one of"),
+        ({"precision": ["heal"]}, "is not one of"),
+        ({"kv": "int8"}, "is not one of"),
+        ({"strict": 1}, "True or False is needed"),
+        ({"strict": "yes"}, "True or False is needed"),
+        ({"order": True}, "a whole number is needed"),
+        ({"order": 1.0}, "a whole number is needed"),
+        ({"disable": 3}, "disable"),
+        ({"disable": ("promote", 3)}, "disable"),
+        ({"disable": "promote"}, "a tuple of pass names is needed"),
+        ({"disable": {"promote"}}, "a tuple of pass names is needed"),
+        ({"mode": "fast"}, "is not one of"),
+    ],
+)
+def test_a_wrong_value_says_what_is_needed(options, message):
+    with pytest.raises(ConfigError, match=message):
+        HealConfig.from_options(options, None)
+
+
+def test_the_passes_to_disable_become_a_tuple():
+    assert HealConfig(disable=["promote", "matmul"]).disable == ("promote", "matmul")
+
+
+def test_the_mode_may_come_from_torch_or_from_the_options_but_must_agree():
+    assert HealConfig.from_options({}, "max-autotune").mode == "max-autotune"
+    assert HealConfig.from_options({"mode": "lite"}, None).mode == "lite"
+    assert HealConfig.from_options({"mode": "lite"}, "lite").mode == "lite"
+    with pytest.raises(ConfigError, match="contradict each other"):
+        HealConfig.from_options({"mode": "lite"}, "default")
+    with pytest.raises(ConfigError, match="is not one of"):
+        HealConfig.from_options(None, "faster")
+
+
+@pytest.mark.parametrize("name", sorted(UNAVAILABLE))
+def test_what_is_not_built_yet_says_so_and_names_the_way_out(name):
+    value = {"simulate": "a100", "order": 3, "exact_products": 6}.get(name, True)
+    with pytest.raises(UnavailableError, match="not in this version") as caught:
+        HealConfig(**{name: value})
+    assert "Leave" in str(caught.value)
+
+
+def test_a_configuration_is_frozen_hashable_and_survives_pickling():
+    config = HealConfig(**VALID)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.precision = "heal"  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(HealConfig(**VALID))
+    assert dataclasses.replace(config, kv=None).kv is None
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_each_option_changes_the_key(name):
+    assert HealConfig(**{name: VALID[name]}).key() != HealConfig().key()
+
+
+def test_the_key_does_not_depend_on_the_order_of_the_options():
+    backwards = dict(reversed(list(VALID.items())))
+    assert HealConfig(**VALID).key() == HealConfig(**backwards).key()
+    assert set(json.loads(HealConfig().key())) == set(FIELDS)
+
+
+def test_only_the_baselines_leave_the_graph_alone():
+    rewriting = {p for p in ("heal", "layercast") if HealConfig(precision=p).rewrites}
+    assert rewriting == {"heal", "layercast"}
+    assert not any(HealConfig(precision=p).rewrites for p in ("fp32", "fp16", "bf16"))
+
+
+@given(st.text(), st.lists(st.text(), max_size=4))
+def test_a_suggestion_is_one_of_the_known_names(name, known):
+    text = suggestion(name, known)
+    assert text == "" or any(repr(candidate) in text for candidate in known)
