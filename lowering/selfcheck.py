@@ -156,19 +156,23 @@ def _key(gpu: str) -> str:
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def on_gpu(index: int) -> Multiply:
-    """Multiply through compiled code on a GPU."""
+def on_gpu(index: int, *, fresh: bool = True) -> Multiply:
+    """Multiply through compiled code on a GPU; `fresh` compiles anew for every product."""
     from healpass import lowering
 
     lowering.register()
 
-    @functools.partial(torch.compile, fullgraph=True)
+    # Inductor's cache knows neither our sources nor a tile that a test has changed.
+    options = {"force_disable_caches": True}
+
+    @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     def product(a: Tensor, b: Tensor, numerics: str) -> Tensor:
         op = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
         return op(a, b, numerics)
 
     def multiply(a: Tensor, b: Tensor, numerics: str) -> Tensor:
-        torch._dynamo.reset()
+        if fresh:
+            torch._dynamo.reset()
         return product(a.to(f"cuda:{index}"), b.to(f"cuda:{index}"), numerics)
 
     return multiply

@@ -1,0 +1,221 @@
+"""Times of one linear layer after another, side by side: `python -m tests.gpu.bench [FOLDER]`.
+
+Prints a table and writes `templates.csv` into the folder. Every contender is captured in a CUDA
+graph that goes through enough copies of the weight to defeat the L2 cache, so that launches cost
+nothing and decode reads its weight from memory; a time is the median over replays, per call.
+"""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from healpass.lowering import selfcheck
+from torch import Tensor
+
+#: (out, in) features: q, k and v; output; gate and up; down.
+MODELS = {
+    "llama-3-8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "smollm2-135m": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
+}
+ROWS = (2048, 1, 8192, 8, 512, 64)
+REPLAYS = 15
+#: No new layer is begun after this; cells that were not reached say so.
+SECONDS = 260
+#: Bytes of weights that one graph goes through, several times an H100's L2 cache of 50 MB.
+WEIGHT_BYTES = 256 << 20
+
+
+@triton.jit
+def _emulated_fp32(
+    A, B, C, M, N, K, PRECISION: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """`tl.dot` on FP32 operands by one of Triton's own emulations; B is `[N, K]` in 16 bits."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rm = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rk = tl.arange(0, BLOCK_K)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(A + (rm % M)[:, None] * K + rk[None, :] + k)
+        b = tl.load(B + (rn % N)[None, :] * K + rk[:, None] + k).to(tl.float32)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    mask = (rm[:, None] < M) & (rn[None, :] < N)
+    tl.store(C + rm[:, None] * N + rn[None, :], accumulator, mask=mask)
+
+
+def emulated(precision: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product by `tl.dot(input_precision=precision)`; every K here is a multiple of 32."""
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        (m, k), n = x.shape, weight.shape[0]
+        out = torch.empty(m, n, device=x.device)
+        block_m = 128 if m > 64 else 16
+        grid = (triton.cdiv(m, block_m) * triton.cdiv(n, 128),)
+        _emulated_fp32[grid](x, weight, out, m, n, k, precision, block_m, 128, 32, num_warps=8)
+        return out
+
+    return product
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to multiply: how, and in which dtypes its operands come."""
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    x: torch.dtype = torch.float32
+    weight: torch.dtype = torch.bfloat16
+
+
+def compiled(numerics: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Ours, through Inductor."""
+    multiply = selfcheck.on_gpu(torch.cuda.current_device(), fresh=False)
+    return lambda x, weight: multiply(x, weight.t(), numerics)
+
+
+def contenders() -> dict[str, Contender]:
+    """Everything that is compared; the first is what the ratios are to."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return {
+        "bf16": Contender(lambda x, w: torch.mm(x, w.t()), x=bf16),
+        "bf16_out_fp32": Contender(
+            lambda x, w: torch.mm(x, w.t(), out_dtype=torch.float32), x=bf16
+        ),
+        "fp32": Contender(lambda x, w: torch.mm(x, w.t()), weight=fp32),
+        "layercast_published": Contender(lambda x, w: torch.mm(x, w.float().t())),
+        "tf32x3": Contender(emulated("tf32x3")),
+        "bf16x6": Contender(emulated("bf16x6")),
+        "heal": Contender(compiled("heal")),
+        "layercast": Contender(compiled("layercast")),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV."""
+
+    model: str
+    m: int
+    n: int
+    k: int
+    contender: str
+    microseconds: float
+    to_bf16: float
+    error_to_fp64: float
+    gpu: str
+    torch: str
+    triton: str
+    command: str
+
+
+def time_call(contender: Contender, x: Tensor, weights: list[Tensor]) -> float:
+    """Median microseconds per call, over replays of one CUDA graph through all copies."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for weight in weights[:2]:
+            contender.product(x, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            contender.product(x, weight)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(weights))
+    return statistics.median(times)
+
+
+def measure(model: str, m: int, n: int, k: int) -> Iterator[Row]:
+    """Every contender on one layer."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn(m, k, device="cuda", generator=generator)
+    weight = torch.randn(n, k, device="cuda", generator=generator).div(k**0.5).bfloat16()
+    few = min(m, 64)
+    exact = x[:few].double() @ weight.double().t()
+    baseline = None
+    for name, contender in contenders().items():
+        torch._dynamo.reset()
+        operand, own = x.to(contender.x), weight.to(contender.weight)
+        copies = max(1, min(64, WEIGHT_BYTES // (own.numel() * own.element_size())))
+        weights = [own.clone() for _ in range(copies if m <= 64 else 2)]
+        error = (contender.product(operand, own)[:few].double() - exact).norm() / exact.norm()
+        taken = time_call(contender, operand, weights)
+        baseline = baseline or taken
+        yield Row(
+            model, m, n, k, name, round(taken, 2), round(taken / baseline, 3), float(error),
+            torch.cuda.get_device_name(), torch.__version__, triton.__version__,
+            shlex.join(["python", "-m", "tests.gpu.bench", *sys.argv[1:]]),
+        )  # fmt: skip
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """Per model and number of rows: total of a block's layers, and the ratios that matter."""
+    names = list(dict.fromkeys(row.contender for row in rows))
+    titles = "".join(f"{name[:13]:>14}" for name in names)
+    yield f"model            M {titles}  heal/bf16  fp32/heal  cut"
+    for model, layers in MODELS.items():
+        for m in ROWS:
+            if sum((r.model, r.m) == (model, m) for r in rows) < len(layers) * len(names):
+                yield f"{model:13} {m:>5}  not measured"
+                continue
+            total = {
+                name: sum(
+                    r.microseconds for r in rows if (r.model, r.m, r.contender) == (model, m, name)
+                )
+                for name in names
+            }
+            ratios = total["heal"] / total["bf16"], total["fp32"] / total["heal"]
+            cut = (total["fp32"] - total["bf16"]) / max(total["heal"] - total["bf16"], 1e-9)
+            times = "".join(f"{total[name]:>14.1f}" for name in names)
+            yield f"{model:13} {m:>5} {times}  {ratios[0]:>9.2f}  {ratios[1]:>9.2f}  {cut:.1f}"
+
+
+def points() -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """Models, rows and layers, in order of interest: what the time does not reach comes last."""
+    for model, layers in MODELS.items():
+        for m in ROWS:
+            for layer in layers:
+                yield model, m, layer
+
+
+def main() -> None:
+    """Measure everything; rows go to the CSV as they come."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    rows: list[Row] = []
+    deadline = time.monotonic() + SECONDS
+    with (folder / "templates.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        for model, m, (n, k) in points():
+            if time.monotonic() > deadline:
+                break
+            for row in measure(model, m, n, k):
+                rows.append(row)
+                writer.writerow(asdict(row))
+            file.flush()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    )
+    print("microseconds for the four linear layers of a block, medians")
+    print("\n".join(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()
