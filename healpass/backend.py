@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from healpass.cache_key import CacheKey
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph.pipeline import rewrite
@@ -64,6 +63,8 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
     """Inductor settings of one compile: the mode, the cache key, and nothing that reorders sums."""
     from torch._inductor import config as inductor
     from torch._inductor import list_mode_options
+
+    from healpass.cache_key import CacheKey  # Inductor takes two seconds to import
 
     patches = dict(list_mode_options(config.mode)) if config.mode else {}
     if not config.rewrites:

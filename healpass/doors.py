@@ -9,7 +9,6 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from healpass.backend import check_torch, inductor_patches
-from healpass.cache_key import CacheKey
 from healpass.config import HealConfig
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
@@ -67,6 +66,8 @@ class RewritePass:
 
     def uuid(self) -> Any:
         """The same key as the backend's."""
+        from healpass.cache_key import CacheKey
+
         return CacheKey(self.config.key()).uuid()
 
 

@@ -25,12 +25,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from healpass.graph import classes, higher_order
 from healpass.graph.context import Context
+from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
 from healpass.graph.memory import Memory, storages
 from healpass.graph.nodes import (
     Builder,
@@ -168,7 +168,7 @@ class Promotion:
         """Recompute the value of a node if its operands are not those that Dynamo traced."""
         if all(value(n) is self.traced.get(n) for n in node.all_input_nodes):
             return
-        set_value(node, _retyped(node, value(node), self.context.fake_mode))
+        set_value(node, retyped(node, value(node), self.context.fake_mode))
         self.changed += 1
 
     # ------------------------------------------------------------------------------- classes
@@ -244,7 +244,7 @@ class Promotion:
         if not is_half(traced):
             self.refresh(node)
             return
-        node.args, node.kwargs = _with_dtype(node, FP32)
+        node.args, node.kwargs = with_dtype(node, FP32)
         set_value(node, evaluate(node, self.context.fake_mode))
         if is_half(value(node)):  # no dtype was named, and the model tensor is a 16-bit parameter
             node.kwargs = {**node.kwargs, "dtype": FP32}
@@ -315,7 +315,7 @@ class Promotion:
         return any(is_half(item) for item in tensors(before) + tensors(now))
 
     def _upcast_operands(self, node: Node) -> None:
-        autocast = _autocast_dtype(node, self.traced)
+        autocast = autocast_dtype(node, self.traced)
 
         def widen(argument: Any) -> Any:
             if isinstance(argument, torch.dtype) and argument in (torch.float16, torch.bfloat16):
@@ -358,43 +358,6 @@ class Promotion:
         node.replace_all_uses_with(other)
         self.graph.erase_node(node)
         self.changed += 1
-
-
-def _retyped(node: Node, before: Any, fake_mode: Any) -> Any:
-    """The node's value on its new operands.
-
-    An operator whose result has data-dependent sizes is not run again, since that would make new
-    unbacked symbols; its traced value is cast instead.
-    """
-    if not any(_has_unbacked(tensor) for tensor in tensors([before])):
-        return evaluate(node, fake_mode)
-    with fake_mode:
-        return map_aggregate(before, lambda leaf: leaf.to(FP32) if is_half(leaf) else leaf)
-
-
-def _has_unbacked(tensor: Tensor) -> bool:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return bool(free_unbacked_symbols(tensor))
-
-
-def _with_dtype(node: Node, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The arguments of a node with every 16-bit dtype among them replaced."""
-
-    def swap(argument: Any) -> Any:
-        is_dtype = isinstance(argument, torch.dtype) and argument.is_floating_point
-        return dtype if is_dtype and argument.itemsize == 2 else argument
-
-    return map_aggregate(node.args, swap), map_aggregate(node.kwargs, swap)
-
-
-def _autocast_dtype(node: Node, traced: dict[Node, Any]) -> torch.dtype | None:
-    """The dtype that autocast brought in: 16-bit results of FP32 operands come from nothing else."""
-    results = tensors([traced[node]])
-    operands = tensors([traced.get(n) for n in node.all_input_nodes])
-    if not results or not is_half(results[0]) or any(is_half(t) for t in operands):
-        return None
-    return results[0].dtype if any(is_floating(t) for t in operands) else None
 
 
 def _dissolve_autocast(graph: torch.fx.Graph) -> None:

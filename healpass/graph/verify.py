@@ -15,8 +15,16 @@ from torch.fx import GraphModule, Node
 from healpass.errors import GraphCheckError
 from healpass.graph import classes, names
 from healpass.graph.context import Context, qualified_name
-from healpass.graph.nodes import evaluate, is_changed, op_name, subgraphs, tensors, user_line, value
-from healpass.graph.promote import _has_unbacked
+from healpass.graph.dtypes import has_unbacked
+from healpass.graph.nodes import (
+    evaluate,
+    is_changed,
+    op_name,
+    subgraphs,
+    tensors,
+    user_line,
+    value,
+)
 
 
 def verify(graph_module: GraphModule, context: Context, after: str, complete: bool) -> None:
@@ -54,7 +62,7 @@ def _can_run(node: Node) -> bool:
     return (
         kind not in ("scope", "higher_order", "foreign", "in_place")
         and bool(results)
-        and not any(_has_unbacked(tensor) for tensor in results)
+        and not any(has_unbacked(tensor) for tensor in results)
     )
 
 

@@ -1,0 +1,180 @@
+"""The house rules that a reader relies on, checked on the source itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*ROOT.glob("healpass/**/*.py"), *ROOT.glob("lowering/**/*.py")])
+
+#: layer -> what its modules may import of healpass. The way of one compile, from bottom to top.
+BELOW = {
+    "errors": set(),
+    "arithmetic": {"errors"},
+    "tensorcore": {"errors", "arithmetic"},
+    "ops": {"errors", "arithmetic", "tensorcore"},
+    "config": {"errors"},
+    "report": {"arithmetic"},
+    "cache_key": set(),
+    "environment": {"errors", "config", "arithmetic"},
+    "graph": {"errors", "arithmetic", "ops", "config", "report"},
+    "lowering": {"errors", "arithmetic", "ops"},
+    "integrations": {"errors", "arithmetic", "ops", "config"},
+    "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
+    "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},
+}
+#: Those on top may import anything.
+TOP = {"__init__", "cli"}
+#: What takes seconds to import, so that `import healpass` must not.
+HEAVY = ("transformers", "torch._inductor", "triton", "torch._dynamo")
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "lowering" if parts[0] == "lowering" else parts[1]
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(module: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def breaks_of_the_arrows(name: str, module: ast.AST) -> set[str]:
+    """What a module of layer `name` imports of healpass and should not."""
+    if name in TOP:
+        return set()
+    inside = {i.split(".")[1] for i in imports(module) if i.startswith("healpass.")}
+    return inside - BELOW[name] - {name}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_what_lies_below_it(path):
+    assert layer(path) in BELOW | dict.fromkeys(TOP), "a new layer: give it its place in BELOW"
+    assert not breaks_of_the_arrows(layer(path), tree(path))
+
+
+def test_a_wrong_arrow_is_found():
+    upward = ast.parse("from healpass.graph.pipeline import rewrite")
+    assert breaks_of_the_arrows("ops", upward) == {"graph"}
+    assert breaks_of_the_arrows("errors", ast.parse("import healpass.config")) == {"config"}
+
+
+def functions(module: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(module) if isinstance(node, kinds)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_fit_their_size(path):
+    assert len(path.read_text().splitlines()) <= 400
+    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions(tree(path))}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
+def forbidden(module: ast.AST) -> list[str]:
+    """Star imports, global statements, edits of the environment, bare or too broad `except`."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            found.append(f"line {node.lineno}: import *")
+        if isinstance(node, ast.Global):
+            found.append(f"line {node.lineno}: global")
+        if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
+            found.append(f"line {node.lineno}: broad except")
+        if _edits_environment(node):
+            found.append(f"line {node.lineno}: edits the environment")
+    return found
+
+
+def _is_broad(kind: ast.expr | None) -> bool:
+    return kind is None or ast.unparse(kind) in ("Exception", "BaseException")
+
+
+def _edits_environment(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        return called in ("os.putenv", "os.unsetenv", "os.environ.update", "os.environ.setdefault",
+                          "os.environ.pop", "os.environ.clear")  # fmt: skip
+    written = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else []
+    return any(ast.unparse(target).startswith("os.environ") for target in written)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_state_is_hidden_and_no_error_swallowed(path):
+    assert forbidden(tree(path)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from torch import *",
+        "def f():\n    global x\n    x = 1",
+        "os.environ['A'] = '1'",
+        "os.environ.setdefault('A', '1')",
+        "del os.environ['A']",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept:\n    pass",
+    ],
+)
+def test_what_is_forbidden_is_found(code):
+    assert forbidden(ast.parse(code))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_and_public_function_says_what_it_is(path):
+    module = tree(path)
+    assert ast.get_docstring(module)
+    public = [
+        f for f in module.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")
+    ]
+    assert [f.name for f in public if not ast.get_docstring(f)] == []
+
+
+LOOK = """
+import sys
+import torch
+before = set(sys.modules)
+import healpass
+new = set(sys.modules) - before
+print([name for name in new if name.startswith({heavy!r})])
+print(sorted(set(healpass.__all__) - set(dir(healpass))))
+"""
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_healpass_is_light_and_gives_every_public_name():
+    assert in_a_fresh_process(LOOK.format(heavy=HEAVY)).split("\n")[:2] == ["[]", "[]"]
+
+
+def test_torch_finds_the_backend_with_no_import_of_healpass():
+    code = (
+        "import sys, torch\n"
+        "assert 'heal' in torch.compiler.list_backends()\n"
+        "assert 'healpass' not in sys.modules\n"
+        "f = torch.compile(lambda x: x + 1, backend='heal', options={'precison': 'heal'})\n"
+        "try:\n    f(torch.ones(1))\n"
+        "except Exception as error:\n    print(str(error))\n"
+    )
+    assert "Did you mean 'precision'" in in_a_fresh_process(code)
