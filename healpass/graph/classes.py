@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
 from healpass.graph import names
-from healpass.graph.nodes import heal_name, is_half, is_parameter, op_name, tensors, value
+from healpass.graph.nodes import heal_name, is_half, is_parameter, op_name, subclass_name, tensors, value
 
 SETITEM = operator.setitem
 
@@ -25,7 +25,7 @@ def classify(node: Node) -> str:
         return "higher_order"
     if heal_name(node) is not None:
         return "arithmetic"
-    if name is None or views_bits(node) or _writes_running_stats(node):
+    if name is None or views_bits(node) or _writes_running_stats(node) or _has_own_format(node):
         return "foreign"
     if destination(node) is not None:
         return "in_place"
@@ -58,6 +58,12 @@ def _writes_running_stats(node: Node) -> bool:
         return False
     statistics = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
     return any(is_half(value(s)) for s in statistics if isinstance(s, Node))
+
+
+def _has_own_format(node: Node) -> bool:
+    """Quantized matmuls and operators of tensor subclasses: their kernels know certain dtypes only."""
+    seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
+    return op_name(node) in names.QUANTIZED or any(subclass_name(tensor) for tensor in seen)
 
 
 # ----------------------------------------------------------------------------------- mutation

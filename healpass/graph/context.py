@@ -15,6 +15,7 @@ from healpass.graph.nodes import (
     is_floating,
     module_path,
     node_inputs,
+    subclass_name,
     tensors,
     user_line,
     value,
@@ -107,19 +108,12 @@ def _why_not_kind(operands: list[Tensor]) -> str | None:
     for operand in operands:
         if torch._C._functorch.is_functorch_wrapped_tensor(operand):
             return "inside a torch.func transform (vmap, grad)"
-        kind = _subclass(operand)
+        kind = subclass_name(operand)
         if kind:
             return f"operand is a {kind}: its own class defines its matmul"
         if operand.layout != torch.strided:
             return f"operand has the layout {str(operand.layout).removeprefix('torch.')}"
     return None
-
-
-def _subclass(operand: Tensor) -> str | None:
-    plain = (torch._subclasses.FakeTensor, Tensor, torch.nn.Parameter)
-    if type(operand) in plain or isinstance(operand, torch._subclasses.FakeTensor):
-        return None
-    return type(operand).__name__
 
 
 def _why_not_device(operands: list[Tensor]) -> str | None:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.graph.context import Context, matmul_bound, why_not
-from healpass.graph.names import MATMULS, OTHER_CONTRACTIONS
+from healpass.graph.names import MATMULS, OTHER_CONTRACTIONS, QUANTIZED
 from healpass.graph.nodes import (
     Builder,
     heal_name,
@@ -40,8 +40,8 @@ def rewrite_matmuls(graph_module: GraphModule, context: Context) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         name = op_name(node)
-        if name in OTHER_CONTRACTIONS and _computes(node):
-            context.keep(node, name, OTHER_CONTRACTIONS[name])
+        if name in QUANTIZED or (name in OTHER_CONTRACTIONS and _computes(node)):
+            context.keep(node, str(name), OTHER_CONTRACTIONS[str(name)])
         elif name in MATMULS:
             count += _rewrite(node, name, graph_module, context)
     return count

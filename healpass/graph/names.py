@@ -17,6 +17,12 @@ COMPOSITES = frozenset(
 
 SDPA = frozenset({"scaled_dot_product_attention"})
 
+#: Products of quantized operands: they run as traced, with the dtypes that they were traced with.
+QUANTIZED = frozenset(
+    "_int_mm _scaled_mm scaled_mm _scaled_grouped_mm scaled_grouped_mm _weight_int8pack_mm "
+    "_weight_int4pack_mm _weight_int4pack_mm_for_cpu _dyn_quant_matmul_4bit".split()
+)
+
 #: Other contractions. No `heal::` operator stands for them: they run as traced, in FP32 by promotion.
 OTHER_CONTRACTIONS = {
     **dict.fromkeys(
@@ -33,10 +39,7 @@ OTHER_CONTRACTIONS = {
         "cholesky_solve linalg_lstsq trapezoid cov corrcoef".split(),
         "its matmuls are inside one torch operator; runs in FP32",
     ),
-    **dict.fromkeys(
-        "_int_mm _scaled_mm scaled_mm _scaled_grouped_mm _weight_int8pack_mm _weight_int4pack_mm".split(),
-        "quantized matmul: its format is the caller's choice",
-    ),
+    **dict.fromkeys(QUANTIZED, "quantized matmul: its format is the caller's choice"),
     "sparse_mm": "sparse matmul",
 }
 

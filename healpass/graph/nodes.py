@@ -48,6 +48,13 @@ def is_half(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dtype in HALF
 
 
+def subclass_name(item: Any) -> str | None:
+    """The class of a tensor that brings its own operators (quantized, nested, sharded), or None."""
+    plain = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    fake = isinstance(item, torch._subclasses.FakeTensor)
+    return None if fake or not isinstance(item, Tensor) or type(item) in plain else type(item).__name__
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples, dicts and slices, in order."""
     found: list[Tensor] = []

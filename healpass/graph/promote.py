@@ -166,8 +166,10 @@ class Promotion:
 
     def refresh(self, node: Node) -> None:
         """Recompute the value of a node if its operands are not those that Dynamo traced."""
-        if all(value(n) is self.traced.get(n) for n in node.all_input_nodes):
-            return
+        if any(value(n) is not self.traced.get(n) for n in node.all_input_nodes):
+            self._recompute(node)
+
+    def _recompute(self, node: Node) -> None:
         set_value(node, retyped(node, value(node), self.context.fake_mode))
         self.changed += 1
 
@@ -307,7 +309,7 @@ class Promotion:
             return
         if heal_name(node) is None:
             self._upcast_operands(node)
-        self.refresh(node)
+        self._recompute(node)  # a dtype argument or autocast may change, and no operand
 
     def _touches_half(self, node: Node) -> bool:
         before = [self.traced.get(n) for n in node.all_input_nodes] + [self.traced[node]]
