@@ -36,8 +36,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 #: Options whose meaning is fixed but whose machinery is not in this version: value -> what it needs.
 UNAVAILABLE: dict[str, str] = {
-    "simulate": "the simulated tensor core",
-    "order": "the simulated tensor core",
     "prepack": "the CUDA templates",
     "autotune": "the CUDA templates",
     "m_invariant": "the CUDA templates",
@@ -63,7 +61,8 @@ class HealConfig:
     mode: Mode | None = None
     """An Inductor mode. It stands here because torch forbids `mode=` beside `options=`."""
     simulate: Generation | None = None
-    """Run matmuls on CPU as the tensor cores of this GPU generation would."""
+    """Run matmuls on CPU as the tensor cores of this GPU generation would; `layercast`, which uses
+    none, runs a chain of FP32 multiply-adds."""
     order: int = 0
     """Seed of another order of summation (the study's stand-in for another GPU)."""
     exact_products: int = 5
@@ -85,6 +84,7 @@ class HealConfig:
         for option in dataclasses.fields(self):
             _check_type(option.name, getattr(self, option.name), option.default)
             _check_choice(option.name, getattr(self, option.name))
+        _check_combinations(self)
         _check_available(self)
 
     @classmethod
@@ -123,8 +123,8 @@ class HealConfig:
 
     @property
     def numerics(self) -> str:
-        """The `numerics` argument of the `heal::` operators."""
-        return self.precision
+        """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
+        return f"{self.precision}:{self.simulate or ''}:{self.order or ''}".rstrip(":")
 
     def key(self) -> str:
         """Canonical JSON of every option: part of the compile caches' keys."""
@@ -152,6 +152,16 @@ def _check_choice(name: str, value: Any) -> None:
         f"{name}={value!r} is not one of {', '.join(map(repr, choices))}."
         + suggestion(str(value), [str(choice) for choice in choices])
     )
+
+
+def _check_combinations(config: HealConfig) -> None:
+    if config.order < 0:
+        raise ConfigError(f"order={config.order}: a seed of 0 or more is needed.")
+    if not config.rewrites and (config.simulate or config.order):
+        raise ConfigError(
+            f"simulate and order need a precision that rewrites matmuls, but precision="
+            f"{config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
+        )
 
 
 def _check_available(config: HealConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.ops.numerics import Numerics
 
 #: A lowering; None as its result asks for the operator's own meaning.
 Lowering = Callable[..., Any]
@@ -36,9 +37,15 @@ def register() -> None:
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
+        # `numerics` is the one text among the arguments; what it simulates or reorders has no kernel.
+        texts = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
         device: torch.device = first.get_device()
-        lowering = lowerings.get(device.type)
+        lowering = lowerings.get(device.type) if all(map(_has_kernel, texts)) else None
         result = None if lowering is None else lowering(first, *args, **kwargs)
         return meaning(first, *args, **kwargs) if result is None else result
 
     return lower
+
+
+def _has_kernel(numerics: str) -> bool:
+    return Numerics.parse(numerics).plain

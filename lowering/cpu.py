@@ -39,8 +39,10 @@ def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
 
 def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
     """`heal::bmm` on CPU: `[B, M, K]` by `[B, K, N]`, FP32 arithmetic."""
-    del numerics
-    return lowerings[aten.bmm.default](_fp32(a), _fp32(b)) if is_ieee("cpu") else None
+    del numerics  # heal and layercast are the same FP32 arithmetic here
+    if not is_ieee("cpu"):
+        return None
+    return lowerings[aten.bmm.default](_fp32(a), _fp32(b))
 
 
 def _row_sums(a: Any, b: Any, rows: int) -> Any:

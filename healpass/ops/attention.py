@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from healpass.ops.matmul import check_operands, library
+from healpass.ops.numerics import Numerics
+from healpass.tensorcore.attention import heal_attention
+from healpass.tensorcore.matmul import Accumulation
 
 
 def _mask_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -80,6 +83,12 @@ def attention(
         `[B, H, L, Ev]` in FP32.
     """
     check_operands("attention", numerics, query, key, value)
+    how = Numerics.parse(numerics)
+    if how.simulate is not None and how.precision == "heal":
+        adders = Accumulation(how.simulate, order=how.order)
+        return heal_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, accumulate=adders
+        )
     heads = key.shape[1]
     weights = _attention_probabilities(query, key, attn_mask, is_causal, scale, numerics)
     result = torch.ops.heal.bmm(_fold(weights, heads), _fold(value, heads), numerics)

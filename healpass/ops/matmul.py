@@ -5,7 +5,8 @@ bits. A gradient comes back in the dtype of its operand, rounded once.
 
 Meaning and bound: every product is FP32 arithmetic on the upcast operands, so for K terms
 `|y - a @ b| <= K * 2^-24 * (|a| @ |b|)` to first order (Higham, section 3.5), for `numerics="heal"`
-(arXiv 2606.21023) and `numerics="layercast"` (arXiv 2506.09501, section 4) alike.
+(arXiv 2606.21023) and `numerics="layercast"` (arXiv 2506.09501, section 4) alike. A `numerics` that
+names a GPU generation adds as its tensor cores would (`ops.numerics`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from healpass.ops.ieee import mm_fp32
+from healpass.ops.numerics import Numerics
 
 #: The dtypes that a `heal::` operator takes.
 OPERAND_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-#: The values of the `numerics` argument.
-NUMERICS = ("heal", "layercast")
 
 library = torch.library.Library("heal", "FRAGMENT")
 
@@ -38,8 +37,7 @@ def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
                 f"heal::{op} got a {operand.dtype} operand; it takes float16, bfloat16 and float32. "
                 "Use torch's own operator for other dtypes."
             )
-    if numerics not in NUMERICS:
-        raise ValueError(f"heal::{op} got numerics={numerics!r}; known: {', '.join(NUMERICS)}.")
+    Numerics.parse(numerics)
 
 
 # ---------------------------------------------------------------------------------------- mm
@@ -49,7 +47,7 @@ def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
 def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     """`a @ b` in FP32: `[M, K]` times `[K, N]` gives `[M, N]`."""
     check_operands("mm", numerics, a, b)
-    return mm_fp32(a, b)
+    return Numerics.parse(numerics).multiply(a, b)
 
 
 @mm.register_fake
@@ -86,7 +84,7 @@ mm.register_autograd(_mm_backward, setup_context=_save_operands)
 def bmm(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     """`a @ b` in FP32 for a batch: `[B, M, K]` times `[B, K, N]` gives `[B, M, N]`."""
     check_operands("bmm", numerics, a, b)
-    return mm_fp32(a, b)
+    return Numerics.parse(numerics).multiply(a, b)
 
 
 @bmm.register_fake
@@ -186,16 +184,17 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -> Te
     What lies past the last offset belongs to no group and is zero.
     """
     check_operands("grouped_mm", numerics, a, b)
+    multiply = Numerics.parse(numerics).multiply
     result = a.new_zeros(_grouped_shape(a, b, offs), dtype=torch.float32)
     start = 0
     for group, end in enumerate(offs.tolist()):
         span = slice(start, end)
         if a.dim() == 2 and b.dim() == 3:
-            result[span] = mm_fp32(a[span], b[group])
+            result[span] = multiply(a[span], b[group])
         elif a.dim() == 2:
-            result[group] = mm_fp32(a[:, span], b[span])
+            result[group] = multiply(a[:, span], b[span])
         else:
-            result[:, span] = mm_fp32(a[group], b[:, span])
+            result[:, span] = multiply(a[group], b[:, span])
         start = end
     return result
 

@@ -1,0 +1,99 @@
+"""The `numerics` argument of the `heal::` operators: which arithmetic, on whose adders, in which order.
+
+A short text, so that it can stand in an operator's schema and in a cache key: `heal`, `layercast`,
+`heal:a100` (as an A100's tensor cores would add), `heal:a100:3` or `heal::3` (in another order of
+summation, seed 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from healpass.ops.ieee import mm_fp32
+from healpass.tensorcore.matmul import Accumulation, heal_matmul
+from healpass.tensorcore.simulate import simulate_matmul
+
+PRECISIONS = ("heal", "layercast")
+GENERATIONS = ("v100", "a100", "h100", "b200")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The parsed argument.
+
+    Attributes:
+        precision: `heal` or `layercast`.
+        simulate: A GPU generation whose additions are imitated, or None for FP32 arithmetic.
+        order: Seed of the order of summation; 0 is the natural one.
+    """
+
+    precision: str
+    simulate: str | None = None
+    order: int = 0
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        text = f"{self.precision}:{self.simulate or ''}:{self.order or ''}"
+        return text.rstrip(":")
+
+    @classmethod
+    def parse(cls, text: str) -> Numerics:
+        """Read the text.
+
+        Raises:
+            ValueError: It is not `precision[:generation[:order]]` with known names.
+        """
+        return _parse(text)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the arithmetic that lowerings implement: nothing simulated or reordered."""
+        return self.simulate is None and self.order == 0
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """`a @ b`, `[..., M, K]` by `[..., K, N]`, in FP32.
+
+        Unsimulated this is FP32 arithmetic on the upcast operands: bound K * 2^-24 * (|a| @ |b|).
+        Simulated `heal` multiplies 16-bit pieces (`tensorcore.matmul`), simulated `layercast` runs
+        a chain of FP32 multiply-adds; `arithmetic.bounds` has their bounds.
+        """
+        if self.simulate is None:
+            return mm_fp32(a, b) if self.order == 0 else _reordered(a, b, self.order)
+        if self.precision == "heal":
+            return heal_matmul(a, b, Accumulation(self.simulate, order=self.order))
+        return _fma_chain(a, b, self.order)
+
+
+@cache
+def _parse(text: str) -> Numerics:
+    precision, simulate, order = (*text.split(":"), "", "")[:3]
+    known = precision in PRECISIONS and simulate in ("", *GENERATIONS)
+    if not known or text.count(":") > 2 or (order and not order.isdecimal()):
+        raise ValueError(
+            f"numerics={text!r} is not one of {', '.join(PRECISIONS)}, with ':' and one of "
+            f"{', '.join(GENERATIONS)} and ':' and a seed behind it if wanted, as 'heal:a100:3'."
+        )
+    return Numerics(precision, simulate or None, int(order or 0))
+
+
+def _reordered(a: Tensor, b: Tensor, seed: int) -> Tensor:
+    """FP32 arithmetic over a permutation of K: same operands, other roundings."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(a.shape[-1], generator=generator).to(a.device)
+    return mm_fp32(a.index_select(-1, order), b.index_select(-2, order))
+
+
+def _fma_chain(a: Tensor, b: Tensor, order: int) -> Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left = a.to(torch.float32).expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
+    right = b.to(torch.float32).expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    result = left.new_empty(left.shape[0], a.shape[-2], b.shape[-1])
+    for index in range(left.shape[0]):
+        result[index] = simulate_matmul(
+            [left[index]], [right[index]], "sgemm", promote_every=None, order=order
+        )
+    return result.reshape(*batch, a.shape[-2], b.shape[-1])
