@@ -1,4 +1,4 @@
-"""What each GPU generation would do to the 210 linear layers of SmolLM2-135M, simulated on CPU.
+"""What each GPU generation would do to SmolLM2-135M's 210 linear layers, on CPU.
 
     python examples/simulated_gpus.py [--tokens 64] [--layers 30]
 
@@ -31,10 +31,11 @@ from healpass.integrations import smollm2
 from healpass.tensorcore import heal_matmul, simulate_matmul
 
 PROMPT = (
-    "The tides are caused by the pull of the moon and of the sun on the water of the oceans. Twice "
-    "a day the water rises and falls along most coasts, because the Earth turns under two bulges: "
-    "one faces the moon, the other lies on the far side. When sun and moon pull along one line, at "
-    "new and at full moon, the difference between high and low water is the largest of the month."
+    "The tides are caused by the pull of the moon and of the sun on the water of the oceans. "
+    "Twice a day the water rises and falls along most coasts, because the Earth turns under two "
+    "bulges: one faces the moon, the other lies on the far side. When sun and moon pull along "
+    "one line, at new and at full moon, the difference between high and low water is the "
+    "largest of the month."
 )
 
 
@@ -113,7 +114,9 @@ def main() -> None:
     console = Console()
     with torch.no_grad():
         layers = capture(arguments.tokens, arguments.layers)
-        table = Table(title=f"{len(layers)} linear layers, {layers[0].activation.shape[0]} tokens")
+        table = Table(
+            title=f"Error of {len(layers)} linear layers, {layers[0].activation.shape[0]} tokens"
+        )
         for heading in (
             "method",
             "median error",
@@ -140,8 +143,8 @@ def main() -> None:
                 f"{sorted(errors)[len(errors) // 2]:.2e}",
                 f"{errors[worst]:.2e}",
                 f"{ratio:.2f}" if ratio else "-",
-                layers[worst].name,
                 f"{seconds:.1f}",
+                layers[worst].name,
             )
     console.print(table)
 

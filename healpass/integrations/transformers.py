@@ -181,12 +181,13 @@ def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
 
     The model stays the object it was (a `PreTrainedModel`, so Trainer, PEFT and evaluation
     harnesses accept it). Where the caller of `generate` passes no cache, `HealCache` takes the
-    place of the one that transformers would have made; a cache that the caller passes is used as
-    it is.
+    place of the one that transformers would have made. Logits are handed out in FP32 (unless
+    `outputs="traced"` is given): rounded to BF16, the best two tokens often tie.
 
     Args:
         model: A `PreTrainedModel`; not the result of `torch.compile`.
-        **config: Fields of `healpass.HealConfig`, as `precision="layercast"`.
+        **config: Fields of `healpass.HealConfig`, as `precision="layercast"`; `outputs` is
+            `"fp32"` by default.
 
     Returns:
         The same model.
@@ -195,6 +196,7 @@ def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
         ConfigError: The model is of another kind, or an option is wrong.
         UnavailableError: An option is not in this version.
     """
+    config = {"outputs": "fp32"} | config
     options = HealConfig.from_options(config, None)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
@@ -221,7 +223,7 @@ def _prepare_cache(
 ) -> None:
     """Let transformers choose the kind of cache, then put an FP32 cache of that kind there."""
     given = model_kwargs.get("past_key_values")
-    _check_given(given, max_cache_length)
+    _check_given(model, given, max_cache_length)
     _disable_auto_compile(generation_config)
     type(model)._prepare_cache_for_generation(
         model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -234,22 +236,27 @@ def _prepare_cache(
         model_kwargs["past_key_values"] = cache
 
 
-def _check_given(cache: Any, length: int) -> None:
-    """Refuse a cache that is too short before any work is done; warn of one that rounds."""
-    if cache is None:
-        return
-    if not isinstance(cache, HealCache):
-        warnings.warn(
-            f"generate was given a {type(cache).__name__}, which rounds keys and values to the "
-            "model's dtype: results may depend on the batch. Leave past_key_values out, or pass "
-            "a HealCache.",
-            stacklevel=4,
-        )
-    elif cache.room is not None and cache.room < length:
+def _check_given(model: Any, cache: Any, length: int) -> None:
+    """Refuse a caller's cache that cannot work, before any work; warn of one that rounds."""
+    if isinstance(cache, HealCache):
+        if cache.room is not None and cache.room < length:
+            raise CacheError(
+                f"HealCache holds {cache.room} tokens, and generate may need {length} (prompt and "
+                f"new tokens). Make it longer, HealCache(config, max_cache_len={length}), or "
+                "generate fewer tokens."
+            )
+    elif isinstance(cache, DynamicCache) and model.dtype.itemsize < 4:
         raise CacheError(
-            f"HealCache holds {cache.room} tokens, and generate may need {length} (prompt and "
-            f"new tokens). Make it longer, HealCache(config, max_cache_len={length}), or "
-            "generate fewer tokens."
+            f"generate was given a {type(cache).__name__}, which keeps {model.dtype} keys and "
+            "values and cannot be mixed with the FP32 ones of a HEAL model. Pass "
+            "HealCache(model.config), or leave past_key_values out."
+        )
+    elif cache is not None and model.dtype.itemsize < 4:
+        warnings.warn(
+            f"generate was given a {type(cache).__name__}, which rounds keys and values to "
+            f"{model.dtype}: results may depend on the batch. Pass HealCache(model.config, "
+            "max_cache_len=...), or leave past_key_values out.",
+            stacklevel=4,
         )
 
 
@@ -347,7 +354,8 @@ def _warn_uncompiled(states: torch.Tensor) -> None:
         "HealCache is filled by a model that is not compiled: its states are rounded to "
         f"{states.dtype} before they arrive. Call heal_model(model), or "
         "model.compile(backend='heal', dynamic=True), first (generate does not compile on CPU "
-        "by itself, and never compiles the prefill).",
+        "by itself, and never compiles the prefill). If it is compiled, torch's recompile limit "
+        "was reached: torch._dynamo.config.recompile_limit.",
         stacklevel=3,
     )
 
