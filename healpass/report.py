@@ -141,6 +141,7 @@ class HealReport:
         )
         if self.nodes:
             yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
+            yield "bound: S = sum |x||w|, A = max |x|, B = max |w|, SA, SB their sums, u = 2^-24"
         if self.boundaries:
             yield _table(
                 "Kernel boundaries that are still 16-bit",

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from healpass.arithmetic.bounds import matmul_bound
 from healpass.config import HealConfig
 from healpass.graph.nodes import (
     Builder,
     is_floating,
+    is_parameter,
     module_path,
     node_inputs,
     subclass_name,
@@ -93,9 +95,19 @@ def describe(tensor: Tensor) -> str:
     return f"{dtype}[{', '.join(map(str, tensor.shape))}]"
 
 
-def matmul_bound(terms: Any) -> str:
-    """Bound of FP32 arithmetic in any order of summation (Higham, section 3.5): K * u * sum."""
-    return f"{terms}·2^-24·Σ|x||w|"
+def bound_of(operator: Node, config: HealConfig) -> str:
+    """The worst-case error of a `heal::` product in one line (`arithmetic.bounds` derives it).
+
+    The left operand counts as FP32, which it is once activations are promoted; so does the right one
+    unless it is a 16-bit parameter.
+    """
+    right = operator.args[1]
+    terms = value(operator.args[0]).shape[-1]
+    if not isinstance(terms, int):
+        return f"{terms} u S"  # a symbolic K: FP32 arithmetic's gamma to first order
+    served = isinstance(right, Node) and is_parameter(right)
+    fmt = _SHORT[value(right).dtype] if served else "fp32"
+    return matmul_bound(config.precision, terms, right=fmt, rule=config.simulate).text
 
 
 def why_not(operands: list[Tensor]) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
-from healpass.graph.context import Context, matmul_bound, why_not
+from healpass.graph.context import Context, bound_of, why_not
 from healpass.graph.names import MATMULS, OTHER_CONTRACTIONS, QUANTIZED
 from healpass.graph.nodes import (
     Builder,
@@ -66,8 +66,8 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     product = RULES[name](builder, **arguments)
     operator = _operator_before(node)
     if operator is not None:
-        terms = value(operator.args[0]).shape[-1]
-        context.rewritten(node, name, heal_name(operator) or "", matmul_bound(terms))
+        bound = bound_of(operator, context.config)
+        context.rewritten(node, name, heal_name(operator) or "", bound)
     result = builder.cast(product, value(node).dtype)
     set_value(result, value(node))  # it takes its place in memory too
     node.replace_all_uses_with(result)
