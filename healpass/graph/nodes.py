@@ -38,6 +38,11 @@ def is_changed(node: Node) -> bool:
     return "heal_changed" in node.meta
 
 
+def mark_checked(node: Node) -> None:
+    """Note that the value of a changed node was found true."""
+    node.meta.pop("heal_changed", None)
+
+
 def is_floating(item: Any) -> bool:
     """Whether `item` is a real floating-point tensor."""
     return isinstance(item, Tensor) and item.is_floating_point()

@@ -307,8 +307,9 @@ class Promotion:
     def _arithmetic(self, node: Node) -> None:
         if not self._touches_half(node):
             return
-        if heal_name(node) is None:
-            self._upcast_operands(node)
+        if heal_name(node) is not None:
+            return  # takes any mixture of dtypes and gives FP32
+        self._upcast_operands(node)
         self._recompute(node)  # a dtype argument or autocast may change, and no operand
 
     def _touches_half(self, node: Node) -> bool:

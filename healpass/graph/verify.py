@@ -19,6 +19,7 @@ from healpass.graph.dtypes import has_unbacked
 from healpass.graph.nodes import (
     evaluate,
     is_changed,
+    mark_checked,
     op_name,
     subgraphs,
     tensors,
@@ -47,6 +48,7 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
             raise _error(node, after, f"{op_name(node)} was neither rewritten nor listed as kept")
         if is_changed(node) and _can_run(node):
             _check_value(node, after, context)
+            mark_checked(node)
     for _, body in subgraphs(graph_module):
         verify(body, context, after, complete)
 
