@@ -57,7 +57,8 @@ class HealConfig:
     kv: KVFormat | None = None
     """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32."""
     outputs: Outputs = "traced"
-    """`traced` keeps the dtype the caller expects; `fp32` hands FP32 logits out."""
+    """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses: what
+    nothing else in the graph reads) out in FP32. After a graph break the code in between gets FP32."""
     mode: Mode | None = None
     """An Inductor mode. It stands here because torch forbids `mode=` beside `options=`."""
     simulate: Generation | None = None

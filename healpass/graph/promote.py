@@ -335,13 +335,20 @@ class Promotion:
     # -------------------------------------------------------------------------------- border
 
     def _output(self, node: Node) -> None:
-        wide = self.border == "model" and self.context.config.outputs == "fp32"
-        if wide or self.border == "promoted":
+        """Give results back the dtypes that were traced.
+
+        With `outputs="fp32"` final results, those that nothing else in the graph reads, stay FP32. What
+        is read as well is state for the next step, as the keys and values of a caller's cache.
+        """
+        if self.border == "promoted":
             return
+        wide = self.border == "model" and self.context.config.outputs == "fp32"
 
         def restore(argument: Node) -> Node:
             traced, now = self.traced.get(argument), value(argument)
             if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+                return argument
+            if wide and len(argument.users) == 1:
                 return argument
             narrow = self.cast(argument, traced.dtype, node)
             self.context.boundary(
