@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 #: Version of the JSON layout; grows when a field changes its meaning or goes away.
@@ -136,7 +137,7 @@ class HealReport:
     def _tables(self) -> Iterator[Any]:
         rewritten = len(self.nodes) - len(self.kept)
         yield (
-            f"precision={self.config['precision']}: {rewritten} of {len(self.nodes)} matmul and SDPA "
+            f"precision={_plain(self.config['precision'])}: {rewritten} of {len(self.nodes)} matmul and SDPA "
             f"nodes rewritten in {len(self.graphs)} graph(s)"
         )
         if self.nodes:
@@ -152,7 +153,7 @@ class HealReport:
                 ],
             )
         for reason in self.breaks:
-            yield f"graph break: {reason}"
+            yield f"graph break: {_plain(reason)}"
 
     def _repr_html_(self) -> str:
         """Tables for a notebook; every text is escaped."""
@@ -197,5 +198,10 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*map(_plain, row))
     return table
+
+
+def _plain(text: str) -> str:
+    """Text that is neither markup nor a command to the terminal: names come from other people's code."""
+    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
