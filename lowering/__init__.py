@@ -37,7 +37,7 @@ def register() -> None:
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
-        # `numerics` is the one text among the arguments; what it simulates or reorders has no kernel.
+        # `numerics` is the one text among the arguments; what it simulates has no kernel.
         texts = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
         device: torch.device = first.get_device()
         lowering = lowerings.get(device.type) if all(map(_has_kernel, texts)) else None

@@ -34,10 +34,11 @@ DECODE_ROWS = 16
 MOST_CHUNKS, FEWEST_TILES = 8, 4
 #: Numerics: pieces of an operand in the decode family (8 significant bits each).
 BF16_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-#: Tuning: an operand that this many columns (rows) of the result share is cut in registers.
+#: Tuning: up to here B is read by few tiles of rows and cut in registers, and A with it if few
+#: tiles of columns read it. (A cut A beside a whole B: ptxas serialises wgmma, Triton 3.6.)
 FEW_COLUMNS, FEW_ROWS = 256, 128
-#: Tuning: depth of a K tile in FP32; one chain runs through all of them.
-LAYERCAST_BLOCK_K = 8
+#: Tuning: depth of a K tile in FP32 (one chain runs through all); Triton 3.6 takes no less.
+LAYERCAST_BLOCK_K = 16
 #: The oldest architecture with BF16 tensor cores.
 LOWEST_CAPABILITY = 80
 
@@ -208,7 +209,7 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
         "BLOCK_K": BLOCK_K,
     }
     planes = (a.planes, b.planes)
-    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut_a=a.cut)
+    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut)
     return _select(family(problem), a.nodes + b.nodes, problem.layout(), knobs, tiles)
 
 
@@ -217,8 +218,8 @@ def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
     if problem.dtypes == (torch.bfloat16, torch.bfloat16):
         return as_stored(problem.a), as_stored(problem.b)
     rows, columns = problem.hints
-    a = as_pieces(problem.a, axis=-1, cut=columns <= FEW_COLUMNS)
     b = as_pieces(problem.b, axis=-2, cut=rows <= FEW_ROWS)
+    a = as_pieces(problem.a, axis=-1, cut=b.cut and columns <= FEW_COLUMNS)
     return a, b
 
 

@@ -31,7 +31,7 @@ class Tile:
 
 
 def gemm_tiles(
-    capability: int, m: int, n: int, planes: tuple[int, int], block_k: int, *, cut_a: bool
+    capability: int, m: int, n: int, planes: tuple[int, int], block_k: int, *, cut: bool
 ) -> list[Tile]:
     """Tiles of the tensor-core kernel for about `m` x `n` outputs, best guess first.
 
@@ -42,14 +42,18 @@ def gemm_tiles(
         planes: 16-bit tiles of A and of B that one K tile needs (an operand cut in registers
             counts its stored width).
         block_k: Depth of a K tile.
-        cut_a: A is cut into pieces in registers.
+        cut: Operands are cut into pieces in registers.
     """
-    # mma.sync and an A that is cut in registers leave fewer registers: larger tiles spill there.
-    narrow = [Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)]
-    wide = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3)]
-    tiles = narrow if capability < 90 or cut_a else wide
-    small = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
-    return [_fit(tile, capability, planes, block_k) for tile in small or tiles[-1:]]
+    small = [Tile(64, 64, 4, 3)]
+    if capability >= 100:  # Triton 3.6 spills with 128 x 128, Triton 3.9 with a third stage
+        tiles = [Tile(128, 64, 8, 2), *small]
+    elif capability >= 90 and not cut:
+        tiles = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), *small]
+    else:  # mma.sync, and operands cut in registers: larger tiles spill
+        tiles = [Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)]
+    # No tile larger than the result, but for the smallest.
+    whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
+    return [_fit(tile, capability, planes, block_k) for tile in whole]
 
 
 def _fit(tile: Tile, capability: int, planes: tuple[int, int], block_k: int) -> Tile:

@@ -8,6 +8,7 @@ Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
+* a call of a device function leaves `triton.language` patched for good: it is patched once, here;
 * Inductor's `max2` goes element by element through Python: NumPy's maximum has the same meaning.
 
 `run` executes a whole wrapper of Inductor: its kernels in the order of its calls, on buffers full
@@ -123,7 +124,11 @@ def _corrected() -> Iterator[None]:
         "create_masked_load": _load_where,
         "create_masked_store": _store_where,
     }
+    names = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    kept = types.SimpleNamespace(restore=always(None))
     with contextlib.ExitStack() as stack:
+        stack.callback(interpreter._patch_lang(names).restore)
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang", always(kept)))
         # NumPy warns of NaN and overflow in elements that a kernel masks off.
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(mock.patch.multiple(_Builder, **changes))

@@ -40,9 +40,7 @@ def test_every_template_passes_its_own_check():
 
 @pytest.mark.parametrize("numerics", ["heal", "layercast"])
 @pytest.mark.parametrize("right", [BF16, FP16, FP32])
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 576, 576), (13, 70, 333), (77, 130, 65), (300, 129, 1000)]
-)
+@pytest.mark.parametrize("shape", [(1, 576, 576), (13, 70, 333), (77, 130, 65), (300, 129, 1000)])
 def test_products_are_within_their_bound(shape, right, numerics):
     m, n, k = shape
     a, b = values(m, k), values(n, k, dtype=right, seed=1).t()
@@ -73,7 +71,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(counts, numerics):
 
 @pytest.mark.parametrize("right", [BF16, FP32])
 def test_every_tile_gives_the_same_bits(right, monkeypatch):
-    """With BLOCK_M = 32 the compiler takes mma.sync, with 64 and more wgmma: the same bits, too."""
+    """With BLOCK_M = 32 the compiler takes mma.sync, from 64 on wgmma: the same bits, too."""
     a, b = values(200, 576), values(300, 576, dtype=right, seed=1).t()
     tiles = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)]
     results = {}

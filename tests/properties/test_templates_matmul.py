@@ -58,16 +58,17 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, exponent: int)
     return scaled.clamp(-limit, limit).to(dtype)
 
 
-def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str) -> None:
+def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str) -> float:
+    """Check every element; the largest observed / bound."""
     exact = a.double() @ b.double()
     bound = template_bound(a, b, numerics)
     # Where FP32 itself may overflow on the way, only the sign of the result is left to compare.
     safe = (a.double().abs() @ b.double().abs()) + bound < LARGEST
     ratio = torch.where(safe, (result.double() - exact).abs() / bound.clamp_min(2.0**-300), 0.0)
     worst = ratio.max().item() if ratio.numel() else 0.0
-    target(worst, label="observed / bound")
     assert not torch.isnan(result[safe]).any(), "NaN where the exact result is finite"
     assert worst <= 1, f"observed / bound = {worst:.3f}"
+    return worst
 
 
 capabilities = st.sampled_from([80, 90, 100])
@@ -104,14 +105,16 @@ sides = st.builds(Side, st.sampled_from(DTYPES), layouts, exponents, st.integers
 @given(shapes(), sides, sides, st.sampled_from(["heal", "heal", "layercast"]), capabilities)
 def test_every_product_is_within_its_bound(shape, left, right, numerics, capability):
     a, b = left.tensor(*shape[0]), right.tensor(*shape[1])
-    assert_within_bound(a, b, multiply(a, b, numerics, capability), numerics)
+    worst = assert_within_bound(a, b, multiply(a, b, numerics, capability), numerics)
+    target(worst, label="observed / bound")
 
 
 @settings(max_examples=15)
 @given(shapes(st.integers(1, 16)), sides, sides, st.sampled_from(["heal", "layercast"]))
 def test_decode_is_within_its_bound(shape, left, right, numerics):
     a, b = left.tensor(*shape[0]), right.tensor(*shape[1])
-    assert_within_bound(a, b, multiply(a, b, numerics), numerics)
+    worst = assert_within_bound(a, b, multiply(a, b, numerics), numerics)
+    target(worst, label="observed / bound")
 
 
 @pytest.mark.parametrize("m", [1, 20])
@@ -128,6 +131,28 @@ def test_empty_products_are_zero(shape):
     m, n, k = shape
     result = multiply(torch.ones(m, k), torch.ones(k, n, dtype=torch.bfloat16))
     assert torch.equal(result, torch.zeros(m, n))
+
+
+@pytest.mark.parametrize("m", [4, 20])
+def test_expanded_operands_are_read_as_they_are(m):
+    row, column = values((1, 70), torch.float32, 10, 0), values((70, 1), torch.bfloat16, 11, 0)
+    a, b = row.expand(m, 70), column.expand(70, 33)
+    assert_within_bound(a, b, multiply(a, b), "heal")
+
+
+def test_an_expanded_batch_is_read_as_it_is():
+    a, b = values((3, 20, 70), torch.float32, 12, 0), values((1, 70, 33), torch.bfloat16, 13, 0)
+    assert_within_bound(a, b.expand(3, 70, 33), multiply(a, b.expand(3, 70, 33)), "heal")
+
+
+def test_symbolic_rows_are_within_their_bound():
+    a, b = values((40, 70), torch.float32, 14, 0), values((70, 33), torch.bfloat16, 15, 0)
+    source = generated_source(
+        lambda x, y: (torch.ops.heal.mm(x, y, "heal"),), [a, b], dynamic=True
+    )
+    for rows in (40, 17, 33):
+        (result,) = interpreter.run(source, rows, a[:rows], b)
+        assert torch.equal(result, multiply(a[:rows], b))
 
 
 SPECIAL = (0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan, 2.0**100, 2.0**-140)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
-from tests.fake_cuda import Kernel
-from tests.sass import CASES, Report, compiled
+from tests import interpreter
+from tests.fake_cuda import Kernel, generated_source, kernels
+from tests.sass import CASES, Case, Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
 #: Dots in the code of a case: those of a K tile of 64, and the one of the loop for NaN results.
@@ -96,3 +98,11 @@ def test_a_tile_that_is_too_large_is_seen_to_spill():
 @pytest.mark.parametrize("title", sorted(BY_TITLE))
 def test_every_case_is_clean(title, capability):
     assert_clean(report(title, capability))
+
+
+def test_the_interpreter_leaves_triton_able_to_compile():
+    case = Case("small", 20, 40, 64)
+    source = generated_source(case, case.tensors())
+    interpreter.run(source, torch.ones(20, 64), torch.ones(40, 64, dtype=torch.bfloat16))
+    (kernel,) = (kernel for kernel in kernels(source) if kernel.is_template)
+    assert compiled(kernel, 90).mma

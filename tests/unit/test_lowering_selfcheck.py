@@ -33,12 +33,23 @@ def test_one_wrong_template_is_named(template):
 
     def wrong(a, b, numerics):
         result = exact(a, b, numerics)
-        same = a.shape[-2:] == (wanted.rows, 328) and (a.dtype, b.dtype) == (wanted.a, wanted.b)
+        same = a.shape[-2:] == (wanted.rows, wanted.terms)
+        same = same and (a.dtype, b.dtype) == (wanted.a, wanted.b)
         if same and numerics == wanted.numerics and (a.dim() == 3) == ("batched" in template):
             result.view(-1)[0] *= 1.001
         return result
 
     assert template in selfcheck.examine(wrong)
+
+
+def to_tf32(x):
+    """Round to 11 significant bits, the best that TF32 can do."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_tf32_is_noticed_in_every_template():
+    wrong = selfcheck.examine(lambda a, b, n: exact(to_tf32(a), to_tf32(b), n))
+    assert set(wrong) == set(kernels.GRIDS)
 
 
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf, 0.0])
