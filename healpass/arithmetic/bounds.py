@@ -28,7 +28,7 @@ import functools
 from dataclasses import dataclass
 
 import sympy
-from sympy import Expr, Integer, Rational, Symbol
+from sympy import Expr, Integer, Rational
 
 from healpass.arithmetic.symbols import (
     LAMBDA,
@@ -111,6 +111,7 @@ def matmul_bound(
     promote_every: int | None = 64,
     tile_k: int = 64,
     split_k: int = 1,
+    headroom: int = 0,
 ) -> Bound:
     """Forward error of one element of `heal::mm` with `k` terms.
 
@@ -126,6 +127,9 @@ def matmul_bound(
         promote_every: K between promotions to an FP32 register; None for one chain.
         tile_k: K of a tile: all low products of a tile come before its high ones.
         split_k: Parts of K summed apart.
+        headroom: Bits that row and channel scales leave unused: 0 for `pieces`, 1 for a kernel
+            that
+            maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
 
     Raises:
         ValueError: The precision or the rule has no bound here.
@@ -141,7 +145,7 @@ def matmul_bound(
         )
     chain = min(k, promote_every) if promote_every else k
     problem = _Problem(k, chain, -(-k // max(chain, 1)), split_k, chain <= tile_k)
-    return _heal_bound(problem, *_sides(left, right), HARDWARE[rule], rule)
+    return _heal_bound(problem, *_sides(left, right, headroom), HARDWARE[rule], rule)
 
 
 @dataclass(frozen=True)
@@ -178,16 +182,17 @@ def _rounded_bound(inner: Bound, fmt: str) -> Bound:
     return Bound(f"{inner.name}, {fmt} result", (*inner.terms, last), probabilistic)
 
 
-def _sides(left: str, right: str) -> tuple[_Side, _Side]:
+def _sides(left: str, right: str, headroom: int) -> tuple[_Side, _Side]:
     if left == right != "fp32":
         alpha = Rational(1, 2**126) if left == "bf16" else Rational(1, 2**14)
         native = _Side(Integer(0), Integer(0), alpha, 1)
         return native, native
-    return _scaled_side(left, A), _scaled_side(right, B)
+    lost = LOST * 2**headroom
+    return _scaled_side(left, lost * A), _scaled_side(right, lost * B)
 
 
-def _scaled_side(fmt: str, largest: Symbol) -> _Side:
-    lost = LOST * largest + FLOOR
+def _scaled_side(fmt: str, lost: Expr) -> _Side:
+    lost = lost + FLOOR
     split = fmt == "fp32"
     return _Side(2 * U if split else Integer(0), lost, 2**11 * lost, 2 if split else 1)
 
