@@ -100,6 +100,7 @@ def _copy_weights(source: nn.Module, targets: tuple[nn.Module, ...]) -> None:
                 ours.copy_(theirs)
 
 
+@torch.enable_grad()
 def _run(family: Family, model: nn.Module, dtype: torch.dtype, call: Call) -> list[torch.Tensor]:
     """Logits, then the gradients of all parameters, for one upstream gradient."""
     model.zero_grad()
