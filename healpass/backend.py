@@ -6,6 +6,7 @@ to be imported by the user. May import everything below it; loads `lowering` whe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,10 +93,13 @@ def check_torch(version: str) -> None:
 
 
 def _reset() -> None:
-    """What `torch._dynamo.reset()` calls: drop captured CUDA graphs."""
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+    """What `torch._dynamo.reset()` calls: drop captured CUDA graphs.
 
-    reset_cudagraph_trees()
+    It must not import: `reset` is walking a dict of backends that the import would add to.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
 
 
 heal_backend.reset = _reset  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
-from healpass.graph.context import Context, why_not
+from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import SDPA
 from healpass.graph.nodes import op_name, set_value, tensors, value
 
@@ -32,7 +32,8 @@ def rewrite_attention(graph_module: GraphModule, context: Context) -> int:
 def _rewrite(node: Node, graph_module: GraphModule, context: Context) -> bool:
     arguments: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
     states = tensors([value(arguments[name]) for name in ("query", "key", "value")])
-    reason = why_not(states) or _why_not_mask(value(arguments.get("attn_mask")))
+    reason = why_not(states) or why_not_here(node)
+    reason = reason or _why_not_mask(value(arguments.get("attn_mask")))
     if reason:
         context.keep(node, "scaled_dot_product_attention", reason)
         return False

@@ -61,9 +61,9 @@ def _writes_running_stats(node: Node) -> bool:
 
 
 def _has_own_format(node: Node) -> bool:
-    """Quantized matmuls and operators of tensor subclasses: their kernels know certain dtypes only."""
+    """Quantized matmuls, tangents, operators of tensor subclasses: they know certain dtypes only."""
     seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
-    return op_name(node) in names.QUANTIZED or any(subclass_name(tensor) for tensor in seen)
+    return op_name(node) in names.QUANTIZED | names.DUALS or any(subclass_name(tensor) for tensor in seen)
 
 
 # ----------------------------------------------------------------------------------- mutation

@@ -116,6 +116,14 @@ def why_not(operands: list[Tensor]) -> str | None:
     return next((reason for check in checks if (reason := check(operands))), None)
 
 
+def why_not_here(node: Node) -> str | None:
+    """Why nothing in the graph of a node becomes a `heal::` operator; None if it can."""
+    forward_mode = torch._functorch.predispatch._enter_dual_level
+    if node.graph.find_nodes(op="call_function", target=forward_mode):
+        return "forward-mode differentiation in this graph: heal operators carry no tangents"
+    return None
+
+
 def _why_not_kind(operands: list[Tensor]) -> str | None:
     for operand in operands:
         if torch._C._functorch.is_functorch_wrapped_tensor(operand):

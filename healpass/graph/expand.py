@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from healpass.graph.context import Context, why_not
+from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import COMPOSITES
 from healpass.graph.nodes import evaluate, node_inputs, op_name, set_value, value
 
@@ -41,6 +41,7 @@ def expand_composites(graph_module: GraphModule, context: Context) -> int:
             continue
         operands = [value(n) for n in node_inputs(node) if isinstance(value(n), Tensor)]
         reason = why_not([operand for operand in operands if operand.dtype != torch.bool])
+        reason = reason or why_not_here(node)
         if reason:
             context.keep(node, name, reason)
         else:

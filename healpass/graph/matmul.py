@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
-from healpass.graph.context import Context, bound_of, why_not
+from healpass.graph.context import Context, bound_of, why_not, why_not_here
 from healpass.graph.names import MATMULS, OTHER_CONTRACTIONS, QUANTIZED
 from healpass.graph.nodes import (
     Builder,
@@ -55,7 +55,7 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     operands = [value(n) for n in node_inputs(node) if isinstance(value(n), torch.Tensor)]
     if name in ("_grouped_mm", "grouped_mm"):
         operands = [operand for operand in operands if operand.dtype != torch.int32]
-    reason = why_not(operands) or _why_not_form(node)
+    reason = why_not(operands) or why_not_here(node) or _why_not_form(node)
     if reason:
         context.keep(node, name, reason)
         return False

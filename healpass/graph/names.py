@@ -84,10 +84,14 @@ FACTORIES = frozenset(
     "new_tensor empty_strided new_empty_strided as_tensor asarray".split()
 )
 
+#: Make and open pairs of a value and its tangent; the two must keep one dtype.
+DUALS = frozenset({"_make_dual", "make_dual", "_unpack_dual", "unpack_dual"})
+
 #: Bookkeeping of functorch and autocast around the operators: never executed by a pass.
 SCOPES = frozenset(
     "_vmap_increment_nesting _vmap_decrement_nesting lazy_load_decompositions _enter_autocast "
     "_exit_autocast _set_grad_enabled _enter_inference_mode _exit_inference_mode "
+    "_enter_dual_level _exit_dual_level "
     "_saved_tensors_hooks_disable _saved_tensors_hooks_enable".split()
 )
 

@@ -176,5 +176,6 @@ def test_torch_finds_the_backend_with_no_import_of_healpass():
         "f = torch.compile(lambda x: x + 1, backend='heal', options={'precison': 'heal'})\n"
         "try:\n    f(torch.ones(1))\n"
         "except Exception as error:\n    print(str(error))\n"
+        "torch._dynamo.reset()  # must work after a compile that never reached Inductor\n"
     )
     assert "Did you mean 'precision'" in in_a_fresh_process(code)

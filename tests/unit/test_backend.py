@@ -225,7 +225,8 @@ def hits(options):
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     torch.compile(model, backend="heal", options=options)(torch.ones(3, 8, dtype=torch.bfloat16))
-    return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    aot, inductor = counters["aot_autograd"], counters["inductor"]
+    return aot["autograd_cache_hit"] + inductor["fxgraph_cache_hit"]
 """
 
 
