@@ -124,6 +124,21 @@ def test_empty_and_single_products_have_bounds(k):
     assert bound.evaluate(**magnitudes) is not None
 
 
+def test_headroom_doubles_what_a_tiny_element_loses():
+    """A row scale that maps the maximum to [2^14, 2^15) needs the bound of one bit of headroom."""
+    a, b = torch.tensor([[1.0, 2.0**-39 * (1 - 2.0**-13)]]), torch.tensor([[0.0], [1.0]])
+    scaled = a * 2.0**14
+    high = scaled.half()
+    low = (scaled - high.float()).half()
+    value = (high.double() + low.double()) / 2.0**14
+    error = (value @ b.double() - a.double() @ b.double()).abs()
+    normwise = {"S": 0.0, "B": 0.0, "SA": 0.0, "A": a.max().item(), "SB": 1.0}
+    bounds = [matmul_bound("heal", 2, rule="h100", headroom=bits) for bits in (0, 1)]
+    tight, loose = (bound.evaluate(**normwise) for bound in bounds)
+    assert tight < error < loose
+    assert 1.9 < loose / tight < 2.1
+
+
 def test_what_has_no_bound_is_refused():
     with pytest.raises(ValueError, match="no error bound for precision='exact'"):
         matmul_bound("exact", 64)
