@@ -1,0 +1,77 @@
+"""SmolLM2-135M-Instruct itself: its checkpoint, and greedy text under HEAL and in FP32."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from healpass.integrations import smollm2
+from healpass.integrations.transformers import heal_model
+
+pytestmark = pytest.mark.model
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "generate_reproducibly.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("generate_reproducibly", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cut(model, layers):
+    """The first layers of the model; their text is poor, their arithmetic real."""
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    return model
+
+
+def answers(model, tokenizer, texts, new_tokens, **arguments):
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    tokens = model.generate(**batch, do_sample=False, max_new_tokens=new_tokens, **arguments)
+    return tokens[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_the_checkpoint_is_bf16_and_its_rotary_frequencies_are_not_rounded():
+    narrow, tokenizer = smollm2.load(torch.bfloat16)
+    wide, _ = smollm2.load(torch.float32)
+    for name, value in narrow.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value.float(), wide.state_dict()[name])
+    assert narrow.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(narrow.model.rotary_emb.inv_freq, wide.model.rotary_emb.inv_freq)
+    assert tokenizer.padding_side == "left"
+    assert len(narrow.model.layers) == 30
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_two_layers_give_the_fp32_models_text_in_a_padded_batch(demo, cache):
+    narrow, tokenizer = smollm2.load(torch.bfloat16)
+    wide, _ = smollm2.load(torch.float32)
+    texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
+    expected = answers(cut(wide, 2), tokenizer, texts, 16)
+    healed = heal_model(cut(narrow, 2))
+    found = answers(healed, tokenizer, texts, 16, cache_implementation=cache)
+    assert found == expected
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_whole_model_gives_the_fp32_models_text(demo, cache):
+    narrow, tokenizer = smollm2.load(torch.bfloat16)
+    wide, _ = smollm2.load(torch.float32)
+    texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
+    expected = answers(wide, tokenizer, texts, 48)
+    found = answers(heal_model(narrow), tokenizer, texts, 48, cache_implementation=cache)
+    assert found == expected
+
+
+def test_plain_bf16_does_not_give_it(demo):
+    """The inverse: without HEAL, the same comparison fails."""
+    narrow, tokenizer = smollm2.load(torch.bfloat16)
+    wide, _ = smollm2.load(torch.float32)
+    texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS[:8]]
+    assert answers(narrow, tokenizer, texts, 24) != answers(wide, tokenizer, texts, 24)
