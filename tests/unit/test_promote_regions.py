@@ -246,6 +246,17 @@ def test_autocast_regions_nest():
     same_bits(function, (X.float(), nn.Parameter(W.float())))
 
 
+def test_a_result_narrowed_by_its_operator_alone_keeps_the_callers_dtype():
+    """No operand is 16-bit: a dtype argument or autocast is all that rounds."""
+
+    def function(x, kernel):
+        with torch.autocast("cpu", dtype=BF16):
+            narrow = F.conv1d(x[None], kernel)
+        return x.sum(dtype=BF16), torch.cumsum(x, 0, dtype=BF16), narrow
+
+    same_bits(function, (X.float(), W.float()[:, :, None]))
+
+
 # --------------------------------------------------------------------------------- gradients
 
 
