@@ -169,7 +169,7 @@ def on_gpu(index: int, *, fresh: bool = True) -> Multiply:
     lowering.register()
 
     # Inductor's cache knows neither our sources nor a tile that a test has changed.
-    options = {"force_disable_caches": True}
+    options = {"fx_graph_cache": False}
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     def product(a: Tensor, b: Tensor, numerics: str) -> Tensor:

@@ -9,9 +9,10 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests import interpreter
-from tests.fake_cuda import Kernel, generated_source, kernels
+from tests.fake_cuda import Device, Kernel, generated_source, kernels
 from tests.sass import CASES, Case, Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
@@ -106,3 +107,22 @@ def test_the_interpreter_leaves_triton_able_to_compile():
     interpreter.run(source, torch.ones(20, 64), torch.ones(40, 64, dtype=torch.bfloat16))
     (kernel,) = (kernel for kernel in kernels(source) if kernel.is_template)
     assert compiled(kernel, 90).mma
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_a_fused_epilogue_does_not_spill(capability):
+    """Bias, GELU and a residual need registers beside the accumulator of the product."""
+
+    def layer(x, weight, bias, residual):
+        return (F.gelu(torch.ops.heal.linear(x, weight, bias, "heal")) + residual,)
+
+    shapes = ((2048, 4096), (4096, 4096), (4096,), (2048, 4096))
+    dtypes = (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
+    tensors = [
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    found = kernels(generated_source(layer, tensors, Device(capability)))
+    facts = compiled(found[-1], capability)
+    assert facts.spills == 0
+    assert facts.mma
