@@ -23,7 +23,11 @@ def retyped(node: Node, before: Any, fake_mode: Any) -> Any:
     if not any(has_unbacked(tensor) for tensor in tensors([before])):
         return evaluate(node, fake_mode)
     with fake_mode:
-        return map_aggregate(before, lambda leaf: leaf.to(FP32) if is_half(leaf) else leaf)
+        return map_aggregate(before, _widened)
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.to(FP32) if is_half(leaf) else leaf
 
 
 def has_unbacked(tensor: Tensor) -> bool:
