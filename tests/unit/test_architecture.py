@@ -173,7 +173,7 @@ def test_torch_finds_the_backend_with_no_import_of_healpass():
         "import sys, torch\n"
         "assert 'heal' in torch.compiler.list_backends()\n"
         "assert 'healpass' not in sys.modules\n"
-        "f = torch.compile(lambda x: x + 1, backend='heal', options={'precisionn': 'heal'})\n"
+        "f = torch.compile(lambda x: x + 1, backend='heal', options={'precizion': 'heal'})\n"
         "try:\n    f(torch.ones(1))\n"
         "except Exception as error:\n    print(str(error))\n"
         "torch._dynamo.reset()  # must work after a compile that never reached Inductor\n"

@@ -31,7 +31,7 @@ def reason_of(options, mode=None):
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"precisionn": "heal"}, ConfigError, "Did you mean 'precision'?"),
+        ({"precizion": "heal"}, ConfigError, "Did you mean 'precision'?"),
         ({"precision": "hael"}, ConfigError, "Did you mean 'heal'?"),
         ({"strict": "yes"}, ConfigError, "True or False is needed"),
         ({"max_autotune": True}, ConfigError, "Inductor's own options are not accepted"),
@@ -58,7 +58,7 @@ def test_torch_itself_refuses_mode_beside_options():
 
 def test_the_second_door_is_as_strict():
     with pytest.raises(ConfigError, match="Did you mean 'precision'"):
-        inductor_options(precisionn="heal")
+        inductor_options(precizion="heal")
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "2.16.0", "2.16.0rc1+cu130", "1.13.1", "3.0.0"])
