@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct itself: its checkpoint, and greedy text under HEAL and in FP32."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "generate_reproducibly.py"
 def demo():
     spec = importlib.util.spec_from_file_location("generate_reproducibly", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

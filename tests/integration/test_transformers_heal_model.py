@@ -173,7 +173,7 @@ def test_wrong_use_says_what_to_do(llama):
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
         heal_model(torch.compile(llama))
     with pytest.raises(ConfigError, match="Did you mean 'precision'"):
-        heal_model(llama, precison="heal")
+        heal_model(llama, precisions="heal")
     with pytest.raises(UnavailableError, match="int16"):
         heal_model(llama, kv="int16")
     assert llama._compiled_call_impl is None
