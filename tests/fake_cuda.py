@@ -198,7 +198,7 @@ def generated_source(
 
     lowering.register()
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None, allow_non_fake_inputs=True)
-    settings = {"compile_threads": 1, "force_disable_caches": True, **patches}
+    settings = {"compile_threads": 1, "fx_graph_cache": False, **patches}
     with fake_cuda(device), _capture(), config.patch(settings), mode:
         inputs: list[Any] = _fake_inputs(mode, tensors, dynamic)
         decompositions = importlib.import_module(
