@@ -1,6 +1,7 @@
-"""healpass: `torch.compile(model, backend="heal")` gives the same answer on every GPU and batch size.
+"""healpass: `torch.compile(model, backend="heal")` gives the same answer everywhere.
 
-The public names. Importing this costs nothing beyond torch; the backend itself needs no import at all.
+The public names. Importing this costs nothing beyond torch; the backend itself needs no import at
+all.
 """
 
 from healpass.config import HealConfig

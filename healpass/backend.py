@@ -1,7 +1,8 @@
 """The first file to read: options -> HealConfig -> passes -> Inductor.
 
-`torch.compile(model, backend="heal")` finds `heal_backend` by its entry point; nothing of healpass needs
-to be imported by the user. May import everything below it; loads `lowering` when a graph is compiled.
+`torch.compile(model, backend="heal")` finds `heal_backend` by its entry point; nothing of healpass
+needs to be imported by the user. May import everything below it; loads `lowering` when a graph is
+compiled.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def heal_backend(
     return _inductor(graph_module, example_inputs, config)
 
 
-def _inductor(graph_module: GraphModule, inputs: list[Any], config: HealConfig) -> Callable[..., Any]:
+def _inductor(
+    graph_module: GraphModule, inputs: list[Any], config: HealConfig
+) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     from healpass import lowering
@@ -61,7 +64,7 @@ def _inductor(graph_module: GraphModule, inputs: list[Any], config: HealConfig) 
 
 
 def inductor_patches(config: HealConfig) -> dict[str, Any]:
-    """Inductor settings of one compile: the mode, the cache key, and nothing that reorders sums."""
+    """Inductor settings of one compile: mode, cache key, and nothing that reorders sums."""
     from torch._inductor import config as inductor
     from torch._inductor import list_mode_options
 
@@ -87,7 +90,8 @@ def check_torch(version: str) -> None:
     if not low <= release < high:
         newest = f"{high[0]}.{high[1] - 1}"
         raise UnsupportedTorchError(
-            f"torch {version} is not supported: healpass needs torch {low[0]}.{low[1]} to {newest}.\n"
+            f"torch {version} is not supported: healpass needs torch {low[0]}.{low[1]} to "
+            f"{newest}.\n"
             f"Way out: pip install 'torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}'."
         )
 

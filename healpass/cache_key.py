@@ -1,8 +1,8 @@
 """What makes Inductor's and AOTAutograd's caches tell our compiles apart. Imports torch only.
 
-A graph that looks the same may have to compile to other code: under another option, or after a change
-of healpass itself. Both caches ask every custom pass for its `uuid()`, so a pass that does nothing and
-has the right `uuid` is all it takes.
+A graph that looks the same may have to compile to other code: under another option, or after a
+change of healpass itself. Both caches ask every custom pass for its `uuid()`, so a pass that does
+nothing and has the right `uuid` is all it takes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CacheKey(CustomGraphPass):
             self.chained(graph)
 
     def uuid(self) -> Any:
-        """The part of the key that is ours, then the user's; None (no caching) if theirs has none."""
+        """Our part of the key, then the user's; None (no caching) if theirs has none."""
         ours = ("healpass", source_hash(), self.options)
         if self.chained is None:
             return ours

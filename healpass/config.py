@@ -1,6 +1,7 @@
 """The options of a compile, parsed once and strictly. Imports `errors` only.
 
-`torch.compile` does not check the options of a backend it does not know, so every mistake is caught
+`torch.compile` does not check the options of a backend it does not know, so every mistake is
+caught
 here: an unknown name, a wrong type, a value outside its choices, or a combination without meaning.
 """
 
@@ -18,9 +19,7 @@ Precision = Literal["heal", "layercast", "exact", "fp32", "fp16", "bf16"]
 KVFormat = Literal["int16", "int24", "fp32"]
 Outputs = Literal["traced", "fp32"]
 Generation = Literal["v100", "a100", "h100", "b200"]
-Mode = Literal[
-    "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"
-]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
 
 #: Precisions that rewrite nothing: the baselines of the study run the graph as it was traced.
 BASELINES = ("fp32", "fp16", "bf16")
@@ -34,7 +33,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "exact_products": (3, 5, 6, 8),
 }
 
-#: Options whose meaning is fixed but whose machinery is not in this version: value -> what it needs.
+#: Options whose meaning is fixed but whose machinery is not in this version: value -> what it
+# needs.
 UNAVAILABLE: dict[str, str] = {
     "prepack": "the CUDA templates",
     "autotune": "the CUDA templates",
@@ -57,8 +57,9 @@ class HealConfig:
     kv: KVFormat | None = None
     """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32."""
     outputs: Outputs = "traced"
-    """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses: what
-    nothing else in the graph reads) out in FP32. After a graph break the code in between gets FP32."""
+    """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses:
+    what nothing else in the graph reads) out in FP32. After a graph break the code in between gets
+    FP32."""
     mode: Mode | None = None
     """An Inductor mode. It stands here because torch forbids `mode=` beside `options=`."""
     simulate: Generation | None = None
@@ -97,7 +98,8 @@ class HealConfig:
             mode: The `mode=` of `torch.compile`.
 
         Raises:
-            ConfigError: An option is unknown (the nearest name is suggested), or `mode` is given twice.
+            ConfigError: An option is unknown (the nearest name is suggested), or `mode` is given
+            twice.
         """
         given = dict(options or {})
         known = [option.name for option in dataclasses.fields(cls)]
@@ -168,8 +170,8 @@ def _check_combinations(config: HealConfig) -> None:
 def _check_available(config: HealConfig) -> None:
     if config.precision == "exact":
         raise UnavailableError(
-            "precision='exact' is not in this version of healpass: its integer operators are missing. "
-            "precision='heal' gives FP32-equivalent results today."
+            "precision='exact' is not in this version of healpass: its integer operators are "
+            "missing. precision='heal' gives FP32-equivalent results today."
         )
     if config.kv in ("int16", "int24"):
         raise UnavailableError(

@@ -1,4 +1,4 @@
-"""The other two ways in: `explain`, which only looks, and `inductor_options`. May import `backend`."""
+"""The other ways in: `explain`, which only looks, and `inductor_options`. Imports `backend`."""
 
 from __future__ import annotations
 

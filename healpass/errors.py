@@ -1,7 +1,8 @@
 """What healpass raises. Lowest layer: imports nothing of healpass.
 
-Every message answers four questions: what was asked, what was found, why that does not work, and the
-way out. torch wraps a backend's exception and prints its first line, so the first line stands alone.
+Every message answers four questions: what was asked, what was found, why that does not work, and
+the way out. torch wraps a backend's exception and prints its first line, so the first line stands
+alone.
 """
 
 from __future__ import annotations

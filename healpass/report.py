@@ -1,4 +1,4 @@
-"""What a compile did to each matmul and SDPA node, and where 16 bits remain. May import `arithmetic`.
+"""What a compile did to each matmul and SDPA node, and where 16 bits remain.
 
 `HealReport` is what `healpass.explain` returns: text on `print`, JSON, notebook HTML.
 """
@@ -55,9 +55,10 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place where values still pass through 16 bits: a cache, a graph output, a foreign operator.
+    """A place where values still pass through 16 bits: a cache, an output, a foreign operator.
 
-    Such roundings are the root cause of divergence that HEAL names (arXiv 2606.21023, section 2.3).
+    Such roundings are the root cause of divergence that HEAL names (arXiv 2606.21023, section
+    2.3).
     """
 
     name: str
@@ -83,8 +84,8 @@ class GraphReport:
     def summary(self) -> str:
         """One line for the log."""
         return (
-            f"{len(self.nodes) - len(self.kept)} of {len(self.nodes)} matmul and SDPA nodes rewritten, "
-            f"{len(self.boundaries)} kernel boundaries still 16-bit"
+            f"{len(self.nodes) - len(self.kept)} of {len(self.nodes)} matmul and SDPA nodes "
+            f"rewritten, {len(self.boundaries)} kernel boundaries still 16-bit"
         )
 
 
@@ -137,8 +138,8 @@ class HealReport:
     def _tables(self) -> Iterator[Any]:
         rewritten = len(self.nodes) - len(self.kept)
         yield (
-            f"precision={_plain(self.config['precision'])}: {rewritten} of {len(self.nodes)} matmul and SDPA "
-            f"nodes rewritten in {len(self.graphs)} graph(s)"
+            f"precision={_plain(self.config['precision'])}: {rewritten} of {len(self.nodes)} "
+            f"matmul and SDPA nodes rewritten in {len(self.graphs)} graph(s)"
         )
         if self.nodes:
             yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
@@ -147,10 +148,7 @@ class HealReport:
             yield _table(
                 "Kernel boundaries that are still 16-bit",
                 ("where", "kind", "dtype", "what", "line"),
-                [
-                    (b.name, b.kind, b.dtype, b.detail, short_line(b.line))
-                    for b in self.boundaries
-                ],
+                [(b.name, b.kind, b.dtype, b.detail, short_line(b.line)) for b in self.boundaries],
             )
         for reason in self.breaks:
             yield f"graph break: {_plain(reason)}"
@@ -163,8 +161,8 @@ class HealReport:
             for row in _grouped(self.nodes)
         )
         boundaries = "".join(
-            f"<li><code>{html.escape(b.name)}</code> {html.escape(b.kind)}, {html.escape(b.dtype)}: "
-            f"{html.escape(b.detail)}</li>"
+            f"<li><code>{html.escape(b.name)}</code> {html.escape(b.kind)}, "
+            f"{html.escape(b.dtype)}: {html.escape(b.detail)}</li>"
             for b in self.boundaries
         )
         title = html.escape(next(iter(self._tables())))
@@ -203,5 +201,5 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
 
 
 def _plain(text: str) -> str:
-    """Text that is neither markup nor a command to the terminal: names come from other people's code."""
+    """Text that is neither markup nor a terminal command: names come from other people's code."""
     return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))

@@ -1,11 +1,12 @@
 """CPU lowerings: FP32 arithmetic on 16-bit weights through Inductor's C++. May import `ops`.
 
-Each lowering returns None where the operator's own meaning shall run instead: when torch's flags allow
-FP32 matmuls to drop to BF16, only the operator itself can pin them.
+Each lowering returns None where the operator's own meaning shall run instead: when torch's flags
+allow FP32 matmuls to drop to BF16, only the operator itself can pin them.
 
-Decode (few rows) is bound by reading the weight. There the product is written as a sum, which Inductor
-turns into one vectorized loop that reads the weight once, in 16 bits, and upcasts in registers. With
-more rows a GEMM is faster, and its operand has to be FP32 in memory for the time of the call.
+Decode (few rows) is bound by reading the weight. There the product is written as a sum, which
+Inductor turns into one vectorized loop that reads the weight once, in 16 bits, and upcasts in
+registers. With more rows a GEMM is faster, and its operand has to be FP32 in memory for the time
+of the call.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def _row_sums(a: Any, b: Any, rows: int) -> Any:
     weight = _fp32(lowerings[aten.permute.default](b, [1, 0]))
     sums = []
     for row in range(rows):
-        products = lowerings[aten.mul.Tensor](lowerings[aten.slice.Tensor](a, 0, row, row + 1), weight)
+        products = lowerings[aten.mul.Tensor](
+            lowerings[aten.slice.Tensor](a, 0, row, row + 1), weight
+        )
         summed = lowerings[aten.sum.dim_IntList](products, [1])
         sums.append(lowerings[aten.unsqueeze.default](summed, 0))
     return sums[0] if rows == 1 else lowerings[aten.cat.default](sums, 0)
@@ -69,8 +72,8 @@ def lower_attention(
 ) -> Any:
     """`heal::attention` on CPU through torch's FP32 flash attention: no score matrix in memory.
 
-    In decode, query heads that share a key head become rows of one head, so that keys and values are
-    not repeated; with more queries they are repeated and causality is left to the kernel.
+    In decode, query heads that share a key head become rows of one head, so that keys and values
+    are not repeated; with more queries they are repeated and causality is left to the kernel.
     """
     del numerics
     if not is_ieee("cpu") or not _fits_flash(query, key, value):
@@ -107,7 +110,9 @@ def _float_mask(attn_mask: Any, query: Any, key: Any) -> Any:
     rows, columns = query.get_size()[-2], key.get_size()[-2]
     mask = attn_mask
     if mask.get_dtype() == torch.bool:
-        hidden = lowerings[aten.scalar_tensor.default](-math.inf, dtype=torch.float32, device="cpu")
+        hidden = lowerings[aten.scalar_tensor.default](
+            -math.inf, dtype=torch.float32, device="cpu"
+        )
         visible = lowerings[aten.scalar_tensor.default](0.0, dtype=torch.float32, device="cpu")
         mask = lowerings[aten.where.self](mask, visible, hidden)
     lead = list(mask.get_size())[:-2]

@@ -32,7 +32,9 @@ class Family:
         """The same model in another dtype: equal parameters and equal buffers, saved or not."""
         twin = self.make(dtype)
         twin.load_state_dict(model.state_dict())
-        for (_, ours), (_, theirs) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        for (_, ours), (_, theirs) in zip(
+            model.named_buffers(), twin.named_buffers(), strict=True
+        ):
             theirs.copy_(ours)
         return twin
 
@@ -125,8 +127,16 @@ FAMILIES = (
         _hf(
             hf.GPT2LMHeadModel,
             hf.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32,
-                attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=32,
+                attn_pdrop=0.0,
+                embd_pdrop=0.0,
+                resid_pdrop=0.0,
+                bos_token_id=1,
+                eos_token_id=2,
             ),
         ),
         text,
@@ -136,8 +146,14 @@ FAMILIES = (
         _hf(
             hf.OPTForCausalLM,
             hf.OPTConfig(
-                vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, dropout=0.0,
-                num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32,
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                dropout=0.0,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                word_embed_proj_dim=32,
             ),
         ),
         text,
@@ -148,8 +164,14 @@ FAMILIES = (
         _hf(
             hf.T5ForConditionalGeneration,
             hf.T5Config(
-                vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
-                decoder_start_token_id=0, dropout_rate=0.0,
+                vocab_size=VOCABULARY,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=1,
+                num_heads=4,
+                decoder_start_token_id=0,
+                dropout_rate=0.0,
             ),
         ),
         text_to_text,
@@ -160,8 +182,13 @@ FAMILIES = (
         _hf(
             hf.ViTForImageClassification,
             hf.ViTConfig(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                image_size=16, patch_size=4, hidden_dropout_prob=0.0,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=4,
+                hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
             ),
         ),

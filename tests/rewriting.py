@@ -20,8 +20,8 @@ from healpass.report import GraphReport
 class Rewritten:
     """A callable that rewrites what it captures. `graphs` and `reports` fill at the first call.
 
-    With `aot` the rewritten graph goes through AOTAutograd, so that the backward is traced from the
-    operators' own formulas, as Inductor would get it.
+    With `aot` the rewritten graph goes through AOTAutograd, so that the backward is traced from
+    the operators' own formulas, as Inductor would get it.
     """
 
     function: Callable[..., Any]
@@ -55,7 +55,9 @@ class Rewritten:
 def to(tree: Any, dtype: torch.dtype) -> Any:
     """Every floating-point tensor of a nested structure in `dtype`."""
     return torch.utils._pytree.tree_map(
-        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        lambda leaf: (
+            leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
         tree,
     )
 
@@ -63,15 +65,16 @@ def to(tree: Any, dtype: torch.dtype) -> Any:
 def absolute(tree: Any) -> Any:
     """Every floating-point tensor of a nested structure, its absolute values in FP64."""
     return torch.utils._pytree.tree_map(
-        lambda leaf: leaf.double().abs()
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf,
+        lambda leaf: (
+            leaf.double().abs() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
         tree,
     )
 
 
 def worst_ratio(result: Tensor, exact: Tensor, budget: Tensor) -> float:
-    """The largest observed/bound over all elements; where the budget is zero the error must be too."""
+    """The largest observed/bound over all elements; where the budget is zero the error must be
+    too."""
     error = (result.double() - exact).abs()
     assert not error.isnan().any(), "NaN where the reference has none"
     ratio = torch.where(error == 0, 0.0, error / budget)

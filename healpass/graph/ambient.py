@@ -1,8 +1,8 @@
 """The pass that shields a promoted graph from an autocast region around the whole model.
 
-With `with torch.autocast(...): compiled(x)` the region is not in the graph: it is on while the graph is
-traced on and while it runs. Promoted operators already have the dtypes they shall have, so the graph
-switches autocast off for itself. May import `graph.nodes` and below.
+With `with torch.autocast(...): compiled(x)` the region is not in the graph: it is on while the
+graph is traced on and while it runs. Promoted operators already have the dtypes they shall have,
+so the graph switches autocast off for itself. May import `graph.nodes` and below.
 """
 
 from __future__ import annotations

@@ -15,7 +15,16 @@ from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import SDPA
 from healpass.graph.nodes import op_name, set_value, tensors, value
 
-PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+PARAMETERS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 
 
 def rewrite_attention(graph_module: GraphModule, context: Context) -> int:

@@ -1,4 +1,5 @@
-"""Which class of the promote pass a node belongs to. May import `graph.nodes` and `graph.names`."""
+"""Which class of the promote pass a node belongs to. May import `graph.nodes` and
+`graph.names`."""
 
 from __future__ import annotations
 
@@ -8,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from healpass.graph import names
-from healpass.graph.nodes import heal_name, is_half, is_parameter, op_name, subclass_name, tensors, value
+from healpass.graph.nodes import (
+    heal_name,
+    is_half,
+    is_parameter,
+    op_name,
+    subclass_name,
+    tensors,
+    value,
+)
 
 SETITEM = operator.setitem
 
@@ -53,7 +62,8 @@ def views_bits(node: Node) -> bool:
 
 
 def _writes_running_stats(node: Node) -> bool:
-    """Batch norm in training updates its statistics: upcasting 16-bit ones would lose the update."""
+    """Batch norm in training updates its statistics: upcasting 16-bit ones would lose the
+    update."""
     if op_name(node) not in ("batch_norm", "instance_norm"):
         return False
     statistics = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
@@ -61,9 +71,12 @@ def _writes_running_stats(node: Node) -> bool:
 
 
 def _has_own_format(node: Node) -> bool:
-    """Quantized matmuls, tangents, operators of tensor subclasses: they know certain dtypes only."""
+    """Quantized matmuls, tangents, operators of tensor subclasses: they know certain dtypes
+    only."""
     seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
-    return op_name(node) in names.QUANTIZED | names.DUALS or any(subclass_name(tensor) for tensor in seen)
+    return op_name(node) in names.QUANTIZED | names.DUALS or any(
+        subclass_name(tensor) for tensor in seen
+    )
 
 
 # ----------------------------------------------------------------------------------- mutation
@@ -137,7 +150,13 @@ def embedding_table(node: Node) -> Node:
 
 def embedding_writes_table(node: Node) -> bool:
     """Whether the lookup rescales the table (`max_norm`) or wants sparse gradients."""
-    named = dict(zip(("padding_idx", "max_norm", "norm_type", "scale", "sparse"), node.args[2:], strict=False))
+    named = dict(
+        zip(
+            ("padding_idx", "max_norm", "norm_type", "scale", "sparse"),
+            node.args[2:],
+            strict=False,
+        )
+    )
     options = {**named, **node.kwargs}
     return options.get("max_norm") is not None or bool(options.get("sparse"))
 

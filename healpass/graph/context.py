@@ -69,7 +69,15 @@ class Context:
         shapes = ", ".join(describe(t) for t in tensors([value(n) for n in node_inputs(node)]))
         self.report.nodes.append(
             NodeRecord(
-                qualified_name(node), op, heal_op, reason, shapes, bound, module_path(node), line, code
+                qualified_name(node),
+                op,
+                heal_op,
+                reason,
+                shapes,
+                bound,
+                module_path(node),
+                line,
+                code,
             )
         )
 
@@ -98,8 +106,8 @@ def describe(tensor: Tensor) -> str:
 def bound_of(operator: Node, config: HealConfig) -> str:
     """The worst-case error of a `heal::` product in one line (`arithmetic.bounds` derives it).
 
-    The left operand counts as FP32, which it is once activations are promoted; so does the right one
-    unless it is a 16-bit parameter.
+    The left operand counts as FP32, which it is once activations are promoted; so does the right
+    one unless it is a 16-bit parameter.
     """
     right = operator.args[1]
     terms = value(operator.args[0]).shape[-1]

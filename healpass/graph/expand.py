@@ -1,8 +1,9 @@
 """The pass that opens operators made of matmuls, so that the matmuls inside can be rewritten.
 
-`einsum`, `tensordot`, `chain_matmul`, `multi_dot`, `bilinear` and `multi_head_attention_forward` are one
-node each in Dynamo's graph. This pass traces each of them on its fake operands down to torch's own
-definition and puts those nodes in its place; nothing is rewritten here. May import `graph.nodes`.
+`einsum`, `tensordot`, `chain_matmul`, `multi_dot`, `bilinear` and `multi_head_attention_forward`
+are one node each in Dynamo's graph. This pass traces each of them on its fake operands down to
+torch's own definition and puts those nodes in its place; nothing is rewritten here. May import
+`graph.nodes`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ def _open(node: Node, graph_module: GraphModule, context: Context) -> None:
 
 
 def _inline(
-    traced: GraphModule, node: Node, inputs: list[Node], graph_module: GraphModule, context: Context
+    traced: GraphModule,
+    node: Node,
+    inputs: list[Node],
+    graph_module: GraphModule,
+    context: Context,
 ) -> None:
     """Copy the nodes of `traced` before `node`, which then goes."""
     copies: dict[Node, Any] = {}
@@ -129,7 +134,8 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What `torch._transformer_encoder_layer_fwd` (nn.TransformerEncoderLayer's fast path) computes."""
+    """What `torch._transformer_encoder_layer_fwd` (nn.TransformerEncoderLayer's fast path)
+    computes."""
 
     def attend(states: Tensor) -> Tensor:
         return _self_attention(
@@ -163,7 +169,8 @@ def _self_attention(
     mask: Tensor | None,
     mask_type: int | None,
 ) -> Tensor:
-    """Self-attention of `[B, L, E]` states. Mask types: 0 is `[L, L]`, 1 is `[B, L]`, 2 is both."""
+    """Self-attention of `[B, L, E]` states. Mask types: 0 is `[L, L]`, 1 is `[B, L]`, 2 is
+    both."""
     batch, length, size = states.shape
     packed = F.linear(states, qkv_weight, qkv_bias)
     packed = packed.reshape(batch, length, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)

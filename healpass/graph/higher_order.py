@@ -1,10 +1,10 @@
 """Promotion through operators that call a subgraph. May import `graph.nodes` and below.
 
-`checkpoint`, `wrap` and `invoke_subgraph` run their body once and pass values through: FP32 activations
-go in and come out. The branches of `cond` must agree, so both hand out FP32. All others (`scan`,
-`while_loop`, custom autograd functions) keep their traced dtypes at the border: a loop must hand on what
-it takes in. Inside them matmuls are rewritten all the same. FlexAttention's bodies are left alone: its
-kernel hands them FP32 scores whatever dtype was traced.
+`checkpoint`, `wrap` and `invoke_subgraph` run their body once and pass values through: FP32
+activations go in and come out. The branches of `cond` must agree, so both hand out FP32. All
+others (`scan`, `while_loop`, custom autograd functions) keep their traced dtypes at the border: a
+loop must hand on what it takes in. Inside them matmuls are rewritten all the same. FlexAttention's
+bodies are left alone: its kernel hands them FP32 scores whatever dtype was traced.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from torch.fx.node import map_arg
 
 from healpass.graph.nodes import Builder, is_floating, is_half, set_value, value
 
-TRANSPARENT = ("tag_activation_checkpoint", "wrap", "invoke_subgraph", "wrap_activation_checkpoint")
+TRANSPARENT = (
+    "tag_activation_checkpoint",
+    "wrap",
+    "invoke_subgraph",
+    "wrap_activation_checkpoint",
+)
 
 
 def promote_call(promotion: Any, node: Node) -> None:
     """Promote a higher-order operator and the subgraphs it calls."""
     name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
-    bodies = [n for n in node.all_input_nodes if n.op == "get_attr" and _body(promotion, n) is not None]
+    bodies = [
+        n for n in node.all_input_nodes if n.op == "get_attr" and _body(promotion, n) is not None
+    ]
     if name in TRANSPARENT and len(bodies) == 1:
         operands = node.args[node.args.index(bodies[0]) + 1 :]
         operands = tuple(a for a in operands if isinstance(a, Node))

@@ -1,4 +1,5 @@
-"""The pass that puts `heal::` operators in the place of torch's matmuls. May import `ops` and below.
+"""The pass that puts `heal::` operators in the place of torch's matmuls. May import `ops` and
+below.
 
 Each rule says in one line what a torch function means in terms of `heal::linear`, `matmul` and
 `grouped_mm`. The new node is FP32; a cast back to the traced dtype follows it, so this pass alone
@@ -83,7 +84,8 @@ def _why_not_form(node: Node) -> str | None:
 
 
 def _rounded_parameter(builder: Builder, argument: Any) -> Any:
-    """Under autocast an FP32 parameter enters rounded to 16 bits, and that is the weight served."""
+    """Under autocast an FP32 parameter enters rounded to 16 bits, and that is the weight
+    served."""
     traced = value(builder.like)
     if not isinstance(argument, Node) or not is_half(traced) or not is_parameter(argument):
         return argument
@@ -101,27 +103,27 @@ def _operator_before(node: Node) -> Node | None:
 # ------------------------------------------------------------------------------------- the rules
 
 
-def _matmul(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:  # noqa: A002
+def _matmul(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:
     return _into(b, out, b.call(heal.matmul.default, input, other, numerics))
 
 
-def _rmatmul(b: Builder, input: Any, other: Any, *, numerics: str) -> Node:  # noqa: A002
+def _rmatmul(b: Builder, input: Any, other: Any, *, numerics: str) -> Node:
     return b.call(heal.matmul.default, other, input, numerics)
 
 
-def _mm(b: Builder, input: Any, mat2: Any, out: Any = None, *, numerics: str) -> Node:  # noqa: A002
+def _mm(b: Builder, input: Any, mat2: Any, out: Any = None, *, numerics: str) -> Node:
     return _matmul(b, input, mat2, out, numerics=numerics)
 
 
-def _mv(b: Builder, input: Any, vec: Any, out: Any = None, *, numerics: str) -> Node:  # noqa: A002
+def _mv(b: Builder, input: Any, vec: Any, out: Any = None, *, numerics: str) -> Node:
     return _matmul(b, input, vec, out, numerics=numerics)
 
 
-def _linear(b: Builder, input: Any, weight: Any, bias: Any = None, *, numerics: str) -> Node:  # noqa: A002
+def _linear(b: Builder, input: Any, weight: Any, bias: Any = None, *, numerics: str) -> Node:
     return b.call(heal.linear.default, input, weight, bias, numerics)
 
 
-def _inner(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:  # noqa: A002
+def _inner(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:
     left, right = value(input), value(other)
     if left.dim() == 0 or right.dim() == 0:
         return _into(b, out, b.call(torch.mul, b.cast(input, torch.float32), other))
@@ -131,30 +133,58 @@ def _inner(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str
 
 
 def _addmm(
-    b: Builder, input: Any, mat1: Any, mat2: Any, beta: Any = 1, alpha: Any = 1, out: Any = None,  # noqa: A002
-    *, numerics: str,
+    b: Builder,
+    input: Any,
+    mat1: Any,
+    mat2: Any,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: Any = None,
+    *,
+    numerics: str,
 ) -> Node:
     product = b.call(heal.matmul.default, mat1, mat2, numerics)
     return _into(b, out, _combined(b, input, product, beta, alpha))
 
 
 def _addmv(
-    b: Builder, input: Any, mat: Any, vec: Any, beta: Any = 1, alpha: Any = 1, out: Any = None,  # noqa: A002
-    *, numerics: str,
+    b: Builder,
+    input: Any,
+    mat: Any,
+    vec: Any,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: Any = None,
+    *,
+    numerics: str,
 ) -> Node:
     return _addmm(b, input, mat, vec, beta, alpha, out, numerics=numerics)
 
 
 def _baddbmm(
-    b: Builder, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha: Any = 1, out: Any = None,  # noqa: A002
-    *, numerics: str,
+    b: Builder,
+    input: Any,
+    batch1: Any,
+    batch2: Any,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: Any = None,
+    *,
+    numerics: str,
 ) -> Node:
     return _addmm(b, input, batch1, batch2, beta, alpha, out, numerics=numerics)
 
 
 def _addbmm(
-    b: Builder, input: Any, batch1: Any, batch2: Any, beta: Any = 1, alpha: Any = 1, out: Any = None,  # noqa: A002
-    *, numerics: str,
+    b: Builder,
+    input: Any,
+    batch1: Any,
+    batch2: Any,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: Any = None,
+    *,
+    numerics: str,
 ) -> Node:
     """The sum over the batch is part of the contraction: one product with B * K terms."""
     left, right = value(batch1), value(batch2)
@@ -165,8 +195,14 @@ def _addbmm(
 
 
 def _grouped_mm(
-    b: Builder, input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None,  # noqa: A002
-    *, numerics: str,
+    b: Builder,
+    input: Any,
+    mat2: Any,
+    offs: Any = None,
+    bias: Any = None,
+    out_dtype: Any = None,
+    *,
+    numerics: str,
 ) -> Node:
     del out_dtype  # the result is FP32; the cast to the traced dtype follows every rule
     if offs is None:
@@ -190,7 +226,7 @@ def _into(b: Builder, out: Any, result: Node) -> Node:
 
 
 def _in_place(rule: Rule) -> Rule:
-    def apply(b: Builder, input: Any, *args: Any, **kwargs: Any) -> Node:  # noqa: A002
+    def apply(b: Builder, input: Any, *args: Any, **kwargs: Any) -> Node:
         return b.method("copy_", input, rule(b, input, *args, **kwargs))
 
     apply.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]

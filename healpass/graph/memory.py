@@ -1,8 +1,9 @@
-"""Which values of a graph share memory, and which memory is written. May import `graph.classes` and below.
+"""Which values of a graph share memory, and which memory is written. May import `graph.classes`
+and below.
 
-The names of torch's operators do not tell: `reshape` views or copies, `to` copies or returns its input,
-`select`, `positive` and a dropout that is switched off return views. The fake tensors do: each has a
-storage, and what shares memory in the traced graph shares it there.
+The names of torch's operators do not tell: `reshape` views or copies, `to` copies or returns its
+input, `select`, `positive` and a dropout that is switched off return views. The fake tensors do:
+each has a storage, and what shares memory in the traced graph shares it there.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from healpass.graph.nodes import op_name, tensors, value
 
 
 def storages(item: Any) -> set[int]:
-    """The memory that an item's tensors live in. Sparse and wrapped tensors have none to compare."""
+    """The memory that an item's tensors live in. Sparse and wrapped tensors have none to
+    compare."""
     return {tensor.untyped_storage()._cdata for tensor in tensors(item) if _has_storage(tensor)}
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
 
 
 class Memory:

@@ -1,7 +1,7 @@
 """Reading and writing the nodes of a Dynamo graph. May import `ops` and below.
 
-A node carries the fake tensor Dynamo traced in `meta["example_value"]`. The passes keep it true: a node
-they make gets the value that its target computes on fake inputs.
+A node carries the fake tensor Dynamo traced in `meta["example_value"]`. The passes keep it true: a
+node they make gets the value that its target computes on fake inputs.
 """
 
 from __future__ import annotations
@@ -54,10 +54,15 @@ def is_half(item: Any) -> bool:
 
 
 def subclass_name(item: Any) -> str | None:
-    """The class of a tensor that brings its own operators (quantized, nested, sharded), or None."""
+    """The class of a tensor that brings its own operators (quantized, nested, sharded), or
+    None."""
     plain = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     fake = isinstance(item, torch._subclasses.FakeTensor)
-    return None if fake or not isinstance(item, Tensor) or type(item) in plain else type(item).__name__
+    return (
+        None
+        if fake or not isinstance(item, Tensor) or type(item) in plain
+        else type(item).__name__
+    )
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -79,8 +84,8 @@ def node_inputs(node: Node) -> list[Node]:
 def op_name(node: Node) -> str | None:
     """The plain name of torch's operator behind a node, or None where it is not torch's.
 
-    `torch.mm`, `Tensor.mm` and `aten.mm.default` are all "mm". Higher-order operators, user-defined
-    operators and `heal::` operators have no plain name.
+    `torch.mm`, `Tensor.mm` and `aten.mm.default` are all "mm". Higher-order operators,
+    user-defined operators and `heal::` operators have no plain name.
     """
     if node.op == "call_method":
         return str(node.target)
@@ -113,7 +118,13 @@ def is_parameter(node: Node) -> bool:
     """Whether a node is an `nn.Parameter`, seen through views of it."""
     while node.op != "placeholder" and node.op != "get_attr":
         inputs = node.all_input_nodes
-        if len(inputs) != 1 or op_name(node) not in ("t", "transpose", "permute", "view", "expand"):
+        if len(inputs) != 1 or op_name(node) not in (
+            "t",
+            "transpose",
+            "permute",
+            "view",
+            "expand",
+        ):
             return False
         node = inputs[0]
     return isinstance(value(node), torch.nn.Parameter)

@@ -84,7 +84,9 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
     return context.report
 
 
-def _run(name: str, run: Pass, graph_module: GraphModule, context: Context, complete: bool) -> None:
+def _run(
+    name: str, run: Pass, graph_module: GraphModule, context: Context, complete: bool
+) -> None:
     _artifact(f"heal_before_{name}", graph_module)
     start = time.perf_counter()
     count = run(graph_module, context)

@@ -1,15 +1,17 @@
 """The pass that keeps activations in FP32 between kernels. May import `graph.nodes` and below.
 
 HEAL's finding is that the downcast at a kernel's border is what makes results diverge (arXiv
-2606.21023, section 2.3). So a 16-bit activation becomes FP32 from the first operator on, and the casts
-back to 16 bits go. Weights, caches and everything else that the caller owns keep their 16 bits.
+2606.21023, section 2.3). So a 16-bit activation becomes FP32 from the first operator on, and the
+casts back to 16 bits go. Weights, caches and everything else that the caller owns keep their 16
+bits.
 
 Each node falls into one class, tried in this order; the class decides the dtypes of its result:
 
 ====================  ==========================================================================
 scope                 functorch and autocast bookkeeping: untouched; autocast regions are dissolved
 higher-order          `checkpoint` and the like: promoted inside; others at their traced dtypes
-foreign               somebody's custom operator: its operands are cast to the dtypes it was traced with
+foreign               somebody's custom operator: its operands are cast to the dtypes it was traced
+with
 in place              the destination keeps its dtype, the source is cast to it
 cast                  casts of activations to 16 bits go, casts of parameters stay
 factory               makes FP32 instead of 16 bits
@@ -60,13 +62,12 @@ class Promotion:
         traced: The values that Dynamo saw, before anything was promoted.
         border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
             traced dtypes, "promoted" hands out what was computed.
-        memory: What the traced graph writes into: there aliases and copies must stay what they were.
+        memory: What the traced graph writes into: there aliases and copies must stay what they
+        were.
         regions: Where the `torch.func` transforms around the current node begin, outermost first.
     """
 
-    def __init__(
-        self, graph_module: GraphModule, context: Context, border: str = "model"
-    ) -> None:
+    def __init__(self, graph_module: GraphModule, context: Context, border: str = "model") -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.context = context
@@ -94,8 +95,8 @@ class Promotion:
         """Upcast a trained 16-bit weight once if it is used more than once.
 
         A weight tied to the embedding gets a gradient from each use. Rounded one by one to 16 bits
-        and then added, they are worse than the sum rounded once; one common upcast makes them meet in
-        FP32. It costs an FP32 copy of that weight while training.
+        and then added, they are worse than the sum rounded once; one common upcast makes them meet
+        in FP32. It costs an FP32 copy of that weight while training.
         """
         nodes = list(self.graph.nodes)
         first = next(node for node in nodes if node.op != "placeholder")
@@ -107,7 +108,9 @@ class Promotion:
                 continue  # a copy would not see what is written
             wide = self.cast(node, FP32, first)
             self.traced[wide] = value(node)
-            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+            node.replace_all_uses_with(
+                wide, delete_user_cb=lambda user, wide=wide: user is not wide
+            )
 
     # ------------------------------------------------------------------------------ dispatch
 
@@ -132,7 +135,8 @@ class Promotion:
             self.regions.pop()
 
     def _outside(self, argument: Node, node: Node) -> Node:
-        """Where to cast what `node` takes: a cast inside a transform would be transformed with it."""
+        """Where to cast what `node` takes: a cast inside a transform would be transformed with
+        it."""
         return self.regions[0] if self.regions and argument < self.regions[0] else node
 
     def _kind(self, node: Node) -> str:
@@ -145,7 +149,9 @@ class Promotion:
     def _is_view(self, node: Node) -> bool:
         """Whether the operator returned memory of its operands, whatever its name."""
         memory = storages(self.traced[node])
-        return bool(memory) and memory <= storages([self.traced.get(n) for n in node.all_input_nodes])
+        return bool(memory) and memory <= storages(
+            [self.traced.get(n) for n in node.all_input_nodes]
+        )
 
     def _narrow(self, node: Node) -> None:
         """Give a value its traced dtype: someone writes into it who needs those bits."""
@@ -192,7 +198,10 @@ class Promotion:
         if cast_any or halves:
             dtype = halves[0].dtype if halves else torch.float32
             self.context.boundary(
-                node, "foreign operator", dtype, f"{node.target} runs at the dtypes it was traced with"
+                node,
+                "foreign operator",
+                dtype,
+                f"{node.target} runs at the dtypes it was traced with",
             )
 
     def _in_place(self, node: Node) -> None:
@@ -219,12 +228,16 @@ class Promotion:
         if not isinstance(source, Node):
             self.refresh(node)
         elif storages(traced) & storages(self.traced.get(source)):
-            self._substitute(node, source)  # it had that dtype already: torch returns the input itself
+            self._substitute(
+                node, source
+            )  # it had that dtype already: torch returns the input itself
         elif not is_half(traced):
             self.refresh(node)
             if storages(value(node)) & storages(value(source)):
                 self._substitute(node, self._copied(node, source))
-        elif not (is_parameter(source) and is_floating(value(source))):  # a rounded weight is served
+        elif not (
+            is_parameter(source) and is_floating(value(source))
+        ):  # a rounded weight is served
             self._substitute(node, self._copied(node, self._wide(node, source)))
 
     def _wide(self, node: Node, source: Node) -> Node:
@@ -235,7 +248,8 @@ class Promotion:
         return builder.cast(source, FP32)
 
     def _copied(self, node: Node, wide: Node) -> Node:
-        """A cast was a copy. One that has lost its work may go unless somebody writes into either."""
+        """A cast was a copy. One that has lost its work may go unless somebody writes into
+        either."""
         source = node.args[0]
         if wide is source and self.memory.is_written(self.traced[node], self.traced.get(source)):
             return self.builder(node).method("clone", wide)
@@ -281,7 +295,9 @@ class Promotion:
             self._move(node) if classes.is_join(node) else self._arithmetic(node)
             return
         dtype = value(destination).dtype
-        sources = [n for n in node.all_input_nodes if is_floating(value(n)) and n is not destination]
+        sources = [
+            n for n in node.all_input_nodes if is_floating(value(n)) and n is not destination
+        ]
         narrow = {n: self.cast(n, dtype, node) for n in sources}
         node.args, node.kwargs = map_arg((node.args, node.kwargs), lambda n: narrow.get(n, n))
         self.refresh(node)
@@ -298,7 +314,8 @@ class Promotion:
         self.refresh(node)
 
     def _relax_view(self, node: Node) -> None:
-        """A promoted operand may lie in memory in another order, where `view` would have to copy."""
+        """A promoted operand may lie in memory in another order, where `view` would have to
+        copy."""
         source = node.all_input_nodes[0]
         moved = value(source) is not self.traced.get(source)
         if op_name(node) == "view" and moved and not self.memory.is_written(self.traced[node]):
@@ -337,8 +354,9 @@ class Promotion:
     def _output(self, node: Node) -> None:
         """Give results back the dtypes that were traced.
 
-        With `outputs="fp32"` final results, those that nothing else in the graph reads, stay FP32. What
-        is read as well is state for the next step, as the keys and values of a caller's cache.
+        With `outputs="fp32"` final results, those that nothing else in the graph reads, stay FP32.
+        What is read as well is state for the next step, as the keys and values of a caller's
+        cache.
         """
         if self.border == "promoted":
             return
@@ -352,7 +370,10 @@ class Promotion:
                 return argument
             narrow = self.cast(argument, traced.dtype, node)
             self.context.boundary(
-                argument, "graph output", traced.dtype, "handed out in the dtype the caller expects"
+                argument,
+                "graph output",
+                traced.dtype,
+                "handed out in the dtype the caller expects",
             )
             return narrow
 
@@ -362,7 +383,9 @@ class Promotion:
         """Let `other` stand for `node`, also for those who need the traced dtype of `node`."""
         known, traced = self.traced.get(other), self.traced[node]
         if known is not None and known.dtype != traced.dtype and len(other.users) > 1:
-            other = self.builder(node).method("to", other, FP32)  # its own users need another dtype
+            other = self.builder(node).method(
+                "to", other, FP32
+            )  # its own users need another dtype
         if known is None or known.dtype != traced.dtype:
             self.traced[other] = traced
         node.replace_all_uses_with(other)

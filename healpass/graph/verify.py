@@ -1,7 +1,7 @@
 """The check after every pass. May import `graph.nodes` and below.
 
-A pass is believed only when each node, run again on fake tensors, gives the shape and dtype that the
-node claims, and when no matmul or SDPA is left but those the report lists as kept.
+A pass is believed only when each node, run again on fake tensors, gives the shape and dtype that
+the node claims, and when no matmul or SDPA is left but those the report lists as kept.
 """
 
 from __future__ import annotations

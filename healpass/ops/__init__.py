@@ -1,10 +1,11 @@
-"""The `heal::` operators: schema, meaning, fake, autograd. May import `arithmetic` and `tensorcore`.
+"""The `heal::` operators: schema, meaning, fake, autograd. Imports `tensorcore` and below.
 
-Importing this package registers them; they then work in eager code too, as `torch.ops.heal.linear`.
+Importing this package registers them; they then work in eager code too, as
+`torch.ops.heal.linear`.
 
-Primitive operators carry their own autograd formula and are what a lowering replaces:
-`mm`, `bmm`, `grouped_mm`, `attention`. Composite operators are written in terms of those and of plain
-torch, so autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
+Primitive operators carry their own autograd formula and are what a lowering replaces: `mm`, `bmm`,
+`grouped_mm`, `attention`. Composite operators are written in terms of those and of plain torch, so
+autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
 """
 
 from healpass.ops import attention, matmul

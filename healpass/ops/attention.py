@@ -1,8 +1,8 @@
 """Attention: `heal::attention` (primitive) and `heal::sdpa` (composite, all of SDPA's arguments).
 
-Meaning, in FP32 throughout: `softmax(scale * Q K^T + mask) V`. A row whose keys are all masked gives
-zeros, as torch's SDPA does. Its error bound is derived with the attention operators' arithmetic; until
-then reports say "not derived".
+Meaning, in FP32 throughout: `softmax(scale * Q K^T + mask) V`. A row whose keys are all masked
+gives zeros, as torch's SDPA does. Its error bound is derived with the attention operators'
+arithmetic; until then reports say "not derived".
 """
 
 from __future__ import annotations
@@ -117,21 +117,19 @@ def _(
     return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
 
 
-def _save_attention(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_attention(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], output)
     ctx.is_causal, ctx.scale, ctx.numerics = inputs[4:]
 
 
-def _attention_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
-    """Standard attention gradient; with P the probabilities and G the incoming gradient:
+def _attention_backward(ctx, grad: Tensor):
+    """The standard gradient of attention, P being the probabilities, G what comes in.
 
     dV = P^T G,  dP = G V^T,  dS = P * (dP - rowsum(G * O)),  dQ = scale dS K,  dK = scale dS^T Q.
     """
     query, key, value, attn_mask, output = ctx.saved_tensors
     heads, bmm, numerics = key.shape[1], torch.ops.heal.bmm, ctx.numerics
-    weights = _attention_probabilities(
-        query, key, attn_mask, ctx.is_causal, ctx.scale, numerics
-    )
+    weights = _attention_probabilities(query, key, attn_mask, ctx.is_causal, ctx.scale, numerics)
     grad_rows, weight_rows = _fold(grad, heads), _fold(weights, heads)
     grad_value = bmm(weight_rows.mT, grad_rows, numerics)
     grad_weights = bmm(grad_rows, _fold(value, heads).mT, numerics).reshape(weights.shape)
@@ -176,7 +174,7 @@ def sdpa(
     enable_gqa: bool = False,
     numerics: str = "heal",
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` in FP32, with all of its arguments, for any leading dimensions.
+    """`F.scaled_dot_product_attention` in FP32: all its arguments, any leading dimensions.
 
     Args:
         query: `[..., H, L, E]`.
@@ -233,7 +231,7 @@ def _four_dimensional(
 
 
 def _mask_four_dimensional(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Fold a mask that broadcasts to `[..., H, L, S]` into one that broadcasts to `[B, H, L, S]`."""
+    """Fold a mask for `[..., H, L, S]` into one that broadcasts to `[B, H, L, S]`."""
     lead = shape[:-2]
     if attn_mask.dim() <= 3 and len(lead) >= 2:
         return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))

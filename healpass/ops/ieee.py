@@ -1,8 +1,8 @@
 """FP32 matrix products without TF32 or BF16 shortcuts, whatever torch's global flags say.
 
-`torch.set_float32_matmul_precision("high")` and its relatives let `torch.mm` on FP32 operands drop to
-TF32 or BF16 inside. An operator that promises FP32 arithmetic must not obey: it pins the flags for the
-time of the call and puts them back.
+`torch.set_float32_matmul_precision("high")` and its relatives let `torch.mm` on FP32 operands drop
+to TF32 or BF16 inside. An operator that promises FP32 arithmetic must not obey: it pins the flags
+for the time of the call and puts them back.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Matrix products: `heal::mm`, `bmm`, `grouped_mm` (primitive), `linear`, `matmul` (composite).
 
-All take FP16, BF16 or FP32 operands in any mixture and return FP32: the product is never rounded to 16
-bits. A gradient comes back in the dtype of its operand, rounded once.
+All take FP16, BF16 or FP32 operands in any mixture and return FP32: the product is never rounded
+to 16 bits. A gradient comes back in the dtype of its operand, rounded once.
 
-Meaning and bound: every product is FP32 arithmetic on the upcast operands, so for K terms
-`|y - a @ b| <= K * 2^-24 * (|a| @ |b|)` to first order (Higham, section 3.5), for `numerics="heal"`
-(arXiv 2606.21023) and `numerics="layercast"` (arXiv 2506.09501, section 4) alike. A `numerics` that
-names a GPU generation adds as its tensor cores would (`ops.numerics`).
+Meaning and bound: every product is FP32 arithmetic on the upcast operands, so for K terms `|y - a
+@ b| <= K * 2^-24 * (|a| @ |b|)` to first order (Higham, section 3.5), for `numerics="heal"` (arXiv
+2606.21023) and `numerics="layercast"` (arXiv 2506.09501, section 4) alike. A `numerics` that names
+a GPU generation adds as its tensor cores would (`ops.numerics`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
     for operand in operands:
         if operand.dtype not in OPERAND_DTYPES:
             raise TypeError(
-                f"heal::{op} got a {operand.dtype} operand; it takes float16, bfloat16 and float32. "
-                "Use torch's own operator for other dtypes."
+                f"heal::{op} got a {operand.dtype} operand; it takes float16, bfloat16 and "
+                "float32. Use torch's own operator for other dtypes."
             )
     Numerics.parse(numerics)
 
@@ -61,12 +61,12 @@ def _(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
-def _save_operands(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
+def _save_operands(ctx, inputs, output) -> None:  # noqa: ARG001
     ctx.save_for_backward(inputs[0], inputs[1])
     ctx.numerics = inputs[2]
 
 
-def _mm_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _mm_backward(ctx, grad: Tensor):
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grad_a = torch.ops.heal.mm(grad, b.t(), ctx.numerics).to(a.dtype) if need_a else None
@@ -101,7 +101,7 @@ def _(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=torch.float32)
 
 
-def _bmm_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _bmm_backward(ctx, grad: Tensor):
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grad_a = torch.ops.heal.bmm(grad, b.mT, ctx.numerics).to(a.dtype) if need_a else None
@@ -114,13 +114,15 @@ bmm.register_autograd(_bmm_backward, setup_context=_save_operands)
 
 # ------------------------------------------------------------------------------- linear, matmul
 
-library.define('linear(Tensor input, Tensor weight, Tensor? bias=None, str numerics="heal") -> Tensor')
+library.define(
+    'linear(Tensor input, Tensor weight, Tensor? bias=None, str numerics="heal") -> Tensor'
+)
 library.define('matmul(Tensor a, Tensor b, str numerics="heal") -> Tensor')
 
 
 @torch.library.impl(library, "linear", "CompositeImplicitAutograd")
 def linear(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     numerics: str = "heal",
@@ -139,12 +141,13 @@ def linear(
 def matmul(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     """`torch.matmul(a, b)` in FP32, for every pair of ranks and every broadcast it allows.
 
-    A vector is a row on the left and a column on the right; leading dimensions broadcast. Where the
-    right operand is one matrix, the leading dimensions of the left one are folded into its rows, so
-    that the matrix is read once.
+    A vector is a row on the left and a column on the right; leading dimensions broadcast. Where
+    the right operand is one matrix, the leading dimensions of the left one are folded into its
+    rows, so that the matrix is read once.
     """
     torch._check(
-        a.dim() > 0 and b.dim() > 0, lambda: "heal::matmul needs operands of at least one dimension"
+        a.dim() > 0 and b.dim() > 0,
+        lambda: "heal::matmul needs operands of at least one dimension",
     )
     left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
     if right.dim() == 2:
@@ -174,11 +177,12 @@ def _batched(left: Tensor, right: Tensor, numerics: str) -> Tensor:
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -> Tensor:
     """One product per group in FP32, the groups being consecutive ranges of one dimension.
 
-    `offs` `[G]` (int32) holds where each group ends. Which dimension is ragged follows from the ranks,
-    as in `torch._grouped_mm`:
+    `offs` `[G]` (int32) holds where each group ends. Which dimension is ragged follows from the
+    ranks, as in `torch._grouped_mm`:
 
     * `[T, K]` with `[G, K, N]` gives `[T, N]`: rows are routed (a mixture of experts, forward);
-    * `[M, T]` with `[T, N]` gives `[G, M, N]`: the sum is ragged (gradient of the experts' weights);
+    * `[M, T]` with `[T, N]` gives `[G, M, N]`: the sum is ragged (gradient of the experts'
+    weights);
     * `[G, M, K]` with `[K, T]` gives `[M, T]`: columns are routed.
 
     What lies past the last offset belongs to no group and is zero.
@@ -217,12 +221,12 @@ def _(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty(_grouped_shape(a, b, offs), dtype=torch.float32)
 
 
-def _save_groups(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
+def _save_groups(ctx, inputs, output) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[:3])
     ctx.numerics = inputs[3]
 
 
-def _grouped_mm_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+def _grouped_mm_backward(ctx, grad: Tensor):
     a, b, offs = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grouped = torch.ops.heal.grouped_mm

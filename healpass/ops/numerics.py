@@ -1,4 +1,4 @@
-"""The `numerics` argument of the `heal::` operators: which arithmetic, on whose adders, in which order.
+"""The `numerics` argument of the `heal::` operators: which arithmetic, whose adders.
 
 A short text, so that it can stand in an operator's schema and in a cache key: `heal`, `layercast`,
 `heal:a100` (as an A100's tensor cores would add), `heal:a100:3` or `heal::3` (in another order of
@@ -51,7 +51,7 @@ class Numerics:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the arithmetic that lowerings implement: nothing simulated or reordered."""
+        """Whether lowerings implement it: nothing is simulated or reordered."""
         return self.simulate is None and self.order == 0
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:

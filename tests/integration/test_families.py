@@ -1,4 +1,5 @@
-"""Whole models of twelve families: everything rewritten, as accurate as FP32, forward and backward."""
+"""Whole models of twelve families: everything rewritten, as accurate as FP32, forward and
+backward."""
 
 from __future__ import annotations
 
@@ -31,14 +32,17 @@ def test_every_matmul_is_rewritten_or_listed(family: Family):
         report = healpass.explain(model, **family.inputs(BF16))
     assert len(report.nodes) >= 10
     found = sorted({f"{family.name}: {node.op}: {node.reason}" for node in report.kept})
-    expected = [line for line in KEPT.read_text().splitlines() if line.startswith(family.name + ":")]
+    expected = [
+        line for line in KEPT.read_text().splitlines() if line.startswith(family.name + ":")
+    ]
     assert found == expected
     assert not (family.name in DECODER_ONLY and report.kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_logits_and_gradients_are_as_good_as_fp32(family: Family):
-    """The rewritten graph and its backward, run by plain torch, beside the FP32 model in plain torch."""
+    """The rewritten graph and its backward, run by plain torch, beside the FP32 model in plain
+    torch."""
     model, _ = family.pair(0, BF16)
     config = healpass.HealConfig(precision="layercast", outputs="fp32")
     single = family.twin(model, torch.float32)
@@ -60,7 +64,8 @@ def test_compiled_logits_and_gradients_are_as_good_as_fp32(name: str):
 
 
 def _check(family: Family, model: nn.Module, ours: Call, single: nn.Module, theirs: Call) -> None:
-    """Over eight seeds: logits within 1.1x of FP32's error, gradients within 1.1x of their rounding.
+    """Over eight seeds: logits within 1.1x of FP32's error, gradients within 1.1x of their
+    rounding.
 
     The weights are BF16 and so are the gradients, so the best a gradient can be is the exact one
     rounded. All errors are against the same model in FP64.
@@ -76,7 +81,9 @@ def _check(family: Family, model: nn.Module, ours: Call, single: nn.Module, thei
         rounded = [gradient.to(BF16) for gradient in truth[1:]]
         gradient_ratios.append(_distance(found[1:], truth[1:]) / _distance(rounded, truth[1:]))
     mean = math.exp(sum(map(math.log, logit_ratios)) / len(logit_ratios))
-    print(f"{family.name}: logits {mean:.3f} of FP32's error, gradients {max(gradient_ratios):.4f}")
+    print(
+        f"{family.name}: logits {mean:.3f} of FP32's error, gradients {max(gradient_ratios):.4f}"
+    )
     assert mean <= 1.1
     assert max(gradient_ratios) <= 1.1
 
@@ -113,4 +120,6 @@ def _run(family: Family, model: nn.Module, dtype: torch.dtype, call: Call) -> li
 
 
 def _distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    return sum(float((a.double() - b).norm() ** 2) for a, b in zip(found, exact, strict=True)) ** 0.5
+    return (
+        sum(float((a.double() - b).norm() ** 2) for a, b in zip(found, exact, strict=True)) ** 0.5
+    )

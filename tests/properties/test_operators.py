@@ -1,4 +1,5 @@
-"""`heal::` products hold their bound for any shape, layout, dtype and magnitude, NaN and inf included."""
+"""`heal::` products hold their bound for any shape, layout, dtype and magnitude, NaN and inf
+included."""
 
 from __future__ import annotations
 

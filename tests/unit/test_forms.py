@@ -1,7 +1,8 @@
 """Every way to write a matmul becomes a `heal::` operator, within its bound.
 
-All functions here are linear in each operand, so |f(x) - exact| <= n * 2^-24 * f(|x|) to first order for
-n roundings along each path from an operand to the result: K of a product, and one per further operation.
+All functions here are linear in each operand, so |f(x) - exact| <= n * 2^-24 * f(|x|) to first
+order for n roundings along each path from an operand to the result: K of a product, and one per
+further operation.
 """
 
 from __future__ import annotations
@@ -64,10 +65,18 @@ FORMS = {
         (B3, C3, W[:4]),
         8 + 4 + 4,
     ),
-    "einsum sublists": (lambda a, b: torch.einsum(a, [0, 1, 2], b, [0, 2, 3], [0, 1, 3]), (B3, C3), 8),
+    "einsum sublists": (
+        lambda a, b: torch.einsum(a, [0, 1, 2], b, [0, 2, 3], [0, 1, 3]),
+        (B3, C3),
+        8,
+    ),
     "einsum ellipsis": (lambda a, b: torch.einsum("...ij,...jk", a, b), (B3, C3), 8),
     "tensordot": (lambda a, b: torch.tensordot(a, b, dims=1), (B3, W), 8),
-    "tensordot of pairs": (lambda a, b: torch.tensordot(a, b, dims=([0, 2], [0, 1])), (B3, C3), 16),
+    "tensordot of pairs": (
+        lambda a, b: torch.tensordot(a, b, dims=([0, 2], [0, 1])),
+        (B3, C3),
+        16,
+    ),
     "chain_matmul": (lambda a, b: torch.chain_matmul(a, b, b), (X, W), 16),
     "multi_dot": (lambda a, b: torch.linalg.multi_dot([a, b, b]), (X, W), 16),
     "bilinear": (lambda x, w, b: F.bilinear(x, x, w, b), (X, random(3, 8, 8), V[:3]), 17),

@@ -1,4 +1,5 @@
-"""The C++ that Inductor makes of `heal::` operators: within the bound, and thrifty with weights."""
+"""The C++ that Inductor makes of `heal::` operators: within the bound, and thrifty with
+weights."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_the_counter_sees_a_weight_that_is_copied():
 
 
 def weight(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix `[rows, columns]`: rows after rows, columns after columns, or every other element."""
+    """A matrix `[rows, columns]`: rows after rows, columns after columns, or every other
+    element."""
     generator = torch.Generator().manual_seed(rows + columns)
     if layout == "transposed":
         return torch.randn(columns, rows, generator=generator).to(dtype).t()

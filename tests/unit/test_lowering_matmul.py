@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from healpass.lowering import matmul, selfcheck
+from healpass.lowering import matmul, selfcheck, tiles
 from torch import Tensor
 
 from tests.fake_cuda import Device, always, generated_source, kernels
@@ -154,6 +154,24 @@ def test_every_dot_names_its_precision_and_none_is_tf32():
         text = matmul.kernels.source(name.removesuffix("_batched"))
         assert text.count("tl.dot(") == text.count('input_precision="ieee"')
         assert "tf32" not in text.lower().replace("no tf32", "")
+
+
+@pytest.mark.parametrize("name", sorted(matmul.kernels.GRIDS))
+def test_a_template_brings_the_functions_that_it_calls(name):
+    text = matmul.kernels.source(name.removesuffix("_batched"))
+    called = set(re.findall(r"(heal_\w+)\(", text))
+    assert called == set(re.findall(r"def (heal_\w+)\(", text))
+
+
+@pytest.mark.parametrize("capability", [*tiles.SHARED_MEMORY, 999])
+@pytest.mark.parametrize("planes", [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_tiles_fit_into_shared_memory(capability, planes):
+    room = tiles.SHARED_MEMORY.get(capability, tiles.SMALLEST_SHARED_MEMORY) * 1024
+    for m, n in ((1, 1), (100, 3000), (4096, 4096)):
+        for cut in (False, True):
+            found = tiles.gemm_tiles(capability, m, n, planes, matmul.BLOCK_K, cut=cut)
+            assert found
+            assert all(tile.gemm_bytes(matmul.BLOCK_K, *planes) <= room for tile in found)
 
 
 def test_fake_cuda_leaves_no_trace():

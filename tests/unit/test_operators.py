@@ -86,7 +86,9 @@ def test_sdpa_dropout_drops_the_stated_share_and_keeps_the_mean():
     deviation = (count * share * (1 - share)) ** 0.5
     assert abs(dropped - count * share) < 5 * deviation
     kept = weights[weights != 0].double()
-    assert ((kept * 75 - 1).abs() <= 4 * U).all()  # 1/100, scaled by 1/0.75: four roundings at most
+    assert (
+        (kept * 75 - 1).abs() <= 4 * U
+    ).all()  # 1/100, scaled by 1/0.75: four roundings at most
 
 
 def test_sdpa_gives_zeros_for_a_row_whose_keys_are_all_masked():
@@ -182,7 +184,9 @@ def test_grouped_mm_and_its_gradients_are_those_of_the_single_products(form):
 
 def test_what_lies_past_the_last_group_is_zero():
     result = heal.grouped_mm(
-        torch.full((6, 4), float("nan")), torch.randn(1, 4, 5), torch.tensor([0], dtype=torch.int32)
+        torch.full((6, 4), float("nan")),
+        torch.randn(1, 4, 5),
+        torch.tensor([0], dtype=torch.int32),
     )
     assert (result == 0).all()
 
@@ -202,7 +206,9 @@ def test_second_order_gradients_in_eager():
     )
     for ours, reference, inputs in cases:
         found = second_order(ours, inputs)
-        exact = second_order(reference, tuple(x.detach().double().requires_grad_() for x in inputs))
+        exact = second_order(
+            reference, tuple(x.detach().double().requires_grad_() for x in inputs)
+        )
         single = second_order(reference, inputs)
         for one, truth, plain in zip(found, exact, single, strict=True):
             theirs = (plain.double() - truth).norm() + 8 * U * truth.norm()
