@@ -7,10 +7,9 @@ compared:
 
 - BF16: the model as it is usually served.
 - heal: `heal_model(model)`, which compiles with `backend="heal"` and keeps an FP32 key/value
-cache.
+  cache.
 - heal, the caller's BF16 cache: `torch.compile` with `backend="heal"` alone. A pass over the graph
-  cannot widen a cache that the caller owns, and that cache's rounding is enough to lose the
-  property.
+  cannot widen a cache that the caller owns, nor the logits it hands out; both are rounded again.
 
 Run it with `make demo`, or `python examples/generate_reproducibly.py --help`. It needs no GPU.
 """
@@ -233,8 +232,8 @@ MEANING = (
     "BF16 each kernel rounds its result to 8 bits, so that a last-bit difference from another "
     "batch shape grows to half a percent and now and then flips the next token; from there on "
     "the texts differ. heal keeps FP32 between kernels, and with an FP32 cache a difference "
-    "stays about a thousand times smaller. A BF16 cache, or BF16 logits, put such a rounding "
-    "back: they belong to the caller, and a compiler cannot widen them. So use "
+    "stays too small to flip a token, save in rare ties. A BF16 cache, or BF16 logits, put such "
+    "a rounding back: they belong to the caller, and a compiler cannot widen them. So use "
     "heal_model(model) for generation; for "
     'everything else the one line torch.compile(model, backend="heal") is enough.\n'
 )
