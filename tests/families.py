@@ -76,7 +76,7 @@ def _hf(model: type, config: Any) -> Callable[[torch.dtype], nn.Module]:
 
 
 class _Transformer(nn.Transformer):
-    def forward(self, src: Tensor, tgt: Tensor) -> Any:  # noqa: D102
+    def forward(self, src: Tensor, tgt: Tensor) -> Any:
         from types import SimpleNamespace
 
         return SimpleNamespace(logits=super().forward(src, tgt))
@@ -86,21 +86,22 @@ def _transformer(dtype: torch.dtype) -> nn.Module:
     return _Transformer(32, 2, 1, 1, 48, dropout=0.0, batch_first=True, dtype=dtype)
 
 
-_SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-_BERT_SIZES = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"} | dict(
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-)
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_BERT_SIZES = {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"} | {
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 FAMILIES = (
     Family("llama", _hf(hf.LlamaForCausalLM, hf.LlamaConfig(**_SIZES)), text),

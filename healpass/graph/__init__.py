@@ -1,2 +1,1 @@
-"""FX passes on Dynamo's graph: one file each, run by `pipeline`. May import `ops`, `report`,
-`config`."""
+"""FX passes on Dynamo's graph: one file each, run by `pipeline`. Import `ops` and `report`."""

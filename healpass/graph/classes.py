@@ -1,5 +1,4 @@
-"""Which class of the promote pass a node belongs to. May import `graph.nodes` and
-`graph.names`."""
+"""Which class of the promote pass a node belongs to. Imports `graph.nodes`, `names`."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ def views_bits(node: Node) -> bool:
 
 
 def _writes_running_stats(node: Node) -> bool:
-    """Batch norm in training updates its statistics: upcasting 16-bit ones would lose the
-    update."""
+    """Batch norm in training writes its statistics; a copy would lose the update."""
     if op_name(node) not in ("batch_norm", "instance_norm"):
         return False
     statistics = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
@@ -71,8 +69,7 @@ def _writes_running_stats(node: Node) -> bool:
 
 
 def _has_own_format(node: Node) -> bool:
-    """Quantized matmuls, tangents, operators of tensor subclasses: they know certain dtypes
-    only."""
+    """Quantized matmuls, tangents, tensor subclasses: they know certain dtypes only."""
     seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
     return op_name(node) in names.QUANTIZED | names.DUALS or any(
         subclass_name(tensor) for tensor in seen

@@ -1,5 +1,4 @@
-"""Dtypes of nodes: what a promoted one computes, what autocast brought in. May import
-`graph.nodes`."""
+"""Dtypes of nodes: what a promoted one computes, what autocast brought in."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def with_dtype(node: Node, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def autocast_dtype(node: Node, traced: dict[Node, Any]) -> torch.dtype | None:
-    """The dtype that autocast brought in: 16-bit results of FP32 operands come from nothing
-    else."""
+    """The dtype that autocast brought in: nothing else makes 16 bits of FP32."""
     results = tensors([traced[node]])
     operands = tensors([traced.get(n) for n in node.all_input_nodes])
     if not results or not is_half(results[0]) or any(is_half(t) for t in operands):

@@ -134,8 +134,7 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What `torch._transformer_encoder_layer_fwd` (nn.TransformerEncoderLayer's fast path)
-    computes."""
+    """What nn.TransformerEncoderLayer's fused fast path computes."""
 
     def attend(states: Tensor) -> Tensor:
         return _self_attention(
@@ -169,8 +168,7 @@ def _self_attention(
     mask: Tensor | None,
     mask_type: int | None,
 ) -> Tensor:
-    """Self-attention of `[B, L, E]` states. Mask types: 0 is `[L, L]`, 1 is `[B, L]`, 2 is
-    both."""
+    """Self-attention of `[B, L, E]`; a mask is `[L, L]` (0), `[B, L]` (1) or both (2)."""
     batch, length, size = states.shape
     packed = F.linear(states, qkv_weight, qkv_bias)
     packed = packed.reshape(batch, length, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)

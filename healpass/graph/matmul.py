@@ -1,5 +1,4 @@
-"""The pass that puts `heal::` operators in the place of torch's matmuls. May import `ops` and
-below.
+"""The pass that puts `heal::` operators in the place of torch's matmuls. Imports `ops`.
 
 Each rule says in one line what a torch function means in terms of `heal::linear`, `matmul` and
 `grouped_mm`. The new node is FP32; a cast back to the traced dtype follows it, so this pass alone
@@ -84,8 +83,7 @@ def _why_not_form(node: Node) -> str | None:
 
 
 def _rounded_parameter(builder: Builder, argument: Any) -> Any:
-    """Under autocast an FP32 parameter enters rounded to 16 bits, and that is the weight
-    served."""
+    """Under autocast an FP32 parameter enters rounded: that is the weight served."""
     traced = value(builder.like)
     if not isinstance(argument, Node) or not is_half(traced) or not is_parameter(argument):
         return argument

@@ -1,5 +1,4 @@
-"""Which values of a graph share memory, and which memory is written. May import `graph.classes`
-and below.
+"""Which values of a graph share memory, and which memory is written. Imports `classes`.
 
 The names of torch's operators do not tell: `reshape` views or copies, `to` copies or returns its
 input, `select`, `positive` and a dropout that is switched off return views. The fake tensors do:
@@ -21,8 +20,7 @@ from healpass.graph.nodes import op_name, tensors, value
 
 
 def storages(item: Any) -> set[int]:
-    """The memory that an item's tensors live in. Sparse and wrapped tensors have none to
-    compare."""
+    """The memory of an item's tensors; sparse and wrapped ones have none to compare."""
     return {tensor.untyped_storage()._cdata for tensor in tensors(item) if _has_storage(tensor)}
 
 

@@ -54,8 +54,7 @@ def is_half(item: Any) -> bool:
 
 
 def subclass_name(item: Any) -> str | None:
-    """The class of a tensor that brings its own operators (quantized, nested, sharded), or
-    None."""
+    """The class of a tensor with operators of its own (quantized, sharded ...), or None."""
     plain = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     fake = isinstance(item, torch._subclasses.FakeTensor)
     return (

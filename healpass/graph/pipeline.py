@@ -128,6 +128,7 @@ def _check_names(disabled: tuple[str, ...]) -> None:
 def _kept_message(report: GraphReport) -> str:
     lines = "\n".join(f"  {n.op} at {n.line}: {n.reason}" for n in report.kept)
     return (
-        f"strict=True, but {len(report.kept)} of {len(report.nodes)} matmul and SDPA nodes cannot be "
-        f"rewritten:\n{lines}\nLeave strict out to run them as torch has them, or change the model there."
+        f"strict=True, but {len(report.kept)} of {len(report.nodes)} matmul and SDPA nodes cannot "
+        f"be rewritten:\n{lines}\n"
+        "Leave strict out to run them as torch has them, or change the model there."
     )

@@ -135,8 +135,7 @@ class Promotion:
             self.regions.pop()
 
     def _outside(self, argument: Node, node: Node) -> Node:
-        """Where to cast what `node` takes: a cast inside a transform would be transformed with
-        it."""
+        """Where to cast what `node` takes: not inside a transform, which would see it."""
         return self.regions[0] if self.regions and argument < self.regions[0] else node
 
     def _kind(self, node: Node) -> str:
@@ -248,8 +247,7 @@ class Promotion:
         return builder.cast(source, FP32)
 
     def _copied(self, node: Node, wide: Node) -> Node:
-        """A cast was a copy. One that has lost its work may go unless somebody writes into
-        either."""
+        """A cast that lost its work goes, unless somebody writes into it or its source."""
         source = node.args[0]
         if wide is source and self.memory.is_written(self.traced[node], self.traced.get(source)):
             return self.builder(node).method("clone", wide)
@@ -314,8 +312,7 @@ class Promotion:
         self.refresh(node)
 
     def _relax_view(self, node: Node) -> None:
-        """A promoted operand may lie in memory in another order, where `view` would have to
-        copy."""
+        """A promoted operand may lie in memory in an order that `view` would copy."""
         source = node.all_input_nodes[0]
         moved = value(source) is not self.traced.get(source)
         if op_name(node) == "view" and moved and not self.memory.is_written(self.traced[node]):

@@ -87,6 +87,6 @@ def _error(node: Node, after: str, problem: str) -> GraphCheckError:
     return GraphCheckError(
         f"the graph is wrong after pass {after!r} at node {qualified_name(node)!r}: {problem}\n"
         f"  user code: {line}: {code}\n"
-        f"  torch {torch.__version__}. This is a bug of healpass; options={{'disable': ({after!r},)}} "
-        "leaves the pass out."
+        f"  torch {torch.__version__}. This is a bug of healpass; "
+        f"options={{'disable': ({after!r},)}} leaves the pass out."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,7 +169,7 @@ def test_grouped_mm_and_its_gradients_are_those_of_the_single_products(form):
     a, b = a.requires_grad_(), b.requires_grad_()
     result = heal.grouped_mm(a, b, offs)
     bounds, parts = [0, *offs.tolist()], []
-    for group, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for group, (start, end) in enumerate(itertools.pairwise(bounds)):
         span = slice(start, end)
         left = a[group] if a.dim() == 3 else (a[span] if b.dim() == 3 else a[:, span])
         right = b[group] if b.dim() == 3 else (b[:, span] if a.dim() == 3 else b[span])
