@@ -16,11 +16,17 @@ MAX_GRID_Y = 65535
 
 
 def source(name: str) -> str:
-    """Text of a template with the device functions that it calls."""
+    """Text of a template, followed by the device functions that it calls."""
     folder = importlib.resources.files("healpass.lowering") / "templates"
-    return "".join(
+    text, helpers = (
         (folder / f"{part}.py.jinja").read_text(encoding="utf-8") for part in (name, "helpers")
     )
+    functions = [f for f in helpers.split("\n\n\n") if _function_name(f) in text]
+    return "\n\n".join([text, *functions])
+
+
+def _function_name(function: str) -> str:
+    return function.split("def ")[1].split("(")[0]
 
 
 @SymbolicGridFn
