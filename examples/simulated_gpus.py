@@ -123,17 +123,9 @@ def main() -> None:
         table = Table(
             title=f"Error of {len(layers)} linear layers, {layers[0].activation.shape[0]} tokens"
         )
-        for heading in (
-            "method",
-            "median error",
-            "worst error",
-            "worst / FP32",
-            "in layer",
-            "seconds",
-        ):
-            table.add_column(
-                heading, justify="left" if heading in ("method", "in layer") else "right"
-            )
+        for heading in ("method", "median", "worst", "worst / FP32", "> 1.2 FP32", "seconds"):
+            table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column("worst layer")
         baseline: list[float] = []
         for name, method in METHODS.items():
             method(layers[0].activation, layers[0].weight)  # compile outside the timing
@@ -144,12 +136,13 @@ def main() -> None:
             console.print(f"{name}: {seconds:.1f} s")
             baseline = errors if name == "FP32" else baseline
             worst = max(range(len(errors)), key=errors.__getitem__)
-            ratio = max(e / b for e, b in zip(errors, baseline, strict=True)) if baseline else None
+            ratios = [e / b for e, b in zip(errors, baseline, strict=False)]
             table.add_row(
                 name,
                 f"{sorted(errors)[len(errors) // 2]:.2e}",
                 f"{errors[worst]:.2e}",
-                f"{ratio:.2f}" if ratio else "-",
+                f"{max(ratios):.2f}" if ratios else "-",
+                str(sum(ratio > 1.2 for ratio in ratios)) if ratios else "-",
                 f"{seconds:.1f}",
                 layers[worst].name,
             )
