@@ -60,7 +60,8 @@ def _inductor(
     from healpass import lowering
 
     lowering.register()
-    return compile_fx(graph_module, inputs, config_patches=inductor_patches(config))
+    compiled: Any = compile_fx(graph_module, inputs, config_patches=inductor_patches(config))
+    return compiled
 
 
 def inductor_patches(config: HealConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pass that shields a promoted graph from an autocast region around the whole model.
+"""Autocast around a promoted graph and inside it: neither may retype anything.
 
 With `with torch.autocast(...): compiled(x)` the region is not in the graph: it is on while the
 graph is traced on and while it runs. Promoted operators already have the dtypes they shall have,
@@ -11,6 +11,7 @@ import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule
 
+from healpass.graph.classes import is_autocast
 from healpass.graph.context import Context
 from healpass.graph.nodes import set_value, tensors, value
 
@@ -31,3 +32,10 @@ def shield_from_autocast(graph_module: GraphModule, context: Context) -> int:
         for node in (region, leave):
             set_value(node, None)
     return len(active)
+
+
+def dissolve_autocast(graph: torch.fx.Graph) -> None:
+    """Take autocast regions away: every operator now has the dtype it shall have."""
+    for node in reversed(list(graph.nodes)):
+        if is_autocast(node):
+            graph.erase_node(node)

@@ -111,9 +111,10 @@ def sums_weight_gradients(node: Node) -> bool:
 
     The sum must be taken in FP32 and rounded once, hence the upcast comes before the move.
     """
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    repeats = op_name(node) in names.REPEATS and source is not None
-    return repeats and is_half(value(source)) and is_parameter(source) and trained(source)
+    if op_name(node) not in names.REPEATS or not node.all_input_nodes:
+        return False
+    source = node.all_input_nodes[0]
+    return is_half(value(source)) and is_parameter(source) and trained(source)
 
 
 def trained(node: Node) -> bool:

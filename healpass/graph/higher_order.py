@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from healpass.graph.nodes import Builder, is_floating, is_half, set_value, value
+from healpass.graph.nodes import Builder, is_floating, is_half, nodes_in, set_value, value
 
 TRANSPARENT = (
     "tag_activation_checkpoint",
@@ -27,17 +27,14 @@ TRANSPARENT = (
 
 def promote_call(promotion: Any, node: Node) -> None:
     """Promote a higher-order operator and the subgraphs it calls."""
-    name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+    name = str(node.target)
     bodies = [
         n for n in node.all_input_nodes if n.op == "get_attr" and _body(promotion, n) is not None
     ]
     if name in TRANSPARENT and len(bodies) == 1:
-        operands = node.args[node.args.index(bodies[0]) + 1 :]
-        operands = tuple(a for a in operands if isinstance(a, Node))
-        _through(promotion, node, bodies, operands)
+        _through(promotion, node, bodies, nodes_in(node.args[node.args.index(bodies[0]) + 1 :]))
     elif name == "cond" and len(bodies) == 2:
-        operands = tuple(a for a in node.args[3] if isinstance(a, Node))
-        _through(promotion, node, bodies, operands)
+        _through(promotion, node, bodies, nodes_in(node.args[3]))
     else:
         promotion._foreign(node)
         for body in bodies if "flex_attention" not in name else ():
@@ -49,7 +46,7 @@ def _body(promotion: Any, node: Node) -> GraphModule | None:
     return found if isinstance(found, GraphModule) else None
 
 
-def _through(promotion: Any, node: Node, bodies: list[Node], operands: tuple[Node, ...]) -> None:
+def _through(promotion: Any, node: Node, bodies: list[Node], operands: list[Node]) -> None:
     """Hand promoted operands in and promoted results out, FP32 wherever one body makes FP32."""
     results = [
         _promote_body(promotion, _body(promotion, body), [value(operand) for operand in operands])
@@ -85,9 +82,7 @@ def _promote_body(promotion: Any, body: Any, operands: list[Any] | None) -> list
         set_value(placeholder, operand)
     inner.run()
     body.recompile()
-    results: list[Any] = []
-    map_arg(_output(body).args[0], lambda argument: results.append(value(argument)) or argument)
-    return results
+    return [value(result) for result in nodes_in(_output(body).args[0])]
 
 
 def _output(body: GraphModule) -> Node:
@@ -102,5 +97,5 @@ def _widen_outputs(promotion: Any, body: Any, wide: list[bool]) -> None:
         builder = Builder(body.graph, output, promotion.context.fake_mode)
         return builder.cast(argument, torch.float32) if next(flags) else argument
 
-    output.args = (tuple(map_arg(a, widen) for a in output.args[0]),)
+    output.args = (map_arg(output.args[0], widen),)
     body.recompile()

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from healpass.graph import classes
-from healpass.graph.nodes import op_name, tensors, value
+from healpass.graph.nodes import nodes_in, op_name, tensors, value
 
 
 def storages(item: Any) -> set[int]:
@@ -86,5 +85,5 @@ def _written_arguments(node: Node, schema: Any) -> list[Node]:
     for position, argument in enumerate(schema.arguments):
         if argument.is_write:
             given = (node.args[position : position + 1], node.kwargs.get(argument.name))
-            map_arg(given, lambda found: written.append(found) or found)
+            written += nodes_in(given)
     return written

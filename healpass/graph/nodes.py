@@ -75,8 +75,18 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def node_inputs(node: Node) -> list[Node]:
     """The nodes among the arguments, with repetitions, in order."""
+    return nodes_in((node.args, node.kwargs))
+
+
+def nodes_in(tree: Any) -> list[Node]:
+    """The nodes in nested arguments, with repetitions, in order."""
     found: list[Node] = []
-    map_arg((node.args, node.kwargs), lambda arg: found.append(arg) or arg)
+
+    def note(node: Node) -> Node:
+        found.append(node)
+        return node
+
+    map_arg(tree, note)
     return found
 
 

@@ -31,6 +31,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from healpass.graph import classes, higher_order
+from healpass.graph.ambient import dissolve_autocast
 from healpass.graph.context import Context
 from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
 from healpass.graph.memory import Memory, storages
@@ -88,7 +89,7 @@ class Promotion:
                 self._output(node)
             elif node.op in ("call_function", "call_method"):
                 self._visit(node)
-        _dissolve_autocast(self.graph)
+        dissolve_autocast(self.graph)
         return self.changed
 
     def _share_trained_weights(self) -> None:
@@ -154,8 +155,8 @@ class Promotion:
 
     def _narrow(self, node: Node) -> None:
         """Give a value its traced dtype: someone writes into it who needs those bits."""
-        traced, now = self.traced[node], value(node)
-        if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+        traced = self.traced[node]
+        if not self._was_promoted(node):
             return
         narrow = self.builder(node.next).cast(node, traced.dtype)
         node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
@@ -168,6 +169,12 @@ class Promotion:
     def cast(self, node: Node, dtype: torch.dtype, before: Node) -> Node:
         """A node that holds `node` in `dtype`."""
         return self.builder(before).cast(node, dtype)
+
+    def _was_promoted(self, node: Node) -> bool:
+        """Whether a value that was traced in 16 bits is wider now."""
+        traced: Any = self.traced.get(node)
+        now = value(node)
+        return is_half(traced) and is_floating(now) and now.dtype != traced.dtype
 
     def refresh(self, node: Node) -> None:
         """Recompute the value of a node if its operands are not those that Dynamo traced."""
@@ -186,8 +193,8 @@ class Promotion:
 
         def restore(argument: Node) -> Node:
             nonlocal cast_any
-            traced, now = self.traced.get(argument), value(argument)
-            if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+            traced: Any = self.traced.get(argument)
+            if not self._was_promoted(argument):
                 return argument
             cast_any = True
             return self.cast(argument, traced.dtype, self._outside(argument, node))
@@ -205,6 +212,7 @@ class Promotion:
 
     def _in_place(self, node: Node) -> None:
         destination = classes.destination(node)
+        assert destination is not None, "the class of the node says that it writes"
         dtype = value(destination).dtype
 
         def match(argument: Node) -> Node:
@@ -360,8 +368,8 @@ class Promotion:
         wide = self.border == "model" and self.context.config.outputs == "fp32"
 
         def restore(argument: Node) -> Node:
-            traced, now = self.traced.get(argument), value(argument)
-            if not is_half(traced) or not is_floating(now) or now.dtype == traced.dtype:
+            traced: Any = self.traced.get(argument)
+            if not self._was_promoted(argument):
                 return argument
             if wide and len(argument.users) == 1:
                 return argument
@@ -388,10 +396,3 @@ class Promotion:
         node.replace_all_uses_with(other)
         self.graph.erase_node(node)
         self.changed += 1
-
-
-def _dissolve_autocast(graph: torch.fx.Graph) -> None:
-    """Take autocast regions away: every operator now has the dtype it shall have."""
-    for node in reversed(list(graph.nodes)):
-        if classes.is_autocast(node):
-            graph.erase_node(node)

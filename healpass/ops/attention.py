@@ -8,6 +8,7 @@ arithmetic; until then reports say "not derived".
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +118,12 @@ def _(
     return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
 
 
-def _save_attention(ctx, inputs, output) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4], output)
     ctx.is_causal, ctx.scale, ctx.numerics = inputs[4:]
 
 
-def _attention_backward(ctx, grad: Tensor):
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The standard gradient of attention, P being the probabilities, G what comes in.
 
     dV = P^T G,  dP = G V^T,  dS = P * (dP - rowsum(G * O)),  dQ = scale dS K,  dK = scale dS^T Q.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 FULL = ("ieee", "none")
 
 
-def matmul_flags(device_type: str) -> object:
+def matmul_flags(device_type: str) -> Any:
     """Return torch's precision switch for FP32 matmuls on `device_type` ("cpu" or "cuda")."""
-    return torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul
 
 
 def is_ieee(device_type: str) -> bool:
@@ -34,12 +36,12 @@ def ieee_fp32(device_type: str) -> Iterator[None]:
         yield
         return
     flags = matmul_flags(device_type)
-    before = flags.fp32_precision  # type: ignore[attr-defined]
-    flags.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    before = flags.fp32_precision
+    flags.fp32_precision = "ieee"
     try:
         yield
     finally:
-        flags.fp32_precision = before  # type: ignore[attr-defined]
+        flags.fp32_precision = before
 
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:

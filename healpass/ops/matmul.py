@@ -12,6 +12,7 @@ a GPU generation adds as its tensor cores would (`ops.numerics`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ def _(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
-def _save_operands(ctx, inputs, output) -> None:  # noqa: ARG001
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(inputs[0], inputs[1])
     ctx.numerics = inputs[2]
 
 
-def _mm_backward(ctx, grad: Tensor):
+def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grad_a = torch.ops.heal.mm(grad, b.t(), ctx.numerics).to(a.dtype) if need_a else None
@@ -101,7 +102,7 @@ def _(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=torch.float32)
 
 
-def _bmm_backward(ctx, grad: Tensor):
+def _bmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grad_a = torch.ops.heal.bmm(grad, b.mT, ctx.numerics).to(a.dtype) if need_a else None
@@ -221,12 +222,12 @@ def _(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -> Tensor:
     return a.new_empty(_grouped_shape(a, b, offs), dtype=torch.float32)
 
 
-def _save_groups(ctx, inputs, output) -> None:  # noqa: ARG001
+def _save_groups(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[:3])
     ctx.numerics = inputs[3]
 
 
-def _grouped_mm_backward(ctx, grad: Tensor):
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, offs = ctx.saved_tensors
     need_a, need_b = ctx.needs_input_grad[:2]
     grouped = torch.ops.heal.grouped_mm
