@@ -38,9 +38,8 @@ from healpass.config import CHOICES, HealConfig
 from healpass.errors import CacheError, ConfigError, UnavailableError, suggestion
 
 FULL = (
-    "HealCache is full: a static cache cannot take tokens past max_cache_len. Nothing was "
-    "overwritten. Make it longer, HealCache(config, max_cache_len=...), or leave max_cache_len "
-    "out for one that grows."
+    "HealCache is full: a static cache cannot take tokens past max_cache_len. Make it longer, "
+    "HealCache(config, max_cache_len=...), or leave max_cache_len out for one that grows."
 )
 
 
@@ -92,7 +91,9 @@ class HealStaticLayer(_WideLayer, StaticLayer):
             # As data: a Python length would change with every token, and be guarded on.
             torch._assert_async(end <= self.max_cache_len, FULL)
         elif end > self.max_cache_len:
-            raise CacheError(f"{FULL}\nAsked: {int(end)} tokens. Found: {self.max_cache_len}.")
+            raise CacheError(
+                f"{FULL}\nAsked: {int(end)} tokens. Found: {self.max_cache_len}. Nothing was stored."
+            )
         return super().update(key_states, value_states, *args, **kwargs)
 
 
