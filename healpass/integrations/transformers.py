@@ -92,7 +92,7 @@ class HealStaticLayer(_WideLayer, StaticLayer):
             torch._assert_async(end <= self.max_cache_len, FULL)
         elif end > self.max_cache_len:
             raise CacheError(
-                f"{FULL}\nAsked: {int(end)} tokens. Room: {self.max_cache_len}. Nothing was stored."
+                f"{FULL}\nAsked: {int(end)} tokens. Room: {self.max_cache_len}. None was stored."
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
