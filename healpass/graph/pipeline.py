@@ -18,10 +18,10 @@ from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
 from healpass.graph.ambient import shield_from_autocast
 from healpass.graph.attention import rewrite_attention
-from healpass.graph.context import Context
+from healpass.graph.context import Context, device_reason
 from healpass.graph.expand import expand_composites
 from healpass.graph.matmul import rewrite_matmuls
-from healpass.graph.nodes import subgraphs, value
+from healpass.graph.nodes import subgraphs, tensors, value
 from healpass.graph.promote import promote
 from healpass.graph.verify import verify
 from healpass.report import GraphReport
@@ -75,13 +75,21 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
     context = Context(config, _fake_mode(graph_module))
     if not config.rewrites or context.fake_mode is None:
         return context.report
-    chosen = {name: run for name, run in PASSES.items() if name not in config.disable}
+    skipped = (*config.disable, *_unsafe_passes(graph_module))
+    chosen = {name: run for name, run in PASSES.items() if name not in skipped}
     for name, run in chosen.items():
         _run(name, run, graph_module, context, complete=name == "promote")
     log.info("%s: %s", config.precision, context.report.summary())
     if config.strict and context.report.kept:
         raise StrictError(_kept_message(context.report))
     return context.report
+
+
+def _unsafe_passes(graph_module: GraphModule) -> tuple[str, ...]:
+    """What must not run on this graph: on an unsupported device nothing is promoted, only listed."""
+    devices = {t.device.type for n in graph_module.graph.nodes for t in tensors([value(n)])}
+    supported = all(device_reason(device, torch.version.hip) is None for device in devices)
+    return () if supported else ("promote", "autocast")
 
 
 def _run(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from healpass.ops.numerics import Numerics
 
@@ -26,12 +27,19 @@ library = torch.library.Library("heal", "FRAGMENT")
 
 
 def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
-    """Refuse dtypes and numerics that a `heal::` operator has no meaning for.
+    """Refuse dtypes, numerics and derivatives that a `heal::` operator has no meaning for.
 
     Raises:
         TypeError: An operand is not FP16, BF16 or FP32.
         ValueError: `numerics` is unknown.
+        RuntimeError: Forward-mode differentiation (`jvp`) is on: torch gives a custom operator the
+            tangent zero there, without a word.
     """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"heal::{op} has no forward-mode derivative (torch.func.jvp, forward_ad). Use reverse "
+            "mode, or torch's own operator inside the jvp."
+        )
     for operand in operands:
         if operand.dtype not in OPERAND_DTYPES:
             raise TypeError(

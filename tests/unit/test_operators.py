@@ -266,6 +266,12 @@ def test_other_dtypes_are_refused_by_name(dtype):
         heal.mm(a, a)
 
 
+def test_forward_mode_is_refused_instead_of_a_silent_zero_tangent():
+    x, w = torch.randn(3, 4), torch.randn(4, 5)
+    with pytest.raises(RuntimeError, match="heal::mm has no forward-mode derivative"):
+        torch.func.jvp(lambda rows: heal.mm(rows, w), (x,), (x,))
+
+
 def test_unknown_numerics_are_refused():
     with pytest.raises(ValueError, match="numerics='best'"):
         heal.mm(torch.ones(2, 2), torch.ones(2, 2), "best")
