@@ -86,7 +86,7 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
 
 
 def _unsafe_passes(graph_module: GraphModule) -> tuple[str, ...]:
-    """On an unsupported device nothing is promoted: matmuls are listed as kept, and that is all."""
+    """On an unsupported device nothing is promoted: matmuls are listed as kept, nothing else."""
     devices = {t.device.type for n in graph_module.graph.nodes for t in tensors([value(n)])}
     supported = all(device_reason(device, torch.version.hip) is None for device in devices)
     return () if supported else ("promote", "autocast")
