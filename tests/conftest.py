@@ -35,8 +35,9 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
-    """Forget compiled code after each test, so that none meets the recompile limit of another."""
+    """Forget compiled code and counters after each test: none meets another's limits or breaks."""
     yield
     import torch
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
