@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo model test test-deep check fix
+.PHONY: help venv demo model test test-deep test-gpu check fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: model  ## Run the tests, without the slow ones and those that need a GPU
 
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property
 	$(PYTEST) -m 'not gpu' --hypothesis-profile deep
+
+test-gpu:  ## On a machine with a GPU: its tests, then the benchmark, with the torch that is there
+	bash tests/gpu/run_all.sh
 
 check: $(STAMP)  ## Lint, format, types and spelling; changes nothing
 	$(PYTHON) -m ruff check .
