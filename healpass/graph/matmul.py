@@ -63,8 +63,9 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     arguments = {**bind(name, node), "numerics": context.config.numerics}
     for key, argument in arguments.items():
         arguments[key] = _rounded_parameter(builder, argument)
+    before = node.prev
     product = RULES[name](builder, **arguments)
-    operator = _operator_before(node)
+    operator = _operator_between(before, node)
     if operator is not None:
         bound = bound_of(operator, context.config)
         context.rewritten(node, name, heal_name(operator) or "", bound)
@@ -90,12 +91,12 @@ def _rounded_parameter(builder: Builder, argument: Any) -> Any:
     return builder.cast(argument, traced.dtype) if not is_half(value(argument)) else argument
 
 
-def _operator_before(node: Node) -> Node | None:
-    """The `heal::` node that a rule has just put before `node`."""
-    before = node.prev
-    while before.op != "root" and heal_name(before) is None:
-        before = before.prev
-    return None if before.op == "root" else before
+def _operator_between(before: Node, node: Node) -> Node | None:
+    """The `heal::` node that a rule has just put before `node`; a product by a scalar has none."""
+    made = node.prev
+    while made is not before and heal_name(made) is None:
+        made = made.prev
+    return None if made is before else made
 
 
 # ------------------------------------------------------------------------------------- the rules
