@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from healpass.ops.ieee import ieee_fp32
 from healpass.ops.matmul import check_operands, library
 from healpass.ops.numerics import Numerics
 from healpass.tensorcore.attention import heal_attention
@@ -87,9 +88,10 @@ def attention(
     how = Numerics.parse(numerics)
     if how.simulate is not None and how.precision == "heal":
         adders = Accumulation(how.simulate, order=how.order)
-        return heal_attention(
-            query, key, value, attn_mask, is_causal=is_causal, scale=scale, accumulate=adders
-        )
+        with ieee_fp32(query.device.type):
+            return heal_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, accumulate=adders
+            )
     heads = key.shape[1]
     weights = _attention_probabilities(query, key, attn_mask, is_causal, scale, numerics)
     result = torch.ops.heal.bmm(_fold(weights, heads), _fold(value, heads), numerics)

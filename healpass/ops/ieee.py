@@ -31,17 +31,18 @@ def is_ieee(device_type: str) -> bool:
 
 @contextlib.contextmanager
 def ieee_fp32(device_type: str) -> Iterator[None]:
-    """Run a block with FP32 matmuls in IEEE FP32 on `device_type`."""
-    if is_ieee(device_type):
-        yield
-        return
+    """Run a block with FP32 matmuls in IEEE FP32 on `device_type`, and without autocast."""
     flags = matmul_flags(device_type)
-    before = flags.fp32_precision
-    flags.fp32_precision = "ieee"
+    before = getattr(flags, "fp32_precision", "ieee")
+    lowered = before not in FULL
+    if lowered:
+        flags.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
-        flags.fp32_precision = before
+        if lowered:
+            flags.fp32_precision = before
 
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -50,5 +51,5 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     |result - a @ b| <= K * 2^-24 * (|a| @ |b|) to first order, for any order of summation (Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.5).
     """
-    with ieee_fp32(a.device.type), torch.autocast(a.device.type, enabled=False):
+    with ieee_fp32(a.device.type):
         return torch.matmul(a.to(torch.float32), b.to(torch.float32))

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from healpass.ops.ieee import mm_fp32
+from healpass.ops.ieee import ieee_fp32, mm_fp32
 from healpass.tensorcore.matmul import Accumulation, heal_matmul
 from healpass.tensorcore.simulate import simulate_matmul
 
@@ -63,9 +63,10 @@ class Numerics:
         """
         if self.simulate is None:
             return mm_fp32(a, b) if self.order == 0 else _reordered(a, b, self.order)
-        if self.precision == "heal":
-            return heal_matmul(a, b, Accumulation(self.simulate, order=self.order))
-        return _fma_chain(a, b, self.order)
+        with ieee_fp32(a.device.type):
+            if self.precision == "heal":
+                return heal_matmul(a, b, Accumulation(self.simulate, order=self.order))
+            return _fma_chain(a, b, self.order)
 
 
 @cache

@@ -37,7 +37,7 @@ def template_bound(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
         return bound + k * 2.0**-149
     if not decode:
         names = {"left": NAMES[a.dtype], "right": NAMES[b.dtype]}
-        return matmul_bound("heal", max(k, 1), rule="h100", **names).evaluate(**sizes)
+        return matmul_bound("heal", max(k, 1), rule="h100", headroom=1, **names).evaluate(**sizes)
     pieces = BF16_PIECES[a.dtype], BF16_PIECES[b.dtype]
     dropped = {5: 1, 6: 2}.get(sum(pieces), 0) * DROPPED
     promotions = (-(-k // BLOCK_K) + decode_chunk(k)[1] + 1) * UNIT
