@@ -7,10 +7,9 @@ changes no dtype anywhere else. The promote pass removes those casts.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,11 +59,9 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
         context.keep(node, name, reason)
         return False
     builder = context.builder(graph_module, node)
-    arguments = {**bind(name, node), "numerics": context.config.numerics}
-    for key, argument in arguments.items():
-        arguments[key] = _rounded_parameter(builder, argument)
     before = node.prev
-    product = RULES[name](builder, **arguments)
+    arguments = [_rounded_parameter(builder, argument) for argument in bind(FORMS[name], node)]
+    product = FORMS[name].rule(builder, context.config.numerics, *arguments)
     operator = _operator_between(before, node)
     if operator is not None:
         bound = bound_of(operator, context.config)
@@ -102,112 +99,51 @@ def _operator_between(before: Node, node: Node) -> Node | None:
 # ------------------------------------------------------------------------------------- the rules
 
 
-def _matmul(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:
-    return _into(b, out, b.call(heal.matmul.default, input, other, numerics))
+def _matmul(b: Builder, numerics: str, left: Any, right: Any, out: Any = None) -> Node:
+    return _into(b, out, b.call(heal.matmul.default, left, right, numerics))
 
 
-def _rmatmul(b: Builder, input: Any, other: Any, *, numerics: str) -> Node:
-    return b.call(heal.matmul.default, other, input, numerics)
+def _rmatmul(b: Builder, numerics: str, right: Any, left: Any) -> Node:
+    return b.call(heal.matmul.default, left, right, numerics)
 
 
-def _mm(b: Builder, input: Any, mat2: Any, out: Any = None, *, numerics: str) -> Node:
-    return _matmul(b, input, mat2, out, numerics=numerics)
+def _linear(b: Builder, numerics: str, rows: Any, weight: Any, bias: Any) -> Node:
+    return b.call(heal.linear.default, rows, weight, bias, numerics)
 
 
-def _mv(b: Builder, input: Any, vec: Any, out: Any = None, *, numerics: str) -> Node:
-    return _matmul(b, input, vec, out, numerics=numerics)
-
-
-def _linear(b: Builder, input: Any, weight: Any, bias: Any = None, *, numerics: str) -> Node:
-    return b.call(heal.linear.default, input, weight, bias, numerics)
-
-
-def _inner(b: Builder, input: Any, other: Any, out: Any = None, *, numerics: str) -> Node:
-    left, right = value(input), value(other)
-    if left.dim() == 0 or right.dim() == 0:
-        return _into(b, out, b.call(torch.mul, b.cast(input, torch.float32), other))
-    rows = b.method("reshape", other, (math.prod(right.shape[:-1]), right.shape[-1]))
-    product = b.call(heal.linear.default, input, rows, None, numerics)
-    return _into(b, out, b.method("reshape", product, (*left.shape[:-1], *right.shape[:-1])))
+def _inner(b: Builder, numerics: str, left: Any, right: Any, out: Any) -> Node:
+    a, c = value(left), value(right)
+    if a.dim() == 0 or c.dim() == 0:
+        return _into(b, out, b.call(torch.mul, b.cast(left, torch.float32), right))
+    rows = b.method("reshape", right, (math.prod(c.shape[:-1]), c.shape[-1]))
+    product = b.call(heal.linear.default, left, rows, None, numerics)
+    return _into(b, out, b.method("reshape", product, (*a.shape[:-1], *c.shape[:-1])))
 
 
 def _addmm(
-    b: Builder,
-    input: Any,
-    mat1: Any,
-    mat2: Any,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Any = None,
-    *,
-    numerics: str,
+    b: Builder, numerics: str, term: Any, left: Any, right: Any, beta: Any, alpha: Any, out: Any
 ) -> Node:
-    product = b.call(heal.matmul.default, mat1, mat2, numerics)
-    return _into(b, out, _combined(b, input, product, beta, alpha))
+    product = b.call(heal.matmul.default, left, right, numerics)
+    return _into(b, out, _combined(b, term, product, beta, alpha))
 
 
-def _addmv(
-    b: Builder,
-    input: Any,
-    mat: Any,
-    vec: Any,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Any = None,
-    *,
-    numerics: str,
-) -> Node:
-    return _addmm(b, input, mat, vec, beta, alpha, out, numerics=numerics)
-
-
-def _baddbmm(
-    b: Builder,
-    input: Any,
-    batch1: Any,
-    batch2: Any,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Any = None,
-    *,
-    numerics: str,
-) -> Node:
-    return _addmm(b, input, batch1, batch2, beta, alpha, out, numerics=numerics)
-
-
-def _addbmm(
-    b: Builder,
-    input: Any,
-    batch1: Any,
-    batch2: Any,
-    beta: Any = 1,
-    alpha: Any = 1,
-    out: Any = None,
-    *,
-    numerics: str,
-) -> Node:
+def _addbmm(b: Builder, numerics: str, term: Any, left: Any, right: Any, *rest: Any) -> Node:
     """The sum over the batch is part of the contraction: one product with B * K terms."""
-    left, right = value(batch1), value(batch2)
-    rows = b.method("permute", batch1, (1, 0, 2))
-    rows = b.method("reshape", rows, (left.shape[1], left.shape[0] * left.shape[2]))
-    columns = b.method("reshape", batch2, (right.shape[0] * right.shape[1], right.shape[2]))
-    return _addmm(b, input, rows, columns, beta, alpha, out, numerics=numerics)
+    a, c = value(left), value(right)
+    rows = b.method("permute", left, (1, 0, 2))
+    rows = b.method("reshape", rows, (a.shape[1], a.shape[0] * a.shape[2]))
+    columns = b.method("reshape", right, (c.shape[0] * c.shape[1], c.shape[2]))
+    return _addmm(b, numerics, term, rows, columns, *rest)
 
 
 def _grouped_mm(
-    b: Builder,
-    input: Any,
-    mat2: Any,
-    offs: Any = None,
-    bias: Any = None,
-    out_dtype: Any = None,
-    *,
-    numerics: str,
+    b: Builder, numerics: str, left: Any, right: Any, offs: Any, bias: Any, out_dtype: Any
 ) -> Node:
     del out_dtype  # the result is FP32; the cast to the traced dtype follows every rule
     if offs is None:
-        product = b.call(heal.matmul.default, input, mat2, numerics)
+        product = b.call(heal.matmul.default, left, right, numerics)
     else:
-        product = b.call(heal.grouped_mm.default, input, mat2, offs, numerics)
+        product = b.call(heal.grouped_mm.default, left, right, offs, numerics)
     return product if bias is None else b.call(torch.add, product, bias)
 
 
@@ -225,50 +161,62 @@ def _into(b: Builder, out: Any, result: Node) -> Node:
 
 
 def _in_place(rule: Rule) -> Rule:
-    def apply(b: Builder, input: Any, *args: Any, **kwargs: Any) -> Node:
-        return b.method("copy_", input, rule(b, input, *args, **kwargs))
+    """The rule of a method that writes its result into its first argument."""
 
-    apply.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]
+    def apply(b: Builder, numerics: str, term: Any, *rest: Any) -> Node:
+        return b.method("copy_", term, rule(b, numerics, term, *rest))
+
     return apply
 
 
-RULES: dict[str, Rule] = {
-    "linear": _linear,
-    **dict.fromkeys(("matmul", "__matmul__", "linalg_matmul"), _matmul),
-    **dict.fromkeys(("dot", "vdot"), _matmul),
-    **dict.fromkeys(("mm", "bmm"), _mm),
-    "__rmatmul__": _rmatmul,
-    "mv": _mv,
-    "inner": _inner,
-    "addmm": _addmm,
-    "addmv": _addmv,
-    "baddbmm": _baddbmm,
-    "addbmm": _addbmm,
-    "addmm_": _in_place(_addmm),
-    "addmv_": _in_place(_addmv),
-    "baddbmm_": _in_place(_baddbmm),
-    "addbmm_": _in_place(_addbmm),
-    **dict.fromkeys(("_grouped_mm", "grouped_mm"), _grouped_mm),
+@dataclass(frozen=True)
+class Form:
+    """One way to write a product: its rule, and torch's argument names in the rule's order."""
+
+    rule: Rule
+    parameters: tuple[str, ...]
+
+
+def _form(rule: Rule, parameters: str) -> Form:
+    return Form(rule, tuple(parameters.split()))
+
+
+_MATRICES = "input mat1 mat2 beta alpha out"
+_VECTOR = "input mat vec beta alpha out"
+_BATCHES = "input batch1 batch2 beta alpha out"
+
+FORMS: dict[str, Form] = {
+    "linear": _form(_linear, "input weight bias"),
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "linalg_matmul", "dot", "vdot"),
+        _form(_matmul, "input other out"),
+    ),
+    **dict.fromkeys(("mm", "bmm"), _form(_matmul, "input mat2 out")),
+    "mv": _form(_matmul, "input vec out"),
+    "__rmatmul__": _form(_rmatmul, "input other"),
+    "inner": _form(_inner, "input other out"),
+    "addmm": _form(_addmm, _MATRICES),
+    "addmv": _form(_addmm, _VECTOR),
+    "baddbmm": _form(_addmm, _BATCHES),
+    "addbmm": _form(_addbmm, _BATCHES),
+    "addmm_": _form(_in_place(_addmm), _MATRICES),
+    "addmv_": _form(_in_place(_addmm), _VECTOR),
+    "baddbmm_": _form(_in_place(_addmm), _BATCHES),
+    "addbmm_": _form(_in_place(_addbmm), _BATCHES),
+    **dict.fromkeys(
+        ("_grouped_mm", "grouped_mm"), _form(_grouped_mm, "input mat2 offs bias out_dtype")
+    ),
 }
 
+_DEFAULTS = {"beta": 1, "alpha": 1}
 #: torch's functions disagree with each other on some argument names.
 _ALIASES = {"self": "input", "tensor": "other", "mat_a": "input", "mat_b": "mat2", "a": "input"}
 
 
-@cache
-def _parameters(name: str) -> tuple[str, ...]:
-    """The positional arguments that a rule takes, the builder left out."""
-    parameters = inspect.signature(RULES[name]).parameters
-    return tuple(p for p in parameters if p not in ("b", "numerics"))
-
-
-def bind(name: str, node: Node) -> dict[str, Any]:
-    """The arguments of a matmul node by name."""
-    names = _parameters(name)
-    bound = dict(zip(names, node.args, strict=False))
+def bind(form: Form, node: Node) -> list[Any]:
+    """The arguments of a matmul node in the order of its form, defaults filled in."""
+    bound = dict(zip(form.parameters, node.args, strict=False))
     for key, argument in node.kwargs.items():
-        key = _ALIASES.get(key, key)
-        if key == "mat2" and "mat2" not in names:
-            key = "other"
-        bound[key] = argument
-    return bound
+        name = _ALIASES.get(key, key)
+        bound[name if name in form.parameters else "other"] = argument
+    return [bound.get(name, _DEFAULTS.get(name)) for name in form.parameters]
