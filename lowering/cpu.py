@@ -23,7 +23,7 @@ from healpass.ops.ieee import is_ieee
 
 aten = torch.ops.aten
 
-#: Up to here rows are summed one by one; above, a GEMM wins (measured; see CHANGELOG 0.1).
+#: Up to here rows are summed one by one; above, a GEMM is used. Tuning: it decides no bound.
 DECODE_ROWS = 8
 
 
@@ -76,7 +76,8 @@ def lower_attention(
     are not repeated; with more queries they are repeated and causality is left to the kernel.
     """
     del numerics
-    if not is_ieee("cpu") or not _fits_flash(query, key, value):
+    both = is_causal and attn_mask is not None  # the operator takes both, torch's kernel does not
+    if both or not is_ieee("cpu") or not _fits_flash(query, key, value):
         return None
     query, key, value = map(_fp32, (query, key, value))
     batch, heads, length, size = query.get_size()
@@ -89,7 +90,7 @@ def lower_attention(
         return _view(attended, [batch, heads, length, size])
     if groups > 1:
         key, value = (_repeat_heads(states, groups) for states in (key, value))
-    return _flash(query, key, value, is_causal and mask is None, mask, scale)
+    return _flash(query, key, value, is_causal, mask, scale)
 
 
 def _flash(query: Any, key: Any, value: Any, is_causal: bool, mask: Any, scale: float) -> Any:

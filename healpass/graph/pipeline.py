@@ -75,7 +75,7 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
     context = Context(config, _fake_mode(graph_module))
     if not config.rewrites or context.fake_mode is None:
         return context.report
-    skipped = (*config.disable, *_unsafe_passes(graph_module))
+    skipped = (*config.disable, *_unsafe_passes(graph_module, config.disable))
     chosen = {name: run for name, run in PASSES.items() if name not in skipped}
     for name, run in chosen.items():
         _run(name, run, graph_module, context, complete=name == "promote")
@@ -85,11 +85,15 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
     return context.report
 
 
-def _unsafe_passes(graph_module: GraphModule) -> tuple[str, ...]:
-    """On an unsupported device nothing is promoted: matmuls are listed as kept, nothing else."""
+def _unsafe_passes(graph_module: GraphModule, disabled: tuple[str, ...]) -> tuple[str, ...]:
+    """On an unsupported device nothing is promoted: matmuls are listed as kept, nothing else.
+
+    Without promotion autocast stays in charge, so the pass that shields from it goes with it.
+    """
     devices = {t.device.type for n in graph_module.graph.nodes for t in tensors([value(n)])}
     supported = all(device_reason(device, torch.version.hip) is None for device in devices)
-    return () if supported else ("promote", "autocast")
+    promoted = supported and "promote" not in disabled
+    return () if promoted else ("promote", "autocast")
 
 
 def _run(

@@ -63,8 +63,7 @@ class Promotion:
         traced: The values that Dynamo saw, before anything was promoted.
         border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
             traced dtypes, "promoted" hands out what was computed.
-        memory: What the traced graph writes into: there aliases and copies must stay what they
-        were.
+        memory: What the traced graph writes into: there aliases and copies stay what they were.
         regions: Where the `torch.func` transforms around the current node begin, outermost first.
     """
 
@@ -235,16 +234,13 @@ class Promotion:
         if not isinstance(source, Node):
             self.refresh(node)
         elif storages(traced) & storages(self.traced.get(source)):
-            self._substitute(
-                node, source
-            )  # it had that dtype already: torch returns the input itself
+            self._substitute(node, source)  # torch returned the input itself
         elif not is_half(traced):
             self.refresh(node)
             if storages(value(node)) & storages(value(source)):
                 self._substitute(node, self._copied(node, source))
-        elif not (
-            is_parameter(source) and is_floating(value(source))
-        ):  # a rounded weight is served
+        elif not (is_parameter(source) and is_floating(value(source))):
+            # (a rounded parameter stays: it is the weight that is served)
             self._substitute(node, self._copied(node, self._wide(node, source)))
 
     def _wide(self, node: Node, source: Node) -> Node:
@@ -388,9 +384,8 @@ class Promotion:
         """Let `other` stand for `node`, also for those who need the traced dtype of `node`."""
         known, traced = self.traced.get(other), self.traced[node]
         if known is not None and known.dtype != traced.dtype and len(other.users) > 1:
-            other = self.builder(node).method(
-                "to", other, FP32
-            )  # its own users need another dtype
+            # its own users need another dtype
+            other = self.builder(node).method("to", other, FP32)
         if known is None or known.dtype != traced.dtype:
             self.traced[other] = traced
         node.replace_all_uses_with(other)

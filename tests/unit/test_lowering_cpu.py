@@ -178,6 +178,19 @@ def test_lowered_attention_is_as_good_as_torchs_fp32():
     assert (empty == 0).all()
 
 
+def test_the_operator_obeys_a_mask_and_causality_at_once():
+    """`heal::sdpa` refuses both, as torch does; the operator below it has a meaning for both."""
+    (query, key, value), _ = attention_case("causal with grouped heads")
+    mask = torch.rand(9, 9, generator=torch.Generator().manual_seed(2)) < 0.7
+    mask.fill_diagonal_(True)
+
+    def attend(*states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.heal.attention(*states, mask, True, 0.25)
+
+    found, eager = source_of(attend, query, key, value)[0], attend(query, key, value)
+    assert torch.equal(found, eager)
+
+
 def test_attention_without_a_kernel_runs_its_meaning():
     """Head sizes of K and V that differ: torch's kernel cannot, the operator can."""
     query, key, value = (torch.randn(1, 2, 3, e).to(BF16) for e in (8, 8, 5))

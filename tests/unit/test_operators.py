@@ -247,11 +247,14 @@ def test_fp32_stays_fp32_when_torchs_flags_allow_less():
     torch.manual_seed(0)
     a, b = torch.randn(64, 256), torch.randn(256, 64)
     before = heal.mm(a, b)
+    earlier = torch.compile(lambda a, b: a @ b, backend="heal")
+    assert torch.equal(before, earlier(a, b))
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         after = heal.mm(a, b)
         compiled = torch.compile(torch.mm, backend="heal")(a, b)
+        assert torch.equal(before, earlier(a, b)), "compiled before the flag was set"
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
