@@ -50,6 +50,8 @@ class IntegerFormat:
 
 INT16 = IntegerFormat("int16", torch.int16, 2)
 INT24 = IntegerFormat("int24", torch.int32, 3)
+#: By name, as in `kv=`.
+INTEGER_FORMATS = {fmt.name: fmt for fmt in (INT16, INT24)}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,11 @@
 """Errors and magnitudes through a whole program. Layer `arithmetic`.
 
-An `Estimate` is a tensor's exact value (in FP64) beside a bound on how far a computed one may lie
-from it. `propagate` applies one torch function to estimates: inputs that differ from the exact
-ones by their errors go through the function, and the function's own FP32 arithmetic adds to it.
-Chained over a graph this is a running error analysis (Wilkinson 1986; Higham, section 3.3): the
-bound of an output follows from magnitudes measured on the input, not from worst cases over all
-inputs.
+`propagate` applies one torch function to estimates: exact values in FP64 beside bounds on how far
+computed ones may lie from them. Chained over a program it gives a bound for every output, from
+magnitudes measured on the input, not from worst cases over all inputs (`estimate` has the theory).
 
-Every rule is f(x + e) - f(x), bounded over the whole interval, plus the roundings of f. Casts to
-16 bits count as one rounding whether or not a pass removes them. FP64's own roundings are not
-counted.
+Casts to 16 bits count as one rounding whether or not a pass removes them, unless the arithmetic
+says that there are none.
 """
 
 from __future__ import annotations
@@ -17,39 +13,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from healpass.arithmetic.error_rules import RULES
-from healpass.arithmetic.estimate import Arithmetic, Estimate, exact, lifted
+from healpass.arithmetic.compound_rules import RULES
+from healpass.arithmetic.estimate import Analysis, Arithmetic, Estimate, exact, lifted
 
-__all__ = ["Arithmetic", "Estimate", "exact", "propagate"]
+__all__ = ["Analysis", "Arithmetic", "Estimate", "exact", "propagate"]
 
 
-def propagate(function: Callable[..., Any], how: Arithmetic, *args: Any, **kwargs: Any) -> Any:
+def propagate(function: Callable[..., Any], run: Analysis, *args: Any, **kwargs: Any) -> Any:
     """Apply a torch function to estimates.
 
     Args:
         function: A function of torch, or a method as `torch.Tensor.view`.
-        how: The arithmetic of matmuls.
+        run: The analysis that records what the function adds.
         *args: Its arguments; floating-point tensors are taken as exact.
         **kwargs: Its keyword arguments.
 
     Returns:
-        What the function returns, with estimates in place of floating-point tensors.
+        What the function returns, with estimates in place of floating-point tensors. Their errors
+        are running bounds; `run.bound` gives smaller ones.
 
     Raises:
         ValueError: There is no rule for the function.
     """
     name = getattr(function, "__name__", str(function)).strip("_")
-    if name in _MOVES:
-        return _move(function, args, kwargs)
-    if name not in RULES:
-        raise ValueError(
-            f"no error rule for {name!r}: rules cover {', '.join(sorted((*RULES, *_MOVES)))}."
-        )
-    named = {key: lifted(argument) for key, argument in kwargs.items()}
-    return RULES[name](how, *map(lifted, args), **named)
+    with torch.enable_grad():
+        if name in _MOVES:
+            return _move(function, args, kwargs)
+        if name not in RULES:
+            raise ValueError(
+                f"no error rule for {name!r}: rules cover {', '.join(sorted((*RULES, *_MOVES)))}."
+            )
+        args, kwargs = tuple(map(lifted, args)), {k: lifted(v) for k, v in kwargs.items()}
+        if name not in _LINEAR:
+            args = tuple(run.refined(x) if isinstance(x, Estimate) else x for x in args)
+        return RULES[name](run, *args, **kwargs)
 
+
+#: Functions whose remainder is zero where one operand is exact: the errors of their operands need
+#: not be as small as they can be made.
+_LINEAR = frozenset(["add", "iadd", "sub", "sum", "mean", "linear", "masked_fill", "to", "float"])
 
 # ------------------------------------------------------------------------------------------- moves
 

@@ -1,10 +1,11 @@
-"""Random programs through the rewriting passes: every output element within its propagated bound.
+"""Random programs through the backend: every output element within its propagated bound.
 
-A program is drawn as a list of steps over `[B, L, D]`. It is run three times from one description:
-in torch through the backend, in FP64 with errors propagated, and, for the inverse test, with one
-low piece dropped.
+A program is drawn as a list of steps over `[B, L, D]`. It is run from one description: in torch
+through `backend="heal"`, in FP32, in FP64 with errors propagated, and, for the inverse test, with
+one low piece dropped.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from strategies import examples
 
 from healpass.arithmetic.pieces import split_fp16
-from healpass.arithmetic.propagate import Arithmetic, Estimate, exact, propagate
-from healpass.config import HealConfig
-from healpass.graph.pipeline import rewrite
+from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
 
 D = 48
 HEADS = 6
@@ -166,21 +166,15 @@ def direct(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def rewritten(program: Program, config: HealConfig):
-    """The program through Dynamo and healpass's passes, its graph run as it is."""
-
-    def backend(graph_module, _inputs):
-        rewrite(graph_module, config)
-        return graph_module.forward
-
-    return torch.compile(partial(program.run, direct), backend=backend, fullgraph=True)
+def estimate(program: Program, how: Arithmetic | None = None) -> Estimate:
+    """Exact values, and the propagated bound as their error."""
+    run = Analysis(how or Arithmetic(casts=False))
+    y = program.run(partial(propagated, run), *(exact(t) for t in program.tensors()))
+    return Estimate(y.value.detach(), run.bound(y))
 
 
-def estimate(program: Program) -> Estimate:
-    def call(function, *args, **kwargs):
-        return propagate(function, Arithmetic(casts=False), *args, **kwargs)
-
-    return program.run(call, *(exact(t) for t in program.tensors()))
+def propagated(run, function, *args, **kwargs):
+    return propagate(function, run, *args, **kwargs)
 
 
 def worst_ratio(y: torch.Tensor, bound: Estimate) -> float:
@@ -188,26 +182,23 @@ def worst_ratio(y: torch.Tensor, bound: Estimate) -> float:
     return ((y.double() - bound.value).abs() / bound.error).max().item()
 
 
-CONFIG = HealConfig(outputs="fp32")
+OPTIONS = {"outputs": "fp32", "kv": "fp32"}
 
 
-@settings(max_examples=60)
-@given(programs())
-def test_a_rewritten_graph_is_within_its_propagated_bound(program):
+@settings(max_examples=examples(60, deep=1000))
+@given(programs(), st.booleans())
+def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic):
+    """The whole backend, Inductor included, beside an FP32 run of the original."""
     torch._dynamo.reset()
-    y = rewritten(program, CONFIG)(*program.tensors())
+    run = partial(program.run, direct)
+    compiled = torch.compile(run, backend="heal", dynamic=dynamic, options=OPTIONS, fullgraph=True)
+    bound = estimate(program)
+    y = compiled(*program.tensors())
     assert y.dtype == torch.float32
-    ratio = worst_ratio(y, estimate(program))
-    assert ratio <= 1, f"observed / bound = {ratio:.3g}"
-
-
-@pytest.mark.deep
-@settings(max_examples=1000)
-@given(programs())
-def test_a_rewritten_graph_is_within_its_propagated_bound_deep(program):
-    torch._dynamo.reset()
-    y = rewritten(program, CONFIG)(*program.tensors())
-    assert worst_ratio(y, estimate(program)) <= 1
+    ratio = worst_ratio(y, bound)
+    fp32 = worst_ratio(run(*(t.float() for t in program.tensors())), bound)
+    event(f"observed / bound about 2^{math.frexp(ratio)[1]}")
+    assert ratio <= 1, f"observed / bound = {ratio:.3g}, in FP32 {fp32:.3g}"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -219,9 +210,7 @@ def test_compiled_code_is_within_the_bound_for_every_length(dynamic):
         program = Program(steps, 2, length, 1.0, True, length)
         if compiled is None:
             run = partial(program.run, direct)
-            compiled = torch.compile(
-                run, backend="heal", dynamic=dynamic, options={"outputs": "fp32"}
-            )
+            compiled = torch.compile(run, backend="heal", dynamic=dynamic, options=OPTIONS)
         ratio = worst_ratio(compiled(*program.tensors()), estimate(program))
         assert ratio <= 1, f"observed / bound = {ratio:.3g}"
 
@@ -270,26 +259,25 @@ def noticed(program: Program, which: int) -> bool:
     return worst_ratio(y, estimate(program)) > 1
 
 
-def test_dropping_one_low_piece_exceeds_the_bound():
-    """In 90% of the programs of up to 4 nodes; in longer ones worst cases multiply."""
-    shares = {most: sum(noticed(p, 0) for p in sample(most)) / 60 for most in (4, 5, 6, 8)}
-    for most, share in shares.items():
-        print(f"up to {most} nodes: noticed in {share:.0%}")
-    assert shares[4] >= 0.9
-    assert shares[5] >= 0.8
+@pytest.mark.parametrize("most", [2, 8])
+def test_dropping_one_low_piece_exceeds_the_bound(most):
+    """In 90% of the programs of up to 8 nodes, whatever follows the node that lost it."""
+    share = sum(noticed(program, 0) for program in sample(most)) / 60
+    print(f"up to {most} nodes: noticed in {share:.0%}")
+    assert share >= 0.9
 
 
 def test_what_has_no_rule_is_refused():
     x = exact(torch.ones(2, 2))
     with pytest.raises(ValueError, match="no error rule for 'cumsum'"):
-        propagate(torch.cumsum, Arithmetic(), x, 0)
+        propagate(torch.cumsum, Analysis(), x, 0)
     with pytest.raises(ValueError, match="dropout"):
-        propagate(F.scaled_dot_product_attention, Arithmetic(), x, x, x, None, 0.5)
+        propagate(F.scaled_dot_product_attention, Analysis(), x, x, x, None, 0.5)
     with pytest.raises(ValueError, match="exponent 3"):
-        propagate(torch.pow, Arithmetic(), x, 3)
+        propagate(torch.pow, Analysis(), x, 3)
 
 
 def test_an_unbounded_error_is_infinite_not_small():
     zero = Estimate(torch.zeros(1).double(), torch.ones(1).double())
-    assert propagate(torch.rsqrt, Arithmetic(), zero).error.isinf()
-    assert propagate(torch.div, Arithmetic(), exact(torch.ones(1)), zero).error.isinf()
+    assert propagate(torch.rsqrt, Analysis(), zero).error.isinf()
+    assert propagate(torch.div, Analysis(), exact(torch.ones(1)), zero).error.isinf()

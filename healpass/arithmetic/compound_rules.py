@@ -1,0 +1,191 @@
+"""What norms, softmax and attention add to an error. Layer `arithmetic`: imports `error_rules`.
+
+They are written in the steps they consist of, so that the derivative of the whole (in which, for
+one, a shift of all scores cancels) is autograd's affair and only roundings are stated here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from healpass.arithmetic.error_rules import (
+    RULES,
+    add,
+    div,
+    exp,
+    masked_fill,
+    matmul,
+    mean,
+    mul,
+    operand,
+    rsqrt,
+    sub,
+    total,
+)
+from healpass.arithmetic.estimate import ELEMENTARY, Analysis, Estimate, U, lifted, within
+from healpass.arithmetic.int16 import INTEGER_FORMATS
+
+#: Keys that a flash-style kernel handles between two rescalings of what it has summed, at least.
+KEY_BLOCK = 16
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def rms_norm(
+    run: Analysis, x: Estimate, shape: Any, weight: Any = None, eps: float | None = None
+) -> Estimate:
+    """`x / sqrt(mean(x^2) + eps) * weight`."""
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    mean_square = add(run, mean(run, mul(run, x, x), dims, True), eps)
+    return _normalized(run, x, mean_square, shape, weight)
+
+
+def _normalized(
+    run: Analysis, x: Estimate, variance: Estimate, shape: Any, weight: Any
+) -> Estimate:
+    """No element of a normalized row is larger than the square root of the row's length."""
+    n = math.prod(shape)
+    y = within(mul(run, x, rsqrt(run, variance)), math.sqrt(n) * (1 + 2 * n * U))
+    return y if weight is None else mul(run, y, lifted(weight))
+
+
+def layer_norm(
+    run: Analysis,
+    x: Estimate,
+    shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Estimate:
+    """The same of `x - mean(x)`, whose moments may be updated element by element.
+
+    Welford's update errs by n u max|x| in the mean and n u sqrt(1 + mean^2 / variance) relative in
+    the variance (Chan, Golub and LeVeque 1983, table 1), two passes by less.
+    """
+    dims, n = tuple(range(-len(shape), 0)), math.prod(shape)
+    middle = mean(run, x, dims, True)
+    middle = _also(run, middle, n * U * x.magnitude.amax(dims, keepdim=True))
+    centred = sub(run, x, middle)
+    variance = mean(run, mul(run, centred, centred), dims, True)
+    spread = (variance.magnitude * (variance.magnitude + middle.magnitude.square())).sqrt()
+    variance = _also(run, variance, n * U * spread)
+    y = _normalized(run, centred, add(run, variance, eps), shape, weight)
+    return y if bias is None else add(run, y, lifted(bias))
+
+
+def _also(run: Analysis, x: Estimate, own: Tensor) -> Estimate:
+    """`x` as it is after one more error of its own."""
+    return run.step(x.value, x.error, own)
+
+
+# ------------------------------------------------------------------------------- softmax, attention
+
+
+def softmax(
+    run: Analysis, x: Estimate, dim: int = -1, dtype: Any = None, **_private: Any
+) -> Estimate:
+    """`exp(x - max x)` over its sum."""
+    del dtype
+    numerator = _exponentials(run, x, dim)
+    return within(div(run, numerator, _denominator(run, numerator, dim)), 1.0)
+
+
+def _exponentials(run: Analysis, x: Estimate, dim: int) -> Estimate:
+    """exp(x - c) with c the exact maximum.
+
+    Softmax is the same for every shift, so c is a constant; the computed difference to the
+    computed maximum is rounded once. What exp loses to underflow is below 2^-126.
+    """
+    visible = x.value.detach().isfinite()
+    top = x.value.detach().amax(dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    error = torch.where(visible, x.error, 0.0)
+    below = torch.where(visible, top - x.value.detach(), 0.0)
+    rounding = U * (below + error + error.amax(dim, keepdim=True))
+    shifted = run.step(x.value - top, error, rounding)
+    powers = exp(run, replace(shifted, error=torch.where(visible, shifted.error, 0.0)))
+    return _also(run, powers, visible.double() * 2.0**-126)
+
+
+def _denominator(run: Analysis, numerator: Estimate, dim: int) -> Estimate:
+    """The sum, 1 for a row without anything visible (its weights are zeros)."""
+    summed = total(run, numerator, dim, keepdim=True)
+    empty = summed.value.detach() == 0
+    return masked_fill(run, summed, empty, 1.0)
+
+
+def sdpa(
+    run: Analysis, query: Estimate, key: Estimate, value: Estimate, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Estimate:  # fmt: skip
+    """Quantization, scores, softmax and weighted sum; dropout has no error rule."""
+    if dropout_p:
+        raise ValueError("no error rule for attention with dropout: its result is random.")
+    states = tuple(_quantized(run, x) for x in (query, key, value))
+    scale = 1 / math.sqrt(query.value.shape[-1]) if scale is None else scale
+    return _attention(run, states, scale, lambda s: _masked(run, s, attn_mask, is_causal),
+                      enable_gqa)  # fmt: skip
+
+
+def _attention(
+    run: Analysis, states: tuple[Estimate, ...], scale: float, mask: Any, enable_gqa: bool
+) -> Estimate:
+    query, key, value = states
+    if enable_gqa:
+        groups = query.value.shape[-3] // key.value.shape[-3]
+        key, value = (t.moved(lambda x: x.repeat_interleave(groups, -3)) for t in (key, value))
+    scores = mul(run, matmul(run, query, key.moved(lambda x: x.mT)), scale)
+    return _weighted_mean(run, mask(scores), value)
+
+
+def _quantized(run: Analysis, x: Estimate) -> Estimate:
+    """`x` as the integers of its row hold it (`int16` derives the step), dequantized in FP32."""
+    if run.how.kv == "fp32":
+        return x
+    largest = x.magnitude.amax(-1, keepdim=True)
+    step = largest / INTEGER_FORMATS[run.how.kv].limit * (1 + 2.0**-23) + 2.0**-126
+    own = step * (0.5 + 2.0**-26) + U * (largest + step)
+    return run.step(x.value, x.error, own.expand_as(x.error))
+
+
+def _masked(run: Analysis, scores: Estimate, attn_mask: Any, is_causal: bool) -> Estimate:
+    if is_causal:
+        hidden = torch.ones(scores.value.shape[-2:], dtype=torch.bool).triu(1)
+        scores = masked_fill(run, scores, hidden, -math.inf)
+    if attn_mask is None:
+        return scores
+    if isinstance(attn_mask, Tensor):  # a boolean one: the others are estimates by now
+        return masked_fill(run, scores, ~attn_mask, -math.inf)
+    return add(run, scores, operand(attn_mask))
+
+
+def _weighted_mean(run: Analysis, scores: Estimate, value: Estimate) -> Estimate:
+    """softmax(scores) V, divided before or after the product, in blocks of keys or at once.
+
+    A kernel that goes through blocks multiplies what it has by exp(old maximum - new maximum) at
+    each: an exponential and a rounding more. A weighted mean is no larger than the largest value.
+    """
+    weights = softmax(run, scores)
+    n = scores.value.shape[-1]
+    blocks = -(-n // KEY_BLOCK)
+    rescaled = _also(run, weights, 2 * blocks * (ELEMENTARY + 2 * U) * weights.magnitude)
+    result = matmul(run, rescaled, value)
+    result = _also(run, result, U * result.magnitude)
+    largest = value.magnitude.amax(-2, keepdim=True) * (1 + (4 * n + 40 * blocks) * U)
+    return replace(result, error=torch.minimum(result.error, result.size + largest))
+
+
+RULES |= {
+    "softmax": softmax,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "scaled_dot_product_attention": sdpa,
+}
