@@ -55,6 +55,9 @@ def explain(
     prompt: Annotated[
         str, typer.Option(help="The text the model is run on.")
     ] = "The capital of France is",
+    observe: Annotated[
+        bool, typer.Option(help="Compare errors with their bounds on the prompt, in FP64.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which matmuls and attentions HEAL rewrites in MODEL, and where 16 bits remain."""
@@ -64,7 +67,7 @@ def explain(
     config = HealConfig.from_options({"precision": precision}, None)
     network, tokenizer = _load(model)
     inputs = tokenizer(prompt, return_tensors="pt")
-    report = explain_model(network, **inputs, config=config, use_cache=False)
+    report = explain_model(network, **inputs, config=config, observe=observe, use_cache=False)
     if as_json:
         typer.echo(report.to_json())
     elif sys.stdout.isatty():

@@ -10,11 +10,18 @@ from torch.fx import Graph, GraphModule
 
 from healpass.backend import check_torch, inductor_patches
 from healpass.config import HealConfig
+from healpass.graph.observe import observe as watch
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
 
 
-def explain(model: Any, *args: Any, config: HealConfig | None = None, **kwargs: Any) -> HealReport:
+def explain(
+    model: Any,
+    *args: Any,
+    config: HealConfig | None = None,
+    observe: bool = False,
+    **kwargs: Any,
+) -> HealReport:
     """Say what `backend="heal"` does to a model on these inputs, without compiling it.
 
     The model is captured as `torch.compile` captures it, rewritten, and run once with plain torch.
@@ -23,6 +30,9 @@ def explain(model: Any, *args: Any, config: HealConfig | None = None, **kwargs: 
         model: A module or a function.
         *args: What it is called with.
         config: The options to explain; the default ones if None.
+        observe: Compare every rewritten node with FP64 on the given inputs, and propagate the
+            nodes' errors to the outputs. Takes the memory of the model in FP64, and a few times
+            the time of a forward pass.
         **kwargs: What it is called with.
 
     Returns:
@@ -35,8 +45,11 @@ def explain(model: Any, *args: Any, config: HealConfig | None = None, **kwargs: 
 
     def look(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         del example_inputs
-        report.graphs.append(rewrite(graph_module, config))
-        return graph_module.forward
+        found = rewrite(graph_module, config)
+        report.graphs.append(found)
+        if not observe:
+            return graph_module.forward
+        return lambda *inputs: watch(graph_module, config, found, inputs)
 
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         return model(*call_args, **call_kwargs)

@@ -35,6 +35,8 @@ class NodeRecord:
         module: The module that called it, as `model.layers.3.mlp.up_proj`, or "".
         line: The user's source line, `file:line in function`.
         code: That line's text.
+        observed: With `explain(observe=True)`, the worst error against FP64 on the operands that
+            the operator got, as a fraction of its bound there; else None.
     """
 
     name: str
@@ -46,6 +48,7 @@ class NodeRecord:
     module: str
     line: str
     code: str
+    observed: float | None = None
 
     @property
     def rewritten(self) -> bool:
@@ -68,12 +71,37 @@ class Boundary:
     line: str
 
 
+@dataclass(frozen=True)
+class OutputRecord:
+    """How far one output of a graph may be, and was, from exact arithmetic on the given inputs.
+
+    Attributes:
+        index: Its place among the floating-point outputs.
+        shape: Of the elements that were looked at.
+        bound: The largest propagated bound of an element, in the output's units, or None.
+        observed: The worst error as a fraction of its bound, or None.
+        expected: Four standard deviations of the error if roundings are independent, or None.
+        first_order: Whether terms of second order were left out (a long graph), and only the
+            elements with the largest errors were looked at.
+        reason: Why there is no bound.
+    """
+
+    index: int
+    shape: str
+    bound: float | None
+    observed: float | None
+    expected: float | None
+    first_order: bool
+    reason: str | None = None
+
+
 @dataclass
 class GraphReport:
     """The records of one captured graph, filled by the passes."""
 
     nodes: list[NodeRecord] = field(default_factory=list)
     boundaries: list[Boundary] = field(default_factory=list)
+    outputs: list[OutputRecord] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -112,6 +140,11 @@ class HealReport:
         """All places where 16 bits remain."""
         return [boundary for graph in self.graphs for boundary in graph.boundaries]
 
+    @property
+    def outputs(self) -> list[OutputRecord]:
+        """All bounded outputs of all graphs."""
+        return [output for graph in self.graphs for output in graph.outputs]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data with a versioned layout."""
         return {
@@ -144,6 +177,8 @@ class HealReport:
         if self.nodes:
             yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
             yield "bound: S = sum |x||w|, A = max |x|, B = max |w|, SA, SB their sums, u = 2^-24"
+        if self.outputs:
+            yield _table("Outputs, errors of all nodes propagated", *_output_rows(self.outputs))
         if self.boundaries:
             yield _table(
                 "Kernel boundaries that are still 16-bit",
@@ -172,18 +207,44 @@ class HealReport:
         )
 
 
-_NODE_COLUMNS = ("count", "where", "op", "became", "operands", "bound", "why kept", "line")
+_NODE_COLUMNS = (
+    "count", "where", "op", "became", "operands", "bound", "observed/bound", "why kept", "line"
+)  # fmt: skip
 
 
 def _grouped(nodes: list[NodeRecord]) -> list[tuple[str, ...]]:
     """One row for all nodes that differ in a layer's number only: thirty layers read as one."""
-    groups: dict[tuple[str, ...], int] = {}
+    groups: dict[tuple[str, ...], list[NodeRecord]] = {}
     for node in nodes:
         where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", node.module)
         became, bound, reason = node.heal_op or "kept", node.bound or "", node.reason or ""
         key = (where, node.op, became, node.shapes, bound, reason, short_line(node.line))
-        groups[key] = groups.get(key, 0) + 1
-    return [(str(count), *key) for key, count in groups.items()]
+        groups.setdefault(key, []).append(node)
+    return [
+        (str(len(group)), *key[:5], _worst([node.observed for node in group]), *key[5:])
+        for key, group in groups.items()
+    ]
+
+
+def _worst(ratios: list[float | None]) -> str:
+    found = [ratio for ratio in ratios if ratio is not None]
+    return f"{max(found):.3g}" if found else ""
+
+
+def _output_rows(outputs: list[OutputRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    columns = ("output", "elements", "bound", "observed/bound", "4 sigma", "how")
+    rows: list[tuple[str, ...]] = [
+        (
+            str(output.index),
+            output.shape,
+            "" if output.bound is None else f"{output.bound:.3g}",
+            _worst([output.observed]),
+            _worst([output.expected]),
+            output.reason or ("first order, worst elements" if output.first_order else "proved"),
+        )
+        for output in outputs
+    ]
+    return columns, rows
 
 
 def short_line(line: str) -> str:

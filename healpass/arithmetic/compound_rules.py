@@ -85,7 +85,7 @@ def _also(run: Analysis, x: Estimate, own: Tensor) -> Estimate:
     return run.step(x.value, x.error, own)
 
 
-# ------------------------------------------------------------------------------- softmax, attention
+# ------------------------------------------------------------------------------ softmax, attention
 
 
 def softmax(

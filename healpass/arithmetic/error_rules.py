@@ -7,6 +7,7 @@ arithmetic, and the remainder that F' leaves. `compound_rules` builds norms and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ def total(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) ->
     value = x.value.sum(dims, keepdim)
     n = x.value.numel() // max(value.numel(), 1)
     own = n * U / (1 - n * U) * x.magnitude.sum(dims, keepdim)
-    return run.step(value, x.error.sum(dims, keepdim), own)
+    return run.step(value, x.error.sum(dims, keepdim), own, None, own / math.sqrt(3 * max(n, 1)))
 
 
 def mean(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) -> Estimate:
@@ -88,14 +89,18 @@ def mean(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) -> 
 
 def matmul(run: Analysis, a: Estimate, b: Estimate) -> Estimate:
     """`a @ b` by the arithmetic of the run."""
-    if a.value.dim() < 2 or b.value.dim() < 2:
-        raise ValueError("no error rule for a matmul with a vector: unsqueeze it to a matrix.")
+    if b.value.dim() == 1:
+        return matmul(run, a, b.moved(lambda x: x[:, None])).moved(lambda y: y.squeeze(-1))
+    if a.value.dim() == 1:
+        return matmul(run, a.moved(lambda x: x[None]), b).moved(lambda y: y.squeeze(-2))
     how, inherited = run.how, a.size @ b.error + a.error @ b.size
     bound = matmul_bound(
         how.precision, a.value.shape[-1], left=a.format, right=b.format, rule=how.rule
     )
-    own = bound.evaluate(**matmul_magnitudes(a.magnitude, b.magnitude))
-    return run.step(a.value @ b.value, inherited, torch.as_tensor(own), a.error @ b.error)
+    sizes = matmul_magnitudes(a.magnitude, b.magnitude)
+    own = torch.as_tensor(bound.evaluate(**sizes))
+    spread = torch.as_tensor(bound.evaluate_probabilistic(**sizes, **{"lambda": 1.0}))
+    return run.step(a.value @ b.value, inherited, own, a.error @ b.error, spread)
 
 
 def linear(run: Analysis, x: Estimate, weight: Estimate, bias: Any = None) -> Estimate:
@@ -143,10 +148,12 @@ def relu(run: Analysis, x: Estimate, inplace: bool = False) -> Estimate:
 
 
 def exp(run: Analysis, x: Estimate) -> Estimate:
-    """`exp(x)`: exp(x + e) - exp(x) = exp(x) (e + (exp(e) - 1 - e))."""
+    """An error e becomes a factor of 1 + e + (exp(e) - 1 - e)."""
     value = x.value.exp()
     size = value.detach()
-    beyond = size * (torch.expm1(x.error) - x.error)
+    beyond = torch.where(
+        size > 0, size * (torch.expm1(x.error) - x.error), (x.value.detach() + x.error).exp()
+    )
     return run.rounded(value, size * x.error, beyond, ELEMENTARY)
 
 
@@ -204,7 +211,7 @@ def cast(dtype: torch.dtype | None) -> Rule:
     return rule
 
 
-#: Rules by the name of the function. The curvatures are the largest |f''|: 4 / (3 sqrt(3)) of tanh,
+#: Rules by the name of the function. Curvatures are the largest |f''|: 4 / (3 sqrt(3)) of tanh,
 #: 1 / (6 sqrt(3)) of sigmoid, 1/2 of SiLU and sqrt(2 / pi) of GELU, both at 0.
 RULES: dict[str, Rule] = {
     "add": add,

@@ -1,4 +1,4 @@
-"""A program run in FP64 that collects what each of its steps adds to the error. Layer `arithmetic`.
+"""A program run in FP64 that collects what each step adds to the error. Layer `arithmetic`.
 
 Let v_k be the exact values of a program's steps and w_k the computed ones. A step F with the
 errors d = w - v of its operands computes F(v + d) + own, so that its own error is
@@ -16,10 +16,14 @@ before, (adjoint) again, or the running error analysis |F'| |d| + fresh (Wilkins
 section 3.3), whichever is less. Because J_k belongs to the whole way from step k to the output,
 the factor sqrt(K) that a running analysis loses in every matmul is lost once (compare affine
 arithmetic, Stolfi and de Figueiredo 1997). FP64's own roundings are not counted.
+
+If the steps' own errors are independent and of mean zero with the deviation s_k (Higham and Mary
+2019), that of the output is sqrt(sum_k J_k^2 s_k^2): the square-root companion of the bound.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,13 +89,33 @@ class Estimate:
 
 def exact(x: Tensor) -> Estimate:
     """A tensor that is what it is: an input or a weight."""
-    return Estimate(x.double(), torch.zeros_like(x, dtype=torch.float64), FORMATS[x.dtype].name)
+    value = x.detach().double()
+    return Estimate(value, torch.zeros_like(value), FORMATS[x.dtype].name)
 
 
 def lifted(x: Any) -> Any:
     """A floating-point tensor as an exact estimate, anything else as it is."""
     floating = isinstance(x, Tensor) and x.is_floating_point()
     return exact(x) if floating else x
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its noise, a zero with a gradient, and what the noise stands for.
+
+    Attributes:
+        noise: FP64 of the step's shape.
+        fresh: The most that the step adds to the error.
+        deviation: The standard deviation of its rounding.
+    """
+
+    noise: Tensor
+    fresh: Tensor
+    deviation: Tensor
+
+
+#: A factor made of a derivative, and the size that it weighs.
+Weigh = Callable[[Tensor, Step], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,10 +131,15 @@ class Analysis:
 
     how: Arithmetic = field(default_factory=Arithmetic)
     first_order: bool = False
-    steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     def step(
-        self, value: Tensor, inherited: Tensor, own: Tensor, remainder: Tensor | None = None
+        self,
+        value: Tensor,
+        inherited: Tensor,
+        own: Tensor,
+        remainder: Tensor | None = None,
+        deviation: Tensor | None = None,
     ) -> Estimate:
         """Record a step; all arguments are FP64 tensors of one shape (or broadcast to it).
 
@@ -119,11 +148,13 @@ class Analysis:
             inherited: |F'| times the operands' errors.
             own: Its rounding, for operands as large as they may be.
             remainder: What F adds to F' over the operands' errors; None for a linear F.
+            deviation: Standard deviation of its rounding; None if that is uniform in +-own.
         """
         fresh = own if self.first_order or remainder is None else own + remainder
         fresh = infinite_if_undefined(fresh.detach().expand_as(value))
         noise = torch.zeros_like(value, requires_grad=True)
-        self.steps.append((noise, fresh))
+        spread = own / math.sqrt(3) if deviation is None else deviation
+        self.steps.append(Step(noise, fresh, spread.detach().expand_as(value)))
         error = torch.zeros_like(fresh) if self.first_order else fresh + inherited.detach()
         return Estimate(value + noise, infinite_if_undefined(error))
 
@@ -142,9 +173,13 @@ class Analysis:
 
     def bound(self, y: Estimate) -> Tensor:
         """|computed - exact| of every element of `y` by (adjoint), FP64 of its shape."""
-        flat = y.value.reshape(-1)
-        rows = [self._bound_of(flat, start) for start in range(0, flat.numel(), ROWS)]
-        return torch.cat(rows).reshape(y.value.shape) if rows else torch.zeros_like(y.error)
+        return self._over_all_steps(y.value, lambda jacobian, step: (jacobian.abs(), step.fresh))
+
+    def deviation(self, y: Estimate) -> Tensor:
+        """The standard deviation that the steps' roundings give each element of `y`, FP64."""
+        return self._over_all_steps(
+            y.value, lambda jacobian, step: (jacobian.square(), step.deviation.square())
+        ).sqrt()
 
     def refined(self, y: Estimate) -> Estimate:
         """`y` with the smaller of its running and its adjoint bound."""
@@ -152,25 +187,32 @@ class Analysis:
             return y
         return replace(y, error=torch.minimum(y.error, self.bound(y)))
 
-    def _bound_of(self, flat: Tensor, start: int) -> Tensor:
-        """The bound of up to `ROWS` elements of `flat`."""
+    def _over_all_steps(self, y: Tensor, weigh: Weigh) -> Tensor:
+        """The sum over the steps of weighted derivatives, for each element of `y`."""
+        flat = y.reshape(-1)
+        rows = [self._rows(flat, start, weigh) for start in range(0, flat.numel(), ROWS)]
+        return torch.cat(rows).reshape(y.shape) if rows else torch.zeros_like(y)
+
+    def _rows(self, flat: Tensor, start: int, weigh: Weigh) -> Tensor:
+        """The same for up to `ROWS` elements of `flat`."""
         chosen = torch.arange(start, min(start + ROWS, flat.numel()))
         total = torch.zeros(len(chosen), dtype=torch.float64)
         if not flat.requires_grad:
             return total
-        noises, fresh = zip(*self.steps, strict=True)
+        noises = [step.noise for step in self.steps]
         seeds = torch.nn.functional.one_hot(chosen, flat.numel()).double()
         grads = torch.autograd.grad(
             flat, noises, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        for jacobian, own in zip(grads, fresh, strict=True):
+        for jacobian, step in zip(grads, self.steps, strict=True):
             if jacobian is not None:
-                total = total + _weighted(jacobian.reshape(len(chosen), -1).abs(), own.reshape(-1))
+                factor, size = weigh(jacobian, step)
+                total = total + _weighted(factor.reshape(len(chosen), -1), size.reshape(-1))
         return infinite_if_undefined(total)
 
 
 def _weighted(jacobian: Tensor, fresh: Tensor) -> Tensor:
-    """`jacobian [R, E] @ fresh [E]`, where an infinite error that is not looked at adds nothing."""
+    """`jacobian [R, E] @ fresh [E]`; an infinite error that is not looked at adds nothing."""
     unbounded = fresh.isinf()
     if not unbounded.any():
         return jacobian @ fresh

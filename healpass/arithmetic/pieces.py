@@ -80,10 +80,10 @@ def split_fp16(x: Tensor, dim: int = -1) -> Pieces:
     13 bits to 11 costs at most one ulp of z, that is 2^-23 |z|. Below FP16's normal range rounding
     costs 2^-25, which is 2^-40 (1 + 2^-11) of the row's maximum.
 
-    What the low piece loses is one bit, always a tie. It is broken so that |hi + lo| > |z|, because
+    What the low piece loses is one bit, a tie. It is broken so that |hi + lo| > |z|, because
     tensor cores truncate sums toward zero: the two biases oppose each other, and the bound is the
-    same. (The error of SmolLM2's layers under the rules of A100 and H100 falls by a tenth, by half
-    where one large activation makes the sum.)
+    same.
+    (`examples/simulated_gpus.py` shows it where one large activation makes the sum.)
 
     Args:
         x: FP32 of any shape.

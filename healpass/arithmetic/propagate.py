@@ -10,6 +10,7 @@ says that there are none.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -86,13 +87,27 @@ _MOVES = frozenset(
         "tril",
         "triu",
         "neg",
+        "embedding",
+        "unflatten",
+        "select",
+        "where",
+        "roll",
+        "flip",
+        "gather",
+        "broadcast_to",
+        "repeat",
+        "narrow_copy",
+        "movedim",
+        "swapaxes",
+        "view_as",
+        "expand_as",
     ]
 )
 
 
 def _move(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    if isinstance(args[0], tuple):  # an element of what chunk, split or unbind returned
-        return function(*args, **kwargs)
+    if function is operator.getitem and isinstance(args[0], tuple):
+        return args[0][args[1]]  # what chunk, split or unbind returned
     formats = {leaf.format for leaf in _leaves(args) if isinstance(leaf, Estimate)}
     fmt = formats.pop() if len(formats) == 1 else "fp32"
     values = function(*_mapped(args, "value"), **kwargs)

@@ -42,7 +42,8 @@ class Context:
     kept: dict[Node, str] = field(default_factory=dict)
 
     def builder(self, graph_module: GraphModule, like: Node) -> Builder:
-        """A builder of nodes that stand for `like`."""
+        """A builder of nodes that stand for `like`, and carry the name of its record."""
+        like.meta["heal_record"] = qualified_name(like)
         return Builder(graph_module.graph, like, self.fake_mode)
 
     def rewritten(self, node: Node, op: str, heal_op: str, bound: str | None) -> None:

@@ -7,17 +7,11 @@ in one line and shrinks in the parameters that matter.
 from dataclasses import dataclass
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def examples(usual: int, deep: int = 10_000) -> int:
-    """How many examples a property gets: more under `--hypothesis-profile deep`."""
-    return deep if settings.get_current_profile_name() == "deep" else usual
 
 
 @dataclass(frozen=True)

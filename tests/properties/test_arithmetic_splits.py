@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 from strategies import DTYPES, Data, data, fill
 
 from healpass.arithmetic.bits import rounded
@@ -45,20 +46,20 @@ def check_pieces(x):
     assert ((reassemble(split_bf16(x, 3)) - x.double()).abs() <= 2.0**-134).all()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(ROWS)
 def test_pieces_of_any_values(values):
     check_pieces(torch.tensor([values]))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FILLED)
 def test_pieces_of_any_tensor(case):
     rows, columns, how, seed = case
     check_pieces(fill((rows, columns), how, torch.float32, seed, 1))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FILLED, st.sampled_from(["bf16", "fp16"]))
 def test_a_packed_weight_loses_only_what_is_tiny_beside_its_channel(case, dtype):
     rows, columns, how, seed = case
@@ -73,7 +74,7 @@ def test_a_packed_weight_loses_only_what_is_tiny_beside_its_channel(case, dtype)
     assert (error[big_enough] == 0).all()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FILLED, st.sampled_from([INT16, INT24]), st.sampled_from(["plain", "power_of_two"]))
 def test_integers_are_within_half_a_step(case, fmt, kind):
     rows, columns, how, seed = case
@@ -92,7 +93,7 @@ def test_integers_are_within_half_a_step(case, fmt, kind):
         assert (torch.frexp(scale).mantissa == 0.5).all()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FILLED, st.integers(1, 4), st.sampled_from([0, 1]))
 def test_digits_reassemble_to_the_rounded_value(case, count, dim):
     rows, columns, how, seed = case
@@ -104,7 +105,7 @@ def test_digits_reassemble_to_the_rounded_value(case, count, dim):
     assert (scale <= (2 * row_maximum(x, dim) / digit_limit(count)).clamp_min(2.0**-126)).all()
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     st.integers(1, 4).flatmap(
         lambda n: st.tuples(st.just(n), st.integers(-digit_limit(n), digit_limit(n)))
@@ -117,7 +118,7 @@ def test_integer_digits_are_exact(case):
     assert all(digit.dtype == torch.int8 for digit in digits)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from([FP16, BF16]))
 def test_rounding_by_bits_is_the_cast(values, fmt):
     x = torch.tensor(values)

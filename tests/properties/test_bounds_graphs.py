@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
-from strategies import examples
+from sampling import examples
 
 from healpass.arithmetic.pieces import split_fp16
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
@@ -185,7 +185,7 @@ def worst_ratio(y: torch.Tensor, bound: Estimate) -> float:
 OPTIONS = {"outputs": "fp32", "kv": "fp32"}
 
 
-@settings(max_examples=examples(60, deep=1000))
+@examples(60, deep=1000)
 @given(programs(), st.booleans())
 def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic):
     """The whole backend, Inductor included, beside an FP32 run of the original."""

@@ -7,7 +7,8 @@ test: break the arithmetic on purpose and the same check must fail.
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
+from sampling import examples
 from strategies import GENERATIONS, Data, Product, fill, products
 from torch import Tensor
 
@@ -54,20 +55,13 @@ def check_heal(case: Product) -> None:
     assert ratio <= 1, f"observed / bound = {ratio:.3g} for {case}"
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(products())
 def test_heal_is_within_its_bound(case):
     check_heal(case)
 
 
-@pytest.mark.deep
-@settings(max_examples=10_000)
-@given(products())
-def test_heal_is_within_its_bound_deep(case):
-    check_heal(case)
-
-
-@settings(max_examples=300)
+@examples(300)
 @given(products())
 def test_fp32_arithmetic_is_within_its_bound(case):
     """What CPU runs unsimulated, under `heal` and `layercast` alike."""
@@ -77,7 +71,7 @@ def test_fp32_arithmetic_is_within_its_bound(case):
     assert ratio <= 1, f"observed / bound = {ratio:.3g}"
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(products(rules=GENERATIONS))
 def test_a_simulated_fma_chain_is_within_layercast(case):
     a, b = case.tensors()

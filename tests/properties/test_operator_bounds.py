@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rewriting import worst_ratio
+from sampling import examples
 from strategies import DTYPES, Data, data, fill
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def budget(a: Tensor, b: Tensor) -> Tensor:
     return gamma * (a.double().abs() @ b.double().abs()) + 2 * k * UNDERFLOW
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(cases)
 def test_a_product_is_within_its_bound(case: Case):
     a, b = case.operands()
@@ -92,7 +93,7 @@ def test_a_product_is_within_its_bound(case: Case):
     assert worst_ratio(result[fits], exact[fits], budget(a, b)[fits]) <= 1
 
 
-@settings(max_examples=100)
+@examples(300)
 @given(cases, st.integers(1, 3))
 def test_batched_products_are_those_of_their_matrices(case: Case, batch: int):
     a, b = case.operands()
@@ -102,7 +103,7 @@ def test_batched_products_are_those_of_their_matrices(case: Case, batch: int):
     assert worst_ratio(result[fits], exact[fits], budget(a, b).expand_as(exact)[fits]) <= 1
 
 
-@settings(max_examples=100)
+@examples(300)
 @given(cases, st.sampled_from([float("inf"), float("-inf"), float("nan")]), st.data())
 def test_special_values_go_where_an_fp32_product_puts_them(case: Case, special: float, draw):
     a, b = (x.clone(memory_format=torch.contiguous_format) for x in case.operands())

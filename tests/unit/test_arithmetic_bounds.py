@@ -156,3 +156,23 @@ def test_formats_are_torchs(dtype):
     assert (fmt.largest, fmt.smallest_normal) == (info.max, info.smallest_normal)
     assert unit_roundoff(dtype) == info.eps / 2
     assert fmt.smallest_subnormal == info.smallest_normal * info.eps
+
+
+CURVED = [
+    ("sigmoid", {}, 0.0963),
+    ("tanh", {}, 0.77),
+    ("silu", {}, 0.5),
+    ("gelu", {"approximate": "none"}, 0.798),
+    ("gelu", {"approximate": "tanh"}, 0.798),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "curvature"), CURVED)
+def test_no_function_is_more_curved_than_its_rule_says(name, options, curvature):
+    """f'' by autograd on a fine grid, which its own smoothness makes representative."""
+    function = getattr(torch.nn.functional, name)
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(function(x, **options).sum(), x, create_graph=True)[0]
+    found = torch.autograd.grad(slope.sum(), x)[0].abs().max().item()
+    print(f"{name}: {found:.6f}")
+    assert 0.99 * curvature < found <= curvature

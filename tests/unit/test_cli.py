@@ -79,3 +79,10 @@ def test_a_model_that_is_not_there_ends_with_one_message(monkeypatch, capsys, tm
     assert code == 1
     assert message.startswith(f"error: cannot load {str(tmp_path)!r}")
     assert "smollm2-135m" in message
+
+
+def test_explain_observes_errors_on_request(tiny):
+    assert "4 sigma" not in run("explain", "any")
+    text = run("explain", "any", "--observe")
+    assert "4 sigma" in text
+    assert "proved" in text

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 from healpass.arithmetic.digits import (
     DIGIT_MAX,
@@ -35,7 +36,7 @@ def test_budgets():
     assert exact_terms(255, 255, INT32_ACCUMULATOR) == 33_025
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     rule=st.sampled_from(GENERATIONS),
     head_size=st.integers(1, 256),

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 from healpass.arithmetic.pieces import split_fp16
 from healpass.tensorcore import Accumulation, heal_attention, heal_matmul
@@ -39,7 +40,7 @@ def test_low_pieces_come_first_and_low_times_low_is_dropped():
 SPECIAL = st.sampled_from([0.0, 1.0, -2.0, 1e-40, 3e38, -3e38, math.inf, -math.inf, math.nan])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     st.lists(SPECIAL, min_size=6, max_size=6),
     st.lists(SPECIAL, min_size=6, max_size=6),

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 from healpass.arithmetic.formats import FORMATS
 from healpass.tensorcore import RULES, Schedule, simulate_matmul
@@ -72,16 +73,9 @@ def check_against_reference(case):
     assert same_bits(fast, reference(a, b, case["rule"], schedule))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(CASES)
 def test_simulation_equals_the_scalar_reference(case):
-    check_against_reference(case)
-
-
-@pytest.mark.deep
-@settings(max_examples=10_000)
-@given(CASES)
-def test_simulation_equals_the_scalar_reference_deep(case):
     check_against_reference(case)
 
 

@@ -1,0 +1,139 @@
+"""`explain(observe=True)`: errors beside their bounds, node by node and at the outputs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparing import random
+from torch import nn
+
+import healpass
+from healpass import HealConfig
+from healpass.graph import observe
+
+BF16 = torch.bfloat16
+CONFIG = HealConfig(outputs="fp32", kv="fp32")
+
+
+class Block(nn.Module):
+    """A pre-norm attention block: linear layers, SDPA, a norm, a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(32, dtype=BF16)
+        self.qkv = nn.Linear(32, 96, dtype=BF16)
+        self.out = nn.Linear(32, 32, bias=False, dtype=BF16)
+
+    def forward(self, x):
+        heads = [
+            y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1)
+        ]
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def explained(function, *args, config=CONFIG, **kwargs):
+    return healpass.explain(function, *args, config=config, observe=True, **kwargs)
+
+
+X = random(2, 5, 32).to(BF16)
+
+
+def test_every_node_and_output_is_within_its_bound():
+    report = explained(Block(), X)
+    ratios = [node.observed for node in report.nodes]
+    print(ratios, report.outputs)
+    assert len(ratios) == 3
+    assert all(0 < ratio <= 1 for ratio in ratios)
+    (output,) = report.outputs
+    assert output.shape == "[2, 5, 32]"
+    assert not output.first_order
+    assert 1e-4 < output.observed <= 1
+    assert 0 < output.expected < output.bound
+
+
+@pytest.mark.parametrize("simulate", ["v100", "a100", "h100"])
+def test_simulated_hardware_is_held_to_its_own_bound(simulate):
+    config = HealConfig(outputs="fp32", kv="fp32", simulate=simulate)
+    report = explained(lambda x, w: F.linear(x, w), X.float(), random(7, 32), config=config)
+    assert 0 < report.nodes[0].observed <= 1
+    assert 0 < report.outputs[0].observed <= 1
+
+
+def test_a_node_that_is_wrong_is_seen(monkeypatch):
+    """The inverse: round every product to BF16."""
+    monkeypatch.setattr(torch.fx.Interpreter, "run_node", rounded_run_node(), raising=True)
+    report = explained(Block(), X)
+    assert max(node.observed for node in report.nodes) > 1
+    assert report.outputs[0].observed > 1
+
+
+def rounded_run_node():
+    run_node = torch.fx.Interpreter.run_node
+
+    def wrong(self, node):
+        result = run_node(self, node)
+        return result.bfloat16().float() if "linear" in str(node.target) else result
+
+    return wrong
+
+
+def test_a_long_graph_is_bounded_to_first_order_where_errors_are_largest(monkeypatch):
+    monkeypatch.setattr(observe, "RIGOROUS", 10)
+    (output,) = explained(Block(), X).outputs
+    assert output.first_order
+    assert output.shape == f"[{observe.CHOSEN}]"
+    assert 0 < output.observed <= 1
+
+
+def test_first_order_and_proved_bounds_agree(monkeypatch):
+    """What first order leaves out is of the order of the square of the bound."""
+    block = Block()
+    (proved,) = explained(block, X).outputs
+    monkeypatch.setattr(observe, "RIGOROUS", 10)
+    monkeypatch.setattr(observe, "CHOSEN", 320)
+    (first,) = explained(block, X).outputs
+    assert first.bound <= proved.bound <= first.bound * (1 + 2.0**-10)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((4,), (4,)), ((4,), (4, 3)), ((2, 3, 4), (4,)), ((2, 3, 4), (2, 4, 5))]
+)
+def test_products_of_any_rank_are_compared(a, b):
+    report = explained(lambda x, y: x @ y, random(*a), random(*b))
+    assert 0 <= report.nodes[0].observed <= 1
+    assert 0 <= report.outputs[0].observed <= 1
+
+
+def test_what_has_no_error_rule_says_so():
+    report = explained(lambda x, w: (x @ w).cumsum(-1), X, random(32, 3).to(BF16))
+    assert report.nodes[0].observed is not None
+    assert "no error rule for 'cumsum'" in report.outputs[0].reason
+    assert "no error rule for 'cumsum'" in str(report)
+
+
+def test_masks_and_integers_pass_through():
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    q = random(1, 2, 5, 8)
+
+    def attend(q, mask):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask), mask.sum()
+
+    report = explained(attend, q, mask)
+    assert len(report.outputs) == 1
+    assert 0 < report.outputs[0].observed <= 1
+
+
+def test_the_report_shows_what_was_observed():
+    report = explained(Block(), X)
+    text = str(report)
+    assert "observed/bound" in text
+    assert "proved" in text
+    data = json.loads(report.to_json())
+    assert data["graphs"][0]["outputs"][0]["observed"] == report.outputs[0].observed
+    plain = healpass.explain(Block(), X, config=CONFIG)
+    assert plain.outputs == []
+    assert all(node.observed is None for node in plain.nodes)
