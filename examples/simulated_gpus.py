@@ -6,7 +6,7 @@ Every linear layer gets its real input (a forward pass in FP32 on the BF16 check
 output is compared with FP64 in the Frobenius norm. The rows:
 
 * bf16: the layer as a BF16 model runs it.
-* FP32: torch's FP32 matmul; what healpass runs on CPU unsimulated.
+* FP32: torch's FP32 matmul, which is also what heal runs on CPU unsimulated.
 * layercast: FP32 on 16-bit weights by a chain of fused multiply-adds, as a GPU's FP32 units add.
 * heal, ideal: two FP16 pieces, FP32 additions rounded to nearest.
 * heal, v100 to b200: the same pieces, added as that generation's tensor cores add (a model of
@@ -71,9 +71,10 @@ def heal(rule: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda activation, weight: heal_matmul(activation, weight.t(), rule)
 
 
+BASELINE = "FP32, heal unsimulated"
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bf16": bf16,
-    "FP32": fp32,
+    BASELINE: fp32,
     "layercast": layercast,
     "heal, ideal": heal("fp32"),
     "heal, v100": heal("v100"),
@@ -109,6 +110,42 @@ def error(y: Tensor, layer: Layer) -> float:
     return float((y.double() - layer.exact).norm() / layer.exact.norm())
 
 
+def measure(layers: list[Layer], console: Console) -> dict[str, tuple[list[float], float]]:
+    """Every method's errors, layer by layer, and the seconds it took."""
+    measured = {}
+    for name, method in METHODS.items():
+        method(layers[0].activation, layers[0].weight)  # compile outside the timing
+        start = time.perf_counter()
+        errors = [
+            error(method(layer.activation, layer.weight), layer)
+            for layer in track(layers, name, console=console, transient=True)
+        ]
+        measured[name] = errors, time.perf_counter() - start
+    return measured
+
+
+def table_of(layers: list[Layer], measured: dict[str, tuple[list[float], float]]) -> Table:
+    """One row per method, errors beside those of FP32."""
+    tokens = layers[0].activation.shape[0]
+    table = Table(title=f"Error of {len(layers)} linear layers, {tokens} tokens")
+    for heading in ("method", "median", "worst", "worst / FP32", "> 1.2 FP32", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table.add_column("layer with the worst ratio")
+    baseline = measured[BASELINE][0]
+    for name, (errors, seconds) in measured.items():
+        ratios = [e / b for e, b in zip(errors, baseline, strict=True)]
+        table.add_row(
+            name,
+            f"{sorted(errors)[len(errors) // 2]:.2e}",
+            f"{max(errors):.2e}",
+            f"{max(ratios):.2f}",
+            str(sum(ratio > 1.2 for ratio in ratios)),
+            f"{seconds:.1f}",
+            layers[ratios.index(max(ratios))].name,
+        )
+    return table
+
+
 def main() -> None:
     """Measure every layer under every rule and print the table."""
     parser = argparse.ArgumentParser(
@@ -120,33 +157,7 @@ def main() -> None:
     console = Console()
     with torch.no_grad():
         layers = capture(arguments.tokens, arguments.layers)
-        table = Table(
-            title=f"Error of {len(layers)} linear layers, {layers[0].activation.shape[0]} tokens"
-        )
-        for heading in ("method", "median", "worst", "worst / FP32", "> 1.2 FP32", "seconds"):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
-        table.add_column("worst layer")
-        baseline: list[float] = []
-        for name, method in METHODS.items():
-            method(layers[0].activation, layers[0].weight)  # compile outside the timing
-            start, errors = time.perf_counter(), []
-            for layer in track(layers, name, console=console, transient=True):
-                errors.append(error(method(layer.activation, layer.weight), layer))
-            seconds = time.perf_counter() - start
-            console.print(f"{name}: {seconds:.1f} s")
-            baseline = errors if name == "FP32" else baseline
-            worst = max(range(len(errors)), key=errors.__getitem__)
-            ratios = [e / b for e, b in zip(errors, baseline, strict=False)]
-            table.add_row(
-                name,
-                f"{sorted(errors)[len(errors) // 2]:.2e}",
-                f"{errors[worst]:.2e}",
-                f"{max(ratios):.2f}" if ratios else "-",
-                str(sum(ratio > 1.2 for ratio in ratios)) if ratios else "-",
-                f"{seconds:.1f}",
-                layers[worst].name,
-            )
-    console.print(table)
+        console.print(table_of(layers, measure(layers, console)))
 
 
 if __name__ == "__main__":
