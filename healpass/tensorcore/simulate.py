@@ -21,7 +21,7 @@ from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
 from healpass.tensorcore.rules import INSTRUCTION_K, RULES, AccumulationRule, Schedule
 
 #: Below this many products the eager code is faster than waiting for a compiler.
-COMPILE_FROM = 1 << 24
+COMPILE_FROM = 1 << 18
 #: Columns of one pass: operands and accumulators of a pass fit a core's cache.
 COLUMNS = 512
 
