@@ -77,3 +77,30 @@ def layercast_tiles(m: int, n: int) -> list[Tile]:
     if min(m, n) < 64:
         return [Tile(32, 32, 4, 3)]
     return [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)][m <= 64 :]
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """The tuning knobs of an attention kernel."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tiles(
+    capability: int, head_block: int, digits: int, decodes: bool
+) -> list[AttentionTile]:
+    """Tiles of the attention kernel, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        digits: Of Q and K; 0 for FP32 states.
+        decodes: At most 16 rows.
+    """
+    if decodes:
+        return [AttentionTile(16, 4, 2), AttentionTile(16, 4, 1)]
+    if head_block > 128:
+        return [AttentionTile(64, 8, 1)]
+    return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]

@@ -28,7 +28,7 @@ ARCHITECTURES = (80, 90, 100)
 _INSTRUCTION = re.compile(
     r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE
 )
-_MMA = re.compile(r"(?:HGMMA|HMMA|UTC\w*MMA)\b")
+_MMA = re.compile(r"(?:HGMMA|HMMA|IGMMA|IMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Attention problems whose kernels the tests look at, and what Inductor makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fake_cuda import Device, Kernel, generated_source, kernels
+
+PLANES = {"int16": 2, "int24": 3}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The arguments of `heal::integer_attention` after the operands."""
+
+    is_causal: bool = False
+    scale: float = 0.125
+    window: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    numerics: str = "heal"
+
+    def arguments(self) -> tuple[Any, ...]:
+        """In the operator's order."""
+        return (
+            self.is_causal, self.scale, self.window, self.softcap, self.dropout_p, self.numerics,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """An attention to show: `[batch, heads, length, head_size]` against `keys` keys."""
+
+    title: str
+    length: int
+    keys: int
+    head_size: int = 128
+    value_size: int | None = None
+    heads: int = 32
+    key_heads: int = 8
+    batch: int = 1
+    kv: str = "int16"
+    mask: torch.dtype | None = None
+    scoring: Scoring = Scoring()
+
+    def tensors(self) -> list[Tensor]:
+        """Meta tensors: digits and scales of Q, K and V, and the mask if there is one."""
+        value_size = self.value_size or self.head_size
+        found = []
+        for heads, rows, size in (
+            (self.heads, self.length, self.head_size),
+            (self.key_heads, self.keys, self.head_size),
+            (self.key_heads, self.keys, value_size),
+        ):
+            digits = (self.batch, heads, PLANES[self.kv], rows, size)
+            found.append(torch.empty(digits, dtype=torch.int8, device="meta"))
+            found.append(torch.empty(self.batch, heads, rows, device="meta"))
+        if self.mask is not None:
+            shape = (self.batch, 1, self.length, self.keys)
+            found.append(torch.empty(shape, dtype=self.mask, device="meta"))
+        return found
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The operator, as a graph has it."""
+        mask = tensors[6] if len(tensors) > 6 else None
+        call = (*tensors[:6], mask, None, None, *self.scoring.arguments())
+        return torch.ops.heal.integer_attention(*call)
+
+    def templates(self, capability: int = 90) -> list[Kernel]:
+        """The template kernels that Inductor generates for it, in order."""
+        source = generated_source(self, self.tensors(), Device(capability))
+        return [kernel for kernel in kernels(source) if kernel.is_template]
