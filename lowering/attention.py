@@ -167,7 +167,7 @@ class AttentionProblem:
 
     def _expanded_mask(self, mask: ir.TensorBox) -> ir.TensorBox:
         """The mask as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
-        mask = compat.realize_inputs(mask)
+        mask.realize()
         return lowerings[aten.expand.default](mask, [*self.query.size[:3], self.key.size[2]])
 
     def knobs(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class AttentionProblem:
             "DROPOUT_P": self.dropout_p,
             "BLOCK_E": block_e,
             "BLOCK_V": block_v,
-            "BLOCK_N": keys_per_block(max(block_e, block_v)),
+            "BLOCK_N": keys_per_block(max(block_e, block_v), self.key.digits),
         }
 
 
@@ -229,9 +229,14 @@ def select(launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile]) ->
     return compat.select(f"heal_{launch.template}", choices, launch.nodes, launch.layout)
 
 
-def keys_per_block(head_block: int) -> int:
-    """Keys per block, the promotion interval: a function of the padded head size alone."""
-    return 64 if head_block <= 128 else 32
+def is_single(size: list[sympy.Expr]) -> bool:
+    """Whether a result is one number: Inductor stores that without a mask, from every lane."""
+    return size[-1] == 1 and compat.is_true(sympy.Eq(math.prod(size), 1))
+
+
+def keys_per_block(head_block: int, digits: int) -> int:
+    """Keys per block, the promotion interval: a function of padded head size and digits alone."""
+    return 64 if head_block <= 128 and digits <= 2 else 32
 
 
 def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
@@ -247,6 +252,8 @@ def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     problem = AttentionProblem.of_integers(*call)
     if problem.empty:
         return _nothing(problem)
+    if is_single(problem.output_size):
+        return None
     if any(selfcheck.broken(name, problem.device) for name in ("attention", "attention_merge")):
         return None
     return _decode(problem) if problem.decodes else _prefill(problem)

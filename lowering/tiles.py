@@ -100,7 +100,11 @@ def attention_tiles(
         decodes: At most 16 rows.
     """
     if decodes:
-        return [AttentionTile(16, 4, 2), AttentionTile(16, 4, 1)]
-    if head_block > 128:
-        return [AttentionTile(64, 8, 1)]
-    return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]
+        return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
+    if capability >= 100:
+        return [AttentionTile(64, 8, 1 if head_block > 128 else 2)]
+    if head_block > 128 or (capability < 90 and digits != 2):
+        return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
+    if capability >= 90:
+        return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]
+    return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]

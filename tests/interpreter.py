@@ -218,7 +218,9 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         _DeviceGuard=always(contextlib.nullcontext()), set_device=always(None)
     )
     names: dict[str, Any] = {
-        "torch": types.SimpleNamespace(cuda=guard, **{str(d)[6:]: d for d in _DTYPES}),
+        "torch": types.SimpleNamespace(
+            cuda=guard, ops=torch.ops, **{str(d)[6:]: d for d in _DTYPES}
+        ),
         "empty_strided_cuda": _poisoned,
         "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
         "get_raw_stream": always(None),
