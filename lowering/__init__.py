@@ -1,9 +1,9 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu` (C++ code) or to `matmul` and `attention` (Triton templates on
-CUDA). An
-operator without a lowering for its device runs its own meaning, as one call from the code.
+at the device and hands on to `cpu` (C++ code) or to `matmul`, `attention` and
+`attention_gradients` (Triton templates on CUDA). An operator without a lowering for its device
+runs its own meaning, as one call from the code.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ Lowering = Callable[..., Any]
 @cache
 def register() -> None:
     """Register the lowerings with Inductor, once per process: for `heal::` operators only."""
-    from healpass.lowering import attention, cpu, matmul
+    from healpass.lowering import attention, attention_gradients, cpu, matmul
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    tables = {"cpu": cpu.LOWERINGS, "cuda": matmul.LOWERINGS | attention.LOWERINGS}
+    cuda = matmul.LOWERINGS | attention.LOWERINGS | attention_gradients.LOWERINGS
+    tables = {"cpu": cpu.LOWERINGS, "cuda": cuda}
     for operator in dict.fromkeys(operator for table in tables.values() for operator in table):
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table

@@ -210,7 +210,9 @@ class Launch:
     programs: list[Any]
 
 
-def select(launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile]) -> ir.TensorBox:
+def select(
+    launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile], tiled: str = "BLOCK_M"
+) -> ir.TensorBox:
     """Render the template for the best guess, or for all tiles where Inductor is to time them."""
     template = kernels.template(launch.template)
     choices: list[Any] = []
@@ -224,7 +226,7 @@ def select(launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile]) ->
             call_sizes=launch.programs,
             num_stages=tile.num_stages,
             num_warps=tile.num_warps,
-            **{"BLOCK_M": tile.block_m, **knobs},
+            **{**knobs, tiled: tile.block},
         )
     return compat.select(f"heal_{launch.template}", choices, launch.nodes, launch.layout)
 
@@ -241,13 +243,7 @@ def keys_per_block(head_block: int, digits: int) -> int:
 
 def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::integer_attention` on CUDA; None where its own meaning shall run."""
-    reason = check(*call)
-    if reason is not None:
-        warnings.warn(
-            f"attention runs without a template: {reason}.",
-            selfcheck.TemplateWarning,
-            stacklevel=2,
-        )
+    if not has_templates(*call):
         return None
     problem = AttentionProblem.of_integers(*call)
     if problem.empty:
@@ -257,6 +253,18 @@ def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     if any(selfcheck.broken(name, problem.device) for name in ("attention", "attention_merge")):
         return None
     return _decode(problem) if problem.decodes else _prefill(problem)
+
+
+def has_templates(*call: Any) -> bool:
+    """Whether the templates can take this call of `heal::integer_attention`; warns if not."""
+    reason = check(*call)
+    if reason is not None:
+        warnings.warn(
+            f"attention runs without a template: {reason}.",
+            selfcheck.TemplateWarning,
+            stacklevel=3,
+        )
+    return reason is None
 
 
 def check(query: ir.TensorBox, *call: Any) -> str | None:

@@ -73,6 +73,14 @@ def attention_grid(
     return cdiv(rows, meta["BLOCK_M"]) * chunks * heads, 1, 1
 
 
+@SymbolicGridFn
+def attention_backward_key_grid(
+    heads: Any, keys: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Any
+) -> tuple[Any, int, int]:
+    """One block per tile of keys and key head of each batch entry."""
+    return cdiv(keys, meta["BLOCK_N"]) * chunks * heads, 1, 1
+
+
 GRIDS = {
     "gemm": gemm_grid,
     "gemm_batched": batched_grid,
@@ -81,6 +89,8 @@ GRIDS = {
     "layercast_batched": batched_grid,
     "attention": attention_grid,
     "attention_merge": attention_grid,
+    "attention_backward_query": attention_grid,
+    "attention_backward_key": attention_backward_key_grid,
 }
 
 

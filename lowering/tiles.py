@@ -81,9 +81,9 @@ def layercast_tiles(m: int, n: int) -> list[Tile]:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """The tuning knobs of an attention kernel."""
+    """The tuning knobs of an attention kernel; `block` counts the rows or keys of a program."""
 
-    block_m: int
+    block: int
     num_warps: int
     num_stages: int
 
@@ -108,3 +108,15 @@ def attention_tiles(
     if capability >= 90:
         return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]
+
+
+def attention_backward_tiles(capability: int, head_block: int, digits: int) -> list[AttentionTile]:
+    """Tiles of the two backward kernels, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        digits: Of Q and K; 0 for FP32 states.
+    """
+    del capability, digits
+    return [AttentionTile(64 if head_block <= 64 else 32, 8, 1)]

@@ -46,9 +46,10 @@ class AttentionCase:
     kv: str = "int16"
     mask: torch.dtype | None = None
     scoring: Scoring = Scoring()
+    backward: bool = False
 
     def tensors(self) -> list[Tensor]:
-        """Meta tensors: digits and scales of Q, K and V, and the mask if there is one."""
+        """Meta tensors: digits and scales of Q, K and V; around them what `backward` adds; a mask."""
         value_size = self.value_size or self.head_size
         found = []
         for heads, rows, size in (
@@ -59,6 +60,9 @@ class AttentionCase:
             digits = (self.batch, heads, PLANES[self.kv], rows, size)
             found.append(torch.empty(digits, dtype=torch.int8, device="meta"))
             found.append(torch.empty(self.batch, heads, rows, device="meta"))
+        if self.backward:
+            output = torch.empty(self.batch, self.heads, self.length, value_size, device="meta")
+            found = [output, *found, output, output[..., 0].contiguous()]
         if self.mask is not None:
             shape = (self.batch, 1, self.length, self.keys)
             found.append(torch.empty(shape, dtype=self.mask, device="meta"))
@@ -66,9 +70,14 @@ class AttentionCase:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The operator, as a graph has it."""
-        mask = tensors[6] if len(tensors) > 6 else None
-        call = (*tensors[:6], mask, None, None, *self.scoring.arguments())
-        return torch.ops.heal.integer_attention(*call)
+        rest = list(tensors)
+        mask = None if self.mask is None else rest.pop()
+        extra = (mask, None, None, *self.scoring.arguments())
+        if self.backward:
+            grad, *states, output, logsumexp = rest
+            call = (grad, *states, *extra, output, logsumexp)
+            return torch.ops.heal.integer_attention_backward(*call)
+        return torch.ops.heal.integer_attention(*rest, *extra)
 
     def templates(self, capability: int = 90) -> list[Kernel]:
         """The template kernels that Inductor generates for it, in order."""
