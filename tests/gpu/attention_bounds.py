@@ -114,8 +114,7 @@ def exact(query: Digits, key: Digits, value: Digits, scoring: Scoring) -> Exact:
     logsumexp = torch.logsumexp(torch.cat([scores, sink], -1), -1)
     visible = scores != -math.inf
     weights = torch.exp(scores - logsumexp[..., None]).masked_fill(~visible, 0.0)
-    kept = scoring.survivors(scores.shape, slice(0, scores.shape[-2]), slice(0, scores.shape[-1]))
-    used = weights if kept is None else weights * (kept > 0) / (1 - scoring.dropout_p)
+    used = weights * dropout_factor(scores.shape, scoring)
 
     largest = torch.maximum(scores.amax(-1, keepdim=True), sink)
     distance = torch.where(visible, largest - scores, 0.0)
@@ -144,6 +143,139 @@ def exact(query: Digits, key: Digits, value: Digits, scoring: Scoring) -> Exact:
     return Exact(used @ value.values, logsumexp, weights, bound + floor, log_error.squeeze(-1))
 
 
+def dropout_factor(shape: torch.Size, scoring: Scoring) -> Tensor:
+    """What dropout multiplies each weight with, in FP64."""
+    kept = scoring.survivors(shape, slice(0, shape[-2]), slice(0, shape[-1]))
+    if kept is None or scoring.dropout_p == 1.0:
+        return torch.full((), float(kept is None), dtype=torch.float64)
+    return (kept > 0).double() / (1 - scoring.dropout_p)
+
+
 def padded(query: Tensor, value: Tensor) -> int:
     """The larger head size, padded to a power of two."""
     return 1 << (max(query.shape[-1], value.shape[-1]) - 1).bit_length()
+
+
+# ------------------------------------------------------------------------------------- gradients
+#
+# The backward kernels get the output and the logsumexp rounded to FP32 and compute, per row and key,
+#
+# * the weight again, p = e^(score - logsumexp): the exponent errs as the score does, by 3u of the
+#   logsumexp (its own rounding, log2(e)) and u of the difference; exp2 by 4u;
+# * dP = G V^T, one chain over the padded head size: G is cut within 2^-22 and 2^-39 of its row's
+#   largest, the low product is dropped (2^-22), scales and dropout round four times;
+# * delta = rowsum(G * O): a product and two sums round, and each term is summed within 2^-29 of the
+#   largest; O errs by u;
+# * dS = p (dP - delta) slope: four roundings, and the slope 1 - tanh^2 within 30u and what the
+#   score's error moves it by;
+# * products of dS with K and Q, and of p with G, over blocks: as P V in the forward pass.
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One gradient in FP64, and how far a kernel may be from it."""
+
+    exact: Tensor
+    bound: Tensor
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the backward pass knows of each row and key, `[B, H, L, S]`, and its error."""
+
+    weights: Tensor
+    weights_error: Tensor
+    grad_scores: Tensor
+    grad_scores_error: Tensor
+
+
+def chain_error(terms: int) -> float:
+    """One chain of three products on H100's tensor core, relative to the sum of magnitudes."""
+    return terms * (2.0**-25 + 2.0**-23 / 16) * LOW_PRODUCTS
+
+
+def gradients(
+    query: Digits, key: Digits, value: Digits, scoring: Scoring, grad: Tensor
+) -> tuple[Gradient, Gradient, Gradient]:
+    """Gradients of Q, K and V in FP64, and the bounds of the kernels."""
+    groups = query.planes.shape[1] // key.planes.shape[1]
+    scale = abs(scoring.scale)
+    rows = _rows(query, key.repeated(groups), value.repeated(groups), scoring, grad)
+    many, wide = rows.grad_scores, rows.grad_scores_error
+    of_query = _product(many * scoring.scale, wide * scale, key.repeated(groups))
+    of_key = _product(many.mT * scoring.scale, wide.mT * scale, query)
+    # G in place of an operand in digits: its unit is 2^-14 of each row's largest element or more.
+    unit = grad.abs().amax(-1).clamp_min(2.0**-126) * 2.0**-14
+    pieces = _Values(grad.double(), unit.double())
+    of_value = _product(rows.weights.mT, rows.weights_error.mT, pieces)
+    lost = rows.weights.mT @ (2.0**-39 * grad.double().abs().amax(-1, keepdim=True))
+    of_value = Gradient(of_value.exact, of_value.bound + lost + 2.0**-22 * (
+        rows.weights.mT @ grad.double().abs()))  # fmt: skip
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, groups)).sum(2)
+
+    return (
+        of_query,
+        Gradient(grouped(of_key.exact), grouped(of_key.bound)),
+        Gradient(grouped(of_value.exact), grouped(of_value.bound)),
+    )
+
+
+@dataclass(frozen=True)
+class _Values:
+    """FP64 `[B, H, S, E]` and the unit of each row, `[B, H, S]`."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def _product(left: Tensor, error: Tensor, right: Digits | _Values) -> Gradient:
+    """`left [.., M, K] @ right [.., K, N]` by blocks of pieces, `left` being off by `error`."""
+    values, terms = right.values.abs(), left.shape[-1]
+    grown = left.abs() + error
+    # Blocks of 16 are the most, chains of 32 the longest; heads of a group share one sum.
+    relative = 4 * UNIT + 2 * 2.0**-22 + chain_error(32) + (terms / 16 + 8) * 4 * UNIT
+    bound = error @ values + relative * (grown @ values)
+    unit = right.scale.double()[..., None]
+    largest = (grown * unit.mT).amax(-1, keepdim=True)
+    bound = bound + 2.0**-38 * largest * ((left != 0).double() @ (values / unit).nan_to_num(0.0))
+    tiny = terms * (2.0**-125 * (1 + values.amax((-2, -1), keepdim=True)) + 2.0**-130)
+    return Gradient(left @ right.values, bound + tiny)
+
+
+def _rows(query: Digits, key: Digits, value: Digits, scoring: Scoring, grad: Tensor) -> _Row:
+    reference = exact(query, key, value, scoring)
+    scores, error = scores_and_errors(query, key, scoring)
+    finite = torch.where(reference.logsumexp.isfinite(), reference.logsumexp, 0.0)[..., None]
+    gap = torch.where(scores.isfinite(), scores - finite, 0.0).abs()
+    eta = torch.exp(error + 3 * UNIT * finite.abs() + UNIT * gap) * (1 + 4 * UNIT) - 1
+    weights = reference.weights
+    factor = dropout_factor(scores.shape, scoring)
+
+    wide, magnitude = grad.double(), value.values.abs()
+    grad_weights = factor * (wide @ value.values.mT)
+    largest = wide.abs().amax(-1, keepdim=True)
+    relative = 2 * 2.0**-22 + chain_error(1 << (wide.shape[-1] - 1).bit_length()) + 5 * UNIT
+    moved = factor * (
+        relative * (wide.abs() @ magnitude.mT) + 2.0**-38 * largest * magnitude.sum(-1)[..., None, :]
+    )
+    terms = wide * reference.output
+    delta = terms.sum(-1, keepdim=True)
+    moved = moved + 2 * UNIT * terms.abs().sum(-1, keepdim=True) + 2 * UNIT * delta.abs()
+    moved = moved + wide.shape[-1] * 2.0**-29 * terms.abs().amax(-1, keepdim=True)
+    difference = grad_weights - delta
+    grad_scores = weights * difference
+    # A weight below 2^-126 may be flushed to zero.
+    flushed = 2.0**-126 * (scores != -math.inf)
+    change = grad_scores.abs() * (eta + 4 * UNIT) + flushed * difference.abs()
+    change = change + (weights * (1 + eta) + flushed) * moved
+    if scoring.softcap is not None:
+        product = scoring.scale * (query.values @ key.values.mT)
+        slope = 1 - torch.tanh(product / scoring.softcap).square()
+        bent = 30 * UNIT + error / scoring.softcap
+        change = change * slope + (grad_scores.abs() + change) * bent
+        grad_scores = grad_scores * slope
+    used = weights * factor
+    error = used * (eta + 2 * UNIT) + factor * flushed
+    return _Row(used, error, grad_scores, change)
