@@ -1,4 +1,4 @@
-"""`heal::integer_attention` on CUDA: problem -> check -> family -> tiles -> choices -> select.
+"""`heal::integer_attention` and `heal::attention` on CUDA: problem -> check -> family -> tiles -> choices -> select.
 
 May import `compat`, `kernels`, `matmul` (for the device check), `selfcheck`, `tiles`. One frozen `AttentionProblem` goes through all
 steps. Everything that decides bits is a function of the head sizes, the number of digits and
@@ -27,6 +27,8 @@ from healpass.lowering.matmul import check as check_device
 from healpass.lowering.tiles import AttentionTile, attention_tiles
 from torch._inductor import config, ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+
+from healpass.ops.numerics import Numerics
 
 #: Numerics: a key head with at most so many rows is decoded.
 DECODE_ROWS = 16
@@ -91,6 +93,14 @@ class AttentionProblem:
         return cls(
             *states, mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics
         )
+
+    @classmethod
+    def of_floats(cls, *call: Any) -> AttentionProblem:
+        """Read the arguments of `heal::attention`."""
+        *states, mask, is_causal, scale, numerics = call
+        query, key, value = (States(x, None) for x in states)
+        rest = (None, None, is_causal, scale, None, None, 0.0, numerics)
+        return cls(query, key, value, mask, *rest)
 
     @property
     def device(self) -> torch.device:
@@ -238,14 +248,36 @@ def is_single(size: list[sympy.Expr]) -> bool:
 
 def keys_per_block(head_block: int, digits: int) -> int:
     """Keys per block, the promotion interval: a function of padded head size and digits alone."""
-    return 64 if head_block <= 128 and digits <= 2 else 32
+    return 64 if head_block * (digits or 3) <= 256 else 32
 
 
-def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
+def lower_integers(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::integer_attention` on CUDA; None where its own meaning shall run."""
-    if not has_templates(*call):
+    query, value, numerics = call[0], call[4], call[-1]
+    if not has_templates(query, value, numerics):
         return None
-    problem = AttentionProblem.of_integers(*call)
+    return _lower(AttentionProblem.of_integers(*call))
+
+
+def lower_floats(
+    query: ir.TensorBox,
+    key: ir.TensorBox,
+    value: ir.TensorBox,
+    attn_mask: ir.TensorBox | None,
+    is_causal: bool,
+    scale: float,
+    numerics: str = "heal",
+) -> ir.TensorBox | None:
+    """Lower `heal::attention` on CUDA; None where its own meaning shall run."""
+    if not has_templates(query, value, numerics):
+        return None
+    call = (query, key, value, attn_mask, is_causal, scale, numerics)
+    results = _lower(AttentionProblem.of_floats(*call))
+    return None if results is None else results[0]
+
+
+def _lower(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox] | None:
+    """Output and logsumexp."""
     if problem.empty:
         return _nothing(problem)
     if is_single(problem.output_size):
@@ -255,9 +287,9 @@ def lower(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     return _decode(problem) if problem.decodes else _prefill(problem)
 
 
-def has_templates(*call: Any) -> bool:
-    """Whether the templates can take this call of `heal::integer_attention`; warns if not."""
-    reason = check(*call)
+def has_templates(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> bool:
+    """Whether the templates can take a call; warns if not."""
+    reason = check(query, value, numerics)
     if reason is not None:
         warnings.warn(
             f"attention runs without a template: {reason}.",
@@ -267,17 +299,16 @@ def has_templates(*call: Any) -> bool:
     return reason is None
 
 
-def check(query: ir.TensorBox, *call: Any) -> str | None:
-    """Why the templates cannot take this call, or None."""
+def check(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> str | None:
+    """Why the templates cannot take operands of these head sizes and this device, or None."""
     reason = check_device(query)
     if reason is not None:
         return reason
-    value, numerics = call[3], call[-1]
     sizes = [x.get_size()[-1] for x in (query, value)]
     if not all(compat.is_static(size) and 0 < int(size) <= LARGEST_HEAD for size in sizes):
         return f"head sizes {sizes} are not fixed numbers from 1 to {LARGEST_HEAD}"
-    if numerics == "layercast":
-        return "layercast multiplies P and V in FP32, for which there is no attention kernel"
+    if Numerics.parse(numerics).precision == "layercast":
+        return "layercast multiplies in FP32, for which there is no attention kernel"
     return None
 
 
@@ -337,4 +368,7 @@ def _merge(
     return select(launch, knobs, [AttentionTile(1, 1, 1)]), logsumexp
 
 
-LOWERINGS = {torch.ops.heal.integer_attention.default: lower}
+LOWERINGS = {
+    torch.ops.heal.attention.default: lower_floats,
+    torch.ops.heal.integer_attention.default: lower_integers,
+}

@@ -22,9 +22,6 @@ from healpass.lowering.attention import (
 from healpass.lowering.tiles import attention_backward_tiles
 from torch._inductor import ir
 
-#: Numerics: queries or keys that are added as one block, by padded head size.
-BLOCK, BLOCK_OF_LARGE_HEADS = 32, 16
-
 Gradients = tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]
 NAMES = ("attention_backward_query", "attention_backward_key")
 
@@ -32,7 +29,7 @@ NAMES = ("attention_backward_query", "attention_backward_key")
 def lower(grad: ir.TensorBox, *call: Any) -> Gradients | None:
     """Lower the operator on CUDA; None where its own meaning shall run."""
     *arguments, output, logsumexp = call
-    if not has_templates(*arguments):
+    if not has_templates(arguments[0], arguments[4], arguments[-1]):
         return None
     problem = AttentionProblem.of_integers(*arguments)
     # The logsumexp holds what the sinks add to the denominator.
@@ -50,9 +47,9 @@ def _kernels(
 ) -> Gradients:
     states, (batch, key_heads, keys, _) = problem.nodes(), problem.key.size
     delta = problem.buffer(*problem.output_size[:-1])
-    block = block_of(max(problem.head_blocks))
-    tiles = attention_backward_tiles(
-        problem.capability, max(problem.head_blocks), problem.key.digits
+    block = block_of(max(problem.head_blocks), problem.key.digits)
+    query_tiles, key_tiles = attention_backward_tiles(
+        problem.capability, max(problem.head_blocks)
     )
     of_query = select(
         Launch(
@@ -63,7 +60,7 @@ def _kernels(
             programs=[problem.key_heads, problem.rows, 1],
         ),
         problem.knobs() | {"BLOCK_N": block},
-        tiles,
+        query_tiles,
     )
     of_value = problem.buffer(batch, key_heads, keys, problem.output_size[-1])
     of_key = select(
@@ -75,15 +72,15 @@ def _kernels(
             programs=[problem.key_heads, keys, 1],
         ),
         problem.knobs() | {"BLOCK_M": block},
-        tiles,
+        key_tiles,
         tiled="BLOCK_N",
     )
     return of_query, of_key, of_value
 
 
-def block_of(head_block: int) -> int:
-    """Queries or keys per block: a function of the padded head size alone."""
-    return BLOCK if head_block <= 128 else BLOCK_OF_LARGE_HEADS
+def block_of(head_block: int, digits: int) -> int:
+    """Queries or keys per block: a function of padded head size and digits alone."""
+    return 32 if head_block * (digits or 3) <= 256 else 16
 
 
 LOWERINGS = {torch.ops.heal.integer_attention_backward.default: lower}

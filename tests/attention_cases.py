@@ -49,7 +49,7 @@ class AttentionCase:
     backward: bool = False
 
     def tensors(self) -> list[Tensor]:
-        """Meta tensors: digits and scales of Q, K and V; around them what `backward` adds; a mask."""
+        """Meta tensors: Q, K and V (digits and scales); around them what `backward` adds; a mask."""
         value_size = self.value_size or self.head_size
         found = []
         for heads, rows, size in (
@@ -57,6 +57,9 @@ class AttentionCase:
             (self.key_heads, self.keys, self.head_size),
             (self.key_heads, self.keys, value_size),
         ):
+            if self.kv == "fp32":
+                found.append(torch.empty(self.batch, heads, rows, size, device="meta"))
+                continue
             digits = (self.batch, heads, PLANES[self.kv], rows, size)
             found.append(torch.empty(digits, dtype=torch.int8, device="meta"))
             found.append(torch.empty(self.batch, heads, rows, device="meta"))
@@ -72,6 +75,9 @@ class AttentionCase:
         """The operator, as a graph has it."""
         rest = list(tensors)
         mask = None if self.mask is None else rest.pop()
+        if self.kv == "fp32":
+            scoring = (self.scoring.is_causal, self.scoring.scale, self.scoring.numerics)
+            return (torch.ops.heal.attention(*rest, mask, *scoring),)
         extra = (mask, None, None, *self.scoring.arguments())
         if self.backward:
             grad, *states, output, logsumexp = rest

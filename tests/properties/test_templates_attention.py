@@ -312,9 +312,10 @@ def test_tiles_leave_bits_alone(name, kv, monkeypatch):
     grad = random((1, 2, FAMILIES[name], 64), 9)
     results = []
     for block in (16, 32, 128):
-        tiles = always([AttentionTile(block, 8, 2)])
-        monkeypatch.setattr(attention, "attention_tiles", tiles)
-        monkeypatch.setattr(attention_gradients, "attention_backward_tiles", tiles)
+        tiles = [AttentionTile(block, 8, 2)]
+        monkeypatch.setattr(attention, "attention_tiles", always(tiles))
+        both = always((tiles, tiles))
+        monkeypatch.setattr(attention_gradients, "attention_backward_tiles", both)
         results.append((*attend(problem), *differentiate(problem, grad)))
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
