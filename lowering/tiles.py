@@ -99,14 +99,18 @@ def attention_tiles(
         digits: Of Q and K; 0 for FP32 states.
         decodes: At most 16 rows.
     """
+    if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
+        return [AttentionTile(16 if decodes else 32, 8, 1)]
     if decodes:
         return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
-    if capability >= 100:
+    if 100 <= capability < 120:
         return [AttentionTile(64, 8, 1 if head_block > 128 else 2)]
-    if head_block > 128 or (capability < 90 and digits != 2):
+    if head_block > 128:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
-    if capability >= 90:
+    if 90 <= capability < 100:
         return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]
+    if digits == 3:
+        return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]
 
 
@@ -121,10 +125,8 @@ def attention_backward_tiles(
     """
     if head_block > 128:  # with the fewest spills, from 2 to 14 instructions on sm_90 and sm_100
         return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, 3)]
-    if capability >= 100:
+    if 100 <= capability < 120:
         return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
-    if capability >= 90 and head_block <= 64:
-        return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
-    if capability >= 90:
-        return [AttentionTile(64, 8, 1)], [AttentionTile(16, 8, 1)]
+    if 90 <= capability < 100:
+        return [AttentionTile(64, 8, 1)], [AttentionTile(64 if head_block <= 64 else 16, 8, 1)]
     return [AttentionTile(32, 8, 1)], [AttentionTile(32, 8, 1)]
