@@ -89,3 +89,25 @@ class AttentionCase:
         """The template kernels that Inductor generates for it, in order."""
         source = generated_source(self, self.tensors(), Device(capability))
         return [kernel for kernel in kernels(source) if kernel.is_template]
+
+
+CAUSAL = Scoring(is_causal=True)
+#: Llama-3-8B's heads, SmolLM2's head size, and the largest. Decode has two kernels: parts, merge;
+#: backward two: for Q, for K and V.
+CASES = (
+    AttentionCase("attention 128", 2048, 2048, scoring=CAUSAL),
+    AttentionCase("attention 64", 2048, 2048, 64, scoring=CAUSAL),
+    AttentionCase("attention 256", 2048, 2048, 256, scoring=CAUSAL),
+    AttentionCase("attention 128, int24", 2048, 2048, kv="int24", scoring=CAUSAL),
+    AttentionCase("attention 128, fp32", 2048, 2048, kv="fp32", scoring=CAUSAL),
+    AttentionCase("attention 256, fp32", 2048, 2048, 256, kv="fp32", scoring=CAUSAL),
+    AttentionCase("decode 128", 1, 8192, mask=torch.bool),
+    AttentionCase("decode 64", 1, 8192, 64),
+    AttentionCase("decode 256", 1, 8192, 256),
+    AttentionCase("decode 128, int24", 1, 8192, kv="int24"),
+    AttentionCase("decode 128, fp32", 1, 8192, kv="fp32"),
+    AttentionCase("backward 128", 2048, 2048, scoring=CAUSAL, backward=True),
+    AttentionCase("backward 64", 2048, 2048, 64, scoring=CAUSAL, backward=True),
+    AttentionCase("backward 256", 2048, 2048, 256, scoring=CAUSAL, backward=True),
+    AttentionCase("backward 128, int24", 2048, 2048, kv="int24", scoring=CAUSAL, backward=True),
+)
