@@ -1,8 +1,10 @@
-"""`heal::integer_attention` and `heal::attention` on CUDA: problem -> check -> family -> tiles -> choices -> select.
+"""Attention on CUDA: problem -> check -> family -> tiles -> choices -> select.
 
-May import `compat`, `kernels`, `matmul` (for the device check), `selfcheck`, `tiles`. One frozen `AttentionProblem` goes through all
-steps. Everything that decides bits is a function of the head sizes, the number of digits and
-whether a key head has at most 16 rows; the architecture decides tiles only.
+`heal::integer_attention` on digits and `heal::attention` on states as stored go through the same
+kernels. May import `compat`, `kernels`, `matmul` (its device check), `selfcheck` and `tiles`. One
+frozen `AttentionProblem` goes through all steps. What decides bits is a function of the head
+sizes, the number of digits and whether a key head has at most 16 rows; the architecture decides
+tiles only.
 
 Families (a row has the same bits for every batch, tile, number of keys behind its last visible one
 and GPU of one generation):
@@ -87,20 +89,18 @@ class AttentionProblem:
     @classmethod
     def of_integers(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::integer_attention`."""
-        states = (States(*call[i : i + 2]) for i in (0, 2, 4))
-        mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics = call[6:]
+        query, key, value = (States(call[i], call[i + 1]) for i in (0, 2, 4))
+        mask, sinks, seed, is_causal, scale, window, *rest = call[6:]
         window = None if window is None else compat.as_int(window)
-        return cls(
-            *states, mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics
-        )
+        return cls(query, key, value, mask, sinks, seed, is_causal, scale, window, *rest)
 
     @classmethod
     def of_floats(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::attention`."""
-        *states, mask, is_causal, scale, numerics = call
-        query, key, value = (States(x, None) for x in states)
-        rest = (None, None, is_causal, scale, None, None, 0.0, numerics)
-        return cls(query, key, value, mask, *rest)
+        query, key, value = (States(x, None) for x in call[:3])
+        mask, is_causal, scale, numerics = call[3:]
+        rest = (is_causal, scale, None, None, 0.0, numerics)
+        return cls(query, key, value, mask, None, None, *rest)
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +116,7 @@ class AttentionProblem:
     @property
     def group(self) -> sympy.Expr:
         """Query heads per key head."""
-        return compat.V.graph.sizevars.simplify(
-            sympy.floor(self.query.size[1] / self.key.size[1])
-        )
+        return compat.V.graph.sizevars.simplify(sympy.floor(self.query.size[1] / self.key.size[1]))
 
     @property
     def rows(self) -> sympy.Expr:

@@ -1,9 +1,9 @@
 """The attention templates' part of `selfcheck`: small problems, and what they may be off by.
 
-A result has to be as close to FP64 as attention in FP32 would have to be. With u = 2^-24, weights
-P, and D the largest scale * |q| . |k| and score: a score is off by (E + 4) u D, a weight by twice
-that and by (S + 8) u of itself, a sum of n weighted values by n u. Gradients go through the longest
-chain of sums: over E, EV, S and all rows. May import the operators.
+A result has to be as close to FP64 as attention in FP32 would have to be. With u = 2^-24 and D the
+largest scale * |q| . |k| and score: a score is off by (E + 4) u D, a weight by twice that and by
+(S + 8) u of itself, a sum of n weighted values by n u. Gradients go through the longest chain of
+sums: over E, EV, S and all rows. May import the operators.
 """
 
 from __future__ import annotations
@@ -101,13 +101,17 @@ def examine(attend: Attend) -> dict[str, str]:
 def promises(check: AttentionCheck) -> Iterator[tuple[Tensor, Tensor]]:
     """Output, logsumexp and three gradients in FP64, each with the error that is allowed."""
     *digits, grad = (x.double() if x.is_floating_point() else x for x in check.operands())
-    q, k, v = (integers(x) * scale[..., None] for x, scale in zip(digits[::2], digits[1::2], strict=True))
+    q, k, v = (
+        integers(x) * scale[..., None] for x, scale in zip(digits[::2], digits[1::2], strict=True)
+    )
     scoring, everything = check.scoring(), (slice(0, check.length), slice(0, check.keys))
     product = scoring.scale * (q @ k.mT)
     capped, slope = scoring.cap(product)
     scores = scoring.hide(capped, *everything)
     weights, logsumexp = scoring.softmax(scores)
-    magnitude = scoring.scale * (q.abs() @ k.abs().mT).max() + scores[scores.isfinite()].abs().max()
+    magnitude = (
+        scoring.scale * (q.abs() @ k.abs().mT).max() + scores[scores.isfinite()].abs().max()
+    )
     count = check.head_size + check.value_size + check.GROUP * check.length + check.keys + 16
     relative = 2 * (check.head_size + 4) * UNIT * magnitude + count * UNIT
     output = weights @ v

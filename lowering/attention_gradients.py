@@ -1,4 +1,4 @@
-"""`heal::integer_attention_backward` on CUDA: one kernel for Q's gradient, one for those of K and V.
+"""`heal::integer_attention_backward` on CUDA: a kernel for Q's gradient, one for K's and V's.
 
 May import `attention` and what it may. Both kernels compute the weights again from the scores, so
 no score matrix exists; sums over queries run in order within one program, without atomics. The
@@ -48,9 +48,7 @@ def _kernels(
     states, (batch, key_heads, keys, _) = problem.nodes(), problem.key.size
     delta = problem.buffer(*problem.output_size[:-1])
     block = block_of(max(problem.head_blocks), problem.key.digits)
-    query_tiles, key_tiles = attention_backward_tiles(
-        problem.capability, max(problem.head_blocks)
-    )
+    query_tiles, key_tiles = attention_backward_tiles(problem.capability, max(problem.head_blocks))
     of_query = select(
         Launch(
             NAMES[0],

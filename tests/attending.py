@@ -1,4 +1,4 @@
-"""Attention problems run through generated kernels in the interpreter, and checked against FP64."""
+"""Attention problems that run through generated kernels in the interpreter, against FP64."""
 
 from __future__ import annotations
 

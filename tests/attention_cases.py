@@ -49,7 +49,7 @@ class AttentionCase:
     backward: bool = False
 
     def tensors(self) -> list[Tensor]:
-        """Meta tensors: Q, K and V (digits and scales); around them what `backward` adds; a mask."""
+        """Meta tensors: Q, K, V (digits, scales); around them what `backward` adds; a mask."""
         value_size = self.value_size or self.head_size
         found = []
         for heads, rows, size in (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fake_cuda import generated_source, kernels
 from tests.attention_cases import AttentionCase, Scoring
+from tests.fake_cuda import generated_source, kernels
 from tests.sass import Case
 
 FP32, FP16 = torch.float32, torch.float16

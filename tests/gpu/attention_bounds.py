@@ -2,8 +2,8 @@
 
 With u = 2^-24, n visible keys in blocks of N, b blocks, c chunks, and per key j:
 
-* score s_j = softcap(scale (q . k_j)) + mask_j, natural units. Digit sums of one weight are exact;
-  the two highest weights are rounded to FP32 once and added to the rest once: 2u of the product and
+* score s_j = softcap(scale (q . k_j)) + mask_j, natural units. Sums of one weight are exact; the
+  two highest weights are rounded to FP32 once and added to the rest once: 2u of the product and
   3u of the largest possible sum of the lower weights, `LOW`. Scales round three times: 5u in all.
   A softcap adds 16u of the capped score (its argument 2u, `heal_tanh` 12u, its factor 2u), a float
   mask u of the sum and of itself. The factor log2(e) costs 1.5u more;
@@ -158,14 +158,15 @@ def padded(query: Tensor, value: Tensor) -> int:
 
 # ------------------------------------------------------------------------------------- gradients
 #
-# The backward kernels get the output and the logsumexp rounded to FP32 and compute, per row and key,
+# The backward kernels get the output and the logsumexp rounded to FP32 and compute, per row and
+# key,
 #
 # * the weight again, p = e^(score - logsumexp): the exponent errs as the score does, by 3u of the
 #   logsumexp (its own rounding, log2(e)) and u of the difference; exp2 by 4u;
 # * dP = G V^T, one chain over the padded head size: G is cut within 2^-22 and 2^-39 of its row's
 #   largest, the low product is dropped (2^-22), scales and dropout round four times;
-# * delta = rowsum(G * O): a product and two sums round, and each term is summed within 2^-29 of the
-#   largest; O errs by u;
+# * delta = rowsum(G * O): a product and two sums round, and each term is summed within 2^-29 of
+#   the largest; O errs by u;
 # * dS = p (dP - delta) slope: four roundings, and the slope 1 - tanh^2 within 30u and what the
 #   score's error moves it by;
 # * products of dS with K and Q, and of p with G, over blocks: as P V in the forward pass.
@@ -258,7 +259,8 @@ def _rows(query: Digits, key: Digits, value: Digits, scoring: Scoring, grad: Ten
     largest = wide.abs().amax(-1, keepdim=True)
     relative = 2 * 2.0**-22 + chain_error(1 << (wide.shape[-1] - 1).bit_length()) + 5 * UNIT
     moved = factor * (
-        relative * (wide.abs() @ magnitude.mT) + 2.0**-38 * largest * magnitude.sum(-1)[..., None, :]
+        relative * (wide.abs() @ magnitude.mT)
+        + 2.0**-38 * largest * magnitude.sum(-1)[..., None, :]
     )
     terms = wide * reference.output
     delta = terms.sum(-1, keepdim=True)

@@ -121,6 +121,7 @@ def test_digits_at_their_limits_do_not_overflow_int32(kv):
 
 # --------------------------------------------------------------------------- bits that must agree
 
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_entry_does_not_depend_on_its_batch(name):
     problem = family(name, is_causal=name == "prefill")
@@ -276,9 +277,12 @@ def test_symbolic_keys_are_within_their_bound(keys):
 
 # ------------------------------------------------------------------------- what the checks notice
 
+
 def test_the_bound_notices_a_lost_digit_product():
     def without(source: str) -> str:
-        return source.replace("leading = tl.dot(q_0, tl.trans(k_1), leading,", "tl.dot(q_0, tl.trans(k_1), leading,")
+        return source.replace(
+            "leading = tl.dot(q_0, tl.trans(k_1), leading,", "tl.dot(q_0, tl.trans(k_1), leading,"
+        )
 
     assert_noticed(without)
 
@@ -308,8 +312,8 @@ def assert_noticed(change: Change) -> None:
 def test_the_bound_of_gradients_notices_a_lost_piece(lost):
     problem, grad = family("prefill", batch=1, size=16), random((1, 2, 40, 64), 9)
     assert_gradients_within_bound(problem, grad, differentiate(problem, grad))
+    found = differentiate(problem, grad, change=without_products_of(lost))
     with pytest.raises(AssertionError, match="observed / bound"):
-        found = differentiate(problem, grad, change=without_products_of(lost))
         assert_gradients_within_bound(problem, grad, found)
 
 
@@ -320,5 +324,3 @@ def test_hidden_nans_would_show():
     guard = 'tl.where(scores == float("-inf"), 0.0, weights * v_unit[None, :])'
     output, _ = attend(problem, change=lambda s: s.replace(guard, "weights * v_unit[None, :]"))
     assert output[:, :, :20].isnan().any()
-
-

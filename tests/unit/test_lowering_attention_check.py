@@ -1,4 +1,4 @@
-"""The guard against miscompiled attention kernels: it passes what is right and names what is not."""
+"""The guard against miscompiled attention kernels: it passes what is right, names what is not."""
 
 from __future__ import annotations
 
