@@ -23,7 +23,9 @@ is (its condition number in the maximum norm is at most 2).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -34,7 +36,7 @@ from torch import Tensor
 from healpass.arithmetic.bounds import matmul_bound
 from healpass.arithmetic.int16 import INT16, INT24
 from healpass.arithmetic.pieces import row_scale
-from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, gamma
+from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, describe, gamma
 
 #: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
 EXP_ULPS = 2
@@ -150,6 +152,33 @@ def _weight_error(delta: Expr, keys: int) -> Expr:
     functions = (1 + ulp) / (1 - ulp)
     sum_and_division = (1 + U) / (1 - gamma(keys))
     return sympy.exp(exponent) * functions * sum_and_division - Integer(1)
+
+
+def describe_attention(
+    precision: str, head_size: object, keys: object, kv: str, rule: str | None = None
+) -> str:
+    """The bound in one line, to first order in everything but the scores' error d.
+
+    S, A, B, SA, SB are those of q k^T, V = sum w |v|. A size that is known only at run time keeps
+    its name.
+
+    Args:
+        precision: As in `AttentionShape`, and so the other arguments.
+        head_size: E, a number or a symbol.
+        keys: S, a number or a symbol.
+        kv: Format of Q, K and V.
+        rule: Who adds.
+    """
+    shape = AttentionShape(int(head_size) if isinstance(head_size, int) else 0, 0, precision, rule)
+    shape = dataclasses.replace(shape, kv=kv)
+    plain = {QK_S: S, QK_A: A, QK_B: B, QK_SA: SA, QK_SB: SB, SCALE: Integer(1), MASK: Integer(0)}
+    scores = describe(_score_error(shape).subs(plain, simultaneous=True))
+    if not isinstance(head_size, int):
+        scores = f"{head_size} u S" if kv == "fp32" else f"{head_size} u S + {scores}"
+    constant = math.ceil(10 * float(_weight_error(Integer(0), 0).subs(SPREAD, 0) / U)) / 10
+    step = "" if kv == "fp32" else f" + 2^{math.ceil(10 * math.log2(_step(kv))) / 10:.1f} max|v|"
+    sums = f"{2 * keys + constant:.1f}u" if isinstance(keys, int) else f"(2 {keys} + {constant})u"
+    return f"(e^2d - 1 + {sums}) V{step}, d = scale ({scores})"
 
 
 def attention_magnitudes(
