@@ -109,7 +109,7 @@ def _check(config: HealConfig, found: str) -> None:
 
 def arguments(node: Node) -> dict[str, Any]:
     """All arguments of a `heal::sdpa` node by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = heal.sdpa.default._schema.arguments
     named = {a.name: a.default_value if a.has_default_value() else None for a in schema}
     return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
 
