@@ -89,8 +89,8 @@ class Problem:
         key_scale = self.per_head(self.key.scale.to(torch.float64)).unsqueeze(-2)
         for rows, columns in self.blocks():
             block = fold(query[:, :, rows], self.heads) @ key[:, :, columns].flatten(0, 1).mT
-            scores = block.reshape(*scale.shape[:-1], rows.stop - rows.start, -1)
-            scores = scores * scale[..., rows, None] * key_scale[..., columns]
+            shape = (*scale.shape[:-1], rows.stop - rows.start, columns.stop - columns.start)
+            scores = block.reshape(shape) * scale[..., rows, None] * key_scale[..., columns]
             yield rows, columns, scores.clamp(-FP32.largest, FP32.largest).to(torch.float32)
 
     def per_head(self, states: Tensor) -> Tensor:
