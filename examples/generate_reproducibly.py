@@ -6,7 +6,7 @@ left. A reproducible model gives each prompt one answer, whatever the batch. Thr
 compared:
 
 - BF16: the model as it is usually served.
-- heal: `heal_model(model)`, which compiles with `backend="heal"` and keeps an FP32 key/value
+- heal: `heal_model(model, kv="fp32")`, which compiles with `backend="heal"` and keeps an FP32 key/value
   cache.
 - heal, the caller's BF16 cache: `torch.compile` with `backend="heal"` alone. A pass over the graph
   cannot widen a cache that the caller owns, nor the logits it hands out; both are rounded again.
@@ -73,7 +73,7 @@ def with_heal_model(model: Any) -> Any:
     """HEAL with its own FP32 cache."""
     from healpass.integrations.transformers import heal_model
 
-    return heal_model(model)
+    return heal_model(model, kv="fp32")
 
 
 def with_one_line(model: Any) -> Any:

@@ -55,7 +55,9 @@ class HealConfig:
     precision: Precision = "heal"
     """Arithmetic of matmuls and attention; `fp32`, `fp16` and `bf16` run the graph as traced."""
     kv: KVFormat | None = None
-    """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32."""
+    """Format of Q, K and V in attention. None: that of a HealCache in the graph, else `int16` for
+    `heal` and `fp32` for `layercast`. With `int24` and `fp32` results are FP32-equivalent end to
+    end; `int16` is fifty times coarser, and twenty-five times finer than a BF16 cache."""
     outputs: Outputs = "traced"
     """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses:
     what nothing else in the graph reads) out in FP32. After a graph break the code in between gets
@@ -129,6 +131,11 @@ class HealConfig:
         """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
         return f"{self.precision}:{self.simulate or ''}:{self.order or ''}".rstrip(":")
 
+    @property
+    def attention_format(self) -> str:
+        """Format of Q, K and V where no cache in the graph has one of its own."""
+        return self.kv or ("int16" if self.precision == "heal" else "fp32")
+
     def key(self) -> str:
         """Canonical JSON of every option: part of the compile caches' keys."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -172,11 +179,6 @@ def _check_available(config: HealConfig) -> None:
         raise UnavailableError(
             "precision='exact' is not in this version of healpass: its integer operators are "
             "missing. precision='heal' gives FP32-equivalent results today."
-        )
-    if config.kv in ("int16", "int24"):
-        raise UnavailableError(
-            f"kv={config.kv!r} is not in this version of healpass: integer attention is missing. "
-            "Leave kv out, or use kv='fp32'."
         )
     defaults = {option.name: option.default for option in dataclasses.fields(config)}
     for name, needs in UNAVAILABLE.items():

@@ -1,8 +1,9 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu` (C++ code) or to `matmul` (Triton templates on CUDA). An
-operator without a lowering for its device runs its own meaning, as one call from the code.
+at the device and hands on to `cpu` (C++ code) or to `matmul`, `attention` and
+`attention_gradients` (Triton templates on CUDA). An operator without a lowering for its device
+runs its own meaning, as one call from the code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.ops.numerics import Numerics
+from healpass.ops.quantize import FORMATS
 
 #: A lowering; None as its result asks for the operator's own meaning.
 Lowering = Callable[..., Any]
@@ -23,11 +25,23 @@ Lowering = Callable[..., Any]
 @cache
 def register() -> None:
     """Register the lowerings with Inductor, once per process: for `heal::` operators only."""
-    from healpass.lowering import cpu, matmul
+    from healpass.lowering import (
+        attention,
+        attention_gradients,
+        cpu,
+        cpu_attention,
+        matmul,
+        quantize,
+    )
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    tables = {"cpu": cpu.LOWERINGS, "cuda": matmul.LOWERINGS}
-    for operator in cpu.LOWERINGS.keys() | matmul.LOWERINGS.keys():
+    gpu = (matmul, attention, attention_gradients, quantize)
+    modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
+    tables: dict[str, dict[Any, Lowering]] = {
+        device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
+        for device, found in modules.items()
+    }
+    for operator in dict.fromkeys(operator for table in tables.values() for operator in table):
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
@@ -37,15 +51,15 @@ def register() -> None:
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
-        # `numerics` is the one text among the arguments; what it simulates has no kernel.
-        texts = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
         device: torch.device = first.get_device()
-        lowering = lowerings.get(device.type) if all(map(_has_kernel, texts)) else None
+        lowering = lowerings.get(device.type) if _has_kernel(args, kwargs) else None
         result = None if lowering is None else lowering(first, *args, **kwargs)
         return meaning(first, *args, **kwargs) if result is None else result
 
     return lower
 
 
-def _has_kernel(numerics: str) -> bool:
-    return Numerics.parse(numerics).plain
+def _has_kernel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether nothing is simulated: the texts among the arguments are `numerics` and `kv`."""
+    texts = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
+    return all(text in FORMATS or Numerics.parse(text).plain for text in texts)

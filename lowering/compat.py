@@ -19,11 +19,15 @@ from torch._inductor.select_algorithm import (
     realize_inputs,
 )
 from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
 
 __all__ = [
     "SymbolicGridFn",
     "TritonTemplate",
     "append_choice",
+    "as_int",
+    "ceildiv",
+    "is_static",
     "is_true",
     "realize_inputs",
     "select",
@@ -70,6 +74,21 @@ def is_true(condition: Any) -> bool:
     if any(sizevars.shape_env.is_unbacked_symint(symbol) for symbol in symbols):
         return False
     return bool(sizevars.evaluate_expr(condition)) if symbols else bool(condition)
+
+
+def as_int(size: Any) -> int:
+    """The value of a size, which the compiled code then is for: a guard, if it is symbolic."""
+    return int(V.graph.sizevars.guard_int(size))
+
+
+def is_static(size: Any) -> bool:
+    """Whether a size is a known number."""
+    return isinstance(size, int) or bool(getattr(size, "is_number", False))
+
+
+def ceildiv(size: Any, divisor: int) -> Any:
+    """ceil(size / divisor) as a size."""
+    return CeilDiv(sympy.sympify(size), sympy.Integer(divisor))
 
 
 def size_hint(sizes: Sequence[Any], fallback: int) -> tuple[int, ...]:

@@ -16,13 +16,21 @@ MAX_GRID_Y = 65535
 
 
 def source(name: str) -> str:
-    """Text of a template, followed by the device functions that it calls."""
+    """Text of a template: its macros, itself, and the device functions that it calls."""
+    text = _read(name)
+    if "finish_scores(" in text:
+        text = _read("attention_macros") + text
+    helpers = [*_read("helpers").split("\n\n\n"), *_read("attention_helpers").split("\n\n\n")]
+    called: list[str] = []
+    for function in reversed(helpers):  # a function calls only those that stand before it
+        if f"{_function_name(function)}(" in "".join([text, *called]):
+            called.insert(0, function)
+    return "\n\n".join([text, *called])
+
+
+def _read(part: str) -> str:
     folder = importlib.resources.files("healpass.lowering") / "templates"
-    text, helpers = (
-        (folder / f"{part}.py.jinja").read_text(encoding="utf-8") for part in (name, "helpers")
-    )
-    functions = [f for f in helpers.split("\n\n\n") if _function_name(f) in text]
-    return "\n\n".join([text, *functions])
+    return (folder / f"{part}.py.jinja").read_text(encoding="utf-8")
 
 
 def _function_name(function: str) -> str:
@@ -57,12 +65,32 @@ def decode_grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
     return cdiv(sizes[-1], meta["BLOCK_N"]), meta["SPLITS"], 1
 
 
+@SymbolicGridFn
+def attention_grid(
+    heads: Any, rows: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Any
+) -> tuple[Any, int, int]:
+    """One block per tile of rows, chunk of columns, and head of each batch entry."""
+    return cdiv(rows, meta["BLOCK_M"]) * chunks * heads, 1, 1
+
+
+@SymbolicGridFn
+def attention_backward_key_grid(
+    heads: Any, keys: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Any
+) -> tuple[Any, int, int]:
+    """One block per tile of keys and key head of each batch entry."""
+    return cdiv(keys, meta["BLOCK_N"]) * chunks * heads, 1, 1
+
+
 GRIDS = {
     "gemm": gemm_grid,
     "gemm_batched": batched_grid,
     "decode": decode_grid,
     "layercast": gemm_grid,
     "layercast_batched": batched_grid,
+    "attention": attention_grid,
+    "attention_merge": attention_grid,
+    "attention_backward_query": attention_grid,
+    "attention_backward_key": attention_backward_key_grid,
 }
 
 

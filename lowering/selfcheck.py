@@ -3,7 +3,7 @@
 At first use a second process multiplies small matrices through every template and compares with
 FP64. (A second process, because a broken kernel takes down the CUDA context it runs in.) The
 verdict is kept in the user's cache folder under the GPU's name, the versions and a hash of this
-package's sources. May import `compat`, `kernels`, and the operators.
+package's sources. May import `attention_check`, `compat`, `kernels`, and the operators.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from healpass.lowering import attention_check, kernels
 from torch import Tensor
 
 #: Multiplies two matrices (or batches) with the given `numerics`.
 Multiply = Callable[[Tensor, Tensor, str], Tensor]
 
-#: Seconds that the second process may take: about ten kernels are compiled in it.
+#: Seconds that the second process may take: about forty kernels are compiled in it.
 TIMEOUT = 600
 UNIT = 2.0**-24
 
@@ -35,7 +36,7 @@ _examining: ContextVar[bool] = ContextVar("examining", default=False)
 
 
 class TemplateWarning(UserWarning):
-    """A matmul runs without its template: correct, but slower."""
+    """A matmul or attention runs without its template: correct, but slower."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def broken(template: str, device: torch.device) -> bool:
 def _warn_once(template: str, gpu: str, reason: str) -> None:
     warnings.warn(
         f"the Triton template {template!r} gives wrong results on {gpu} with torch "
-        f"{torch.__version__} and triton {_triton_version()}: {reason}. Its matmuls run through "
-        "torch's own FP32 kernels instead: correct, but slower. Please report this.",
+        f"{torch.__version__} and triton {_triton_version()}: {reason}. What it would do runs "
+        "through torch's own FP32 kernels instead: correct, but slower. Please report this.",
         TemplateWarning,
         stacklevel=2,
     )
@@ -134,7 +135,7 @@ def verdict(index: int) -> dict[str, str]:
         found: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
         last = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
-        return {problem.template: f"the check itself failed ({last})" for problem in problems()}
+        return dict.fromkeys(kernels.GRIDS, f"the check itself failed ({last})")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(found, file)
@@ -188,7 +189,9 @@ def main() -> None:
     """Check the templates on the GPU of the given index; print what is wrong as JSON."""
     token = _examining.set(True)
     try:
-        sys.stdout.write(json.dumps(examine(on_gpu(int(sys.argv[1])))) + "\n")
+        index = int(sys.argv[1])
+        wrong = examine(on_gpu(index)) | attention_check.examine(attention_check.on_gpu(index))
+        sys.stdout.write(json.dumps(wrong) + "\n")
     finally:
         _examining.reset(token)
 

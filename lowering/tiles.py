@@ -77,3 +77,56 @@ def layercast_tiles(m: int, n: int) -> list[Tile]:
     if min(m, n) < 64:
         return [Tile(32, 32, 4, 3)]
     return [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)][m <= 64 :]
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """The tuning knobs of an attention kernel; `block` counts the rows or keys of a program."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tiles(
+    capability: int, head_block: int, digits: int, decodes: bool
+) -> list[AttentionTile]:
+    """Tiles of the attention kernel, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        digits: Of Q and K; 0 for FP32 states.
+        decodes: At most 16 rows.
+    """
+    if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
+        return [AttentionTile(16 if decodes else 32, 8, 1)]
+    if decodes:
+        return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
+    if 100 <= capability < 120:
+        return [AttentionTile(64, 8, 1 if head_block > 128 else 2)]
+    if head_block > 128:
+        return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
+    if 90 <= capability < 100:
+        return [AttentionTile(128, 8, 2), AttentionTile(64, 4, 2)]
+    if digits == 3:
+        return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
+    return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]
+
+
+def attention_backward_tiles(
+    capability: int, head_block: int
+) -> tuple[list[AttentionTile], list[AttentionTile]]:
+    """Tiles of the backward kernels for Q and for K and V, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+    """
+    if head_block > 128:  # with the fewest spills, from 2 to 14 instructions on sm_90 and sm_100
+        return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, 3)]
+    if 100 <= capability < 120:
+        return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
+    if 90 <= capability < 100:
+        return [AttentionTile(64, 8, 1)], [AttentionTile(64 if head_block <= 64 else 16, 8, 1)]
+    return [AttentionTile(32, 8, 1)], [AttentionTile(32, 8, 1)]

@@ -45,7 +45,7 @@ def same_bits(function: Callable[..., Any], operands: Any) -> Rewritten:
     """Assert that results and operands after the call are those of torch, bit for bit."""
     ours, theirs = copy.deepcopy(operands), copy.deepcopy(operands)
     expected = function(*theirs)
-    compiled = Rewritten(function, HealConfig())
+    compiled = Rewritten(function, HealConfig(kv="fp32"))
     results = compiled(*ours)
     for result, wanted in zip(flat([results, ours]), flat([expected, theirs]), strict=True):
         assert result.dtype == wanted.dtype
@@ -57,7 +57,7 @@ def same_bits(function: Callable[..., Any], operands: Any) -> Rewritten:
 
 def as_accurate_as_fp32(function: Callable[..., Any], operands: Any) -> Rewritten:
     """Assert the second bound above; print observed/bound."""
-    compiled = Rewritten(function, HealConfig(outputs="fp32"))
+    compiled = Rewritten(function, HealConfig(outputs="fp32", kv="fp32"))
     results = flat(compiled(*copy.deepcopy(operands)))
     single, exact = (flat(function(*to(operands, dtype))) for dtype in (FP32, torch.float64))
     for result, wide, reference in zip(results, single, exact, strict=True):

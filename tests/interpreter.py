@@ -4,7 +4,7 @@ Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 
 * `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
   tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
-  elsewhere);
+  elsewhere); of INT8 operands it is exact;
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
@@ -46,7 +46,9 @@ _cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
     _Builder.create_masked_load,
     _Builder.create_masked_store,
 )
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+_DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -59,7 +61,9 @@ def _values(handle: Any) -> Any:
 
 def _dot(self: Any, a: Any, b: Any, accumulator: Any, *_rest: Any) -> Any:
     total = _values(a) @ _values(b) + _values(accumulator)
-    return interpreter.TensorHandle(total.astype(np.float32), tl.float32)
+    result = tl.int32 if accumulator.dtype.scalar == tl.int32 else tl.float32
+    kind = np.int32 if result == tl.int32 else np.float32
+    return interpreter.TensorHandle(total.astype(kind), result)
 
 
 def _to_bf16(source: Any) -> Any:
@@ -214,11 +218,14 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         _DeviceGuard=always(contextlib.nullcontext()), set_device=always(None)
     )
     names: dict[str, Any] = {
-        "torch": types.SimpleNamespace(cuda=guard, **{str(d)[6:]: d for d in _DTYPES}),
+        "torch": types.SimpleNamespace(
+            cuda=guard, ops=torch.ops, **{str(d)[6:]: d for d in _DTYPES}
+        ),
         "empty_strided_cuda": _poisoned,
         "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
         "get_raw_stream": always(None),
         "assert_size_stride": always(None),
+        "assert_alignment": always(None),
         "copy_if_misaligned": lambda tensor: tensor,
         **{kernel.name: _Launch(kernel) for kernel in kernels(source)},
     }

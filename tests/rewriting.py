@@ -21,11 +21,12 @@ class Rewritten:
     """A callable that rewrites what it captures. `graphs` and `reports` fill at the first call.
 
     With `aot` the rewritten graph goes through AOTAutograd, so that the backward is traced from
-    the operators' own formulas, as Inductor would get it.
+    the operators' own formulas, as Inductor would get it. Attention is in FP32 unless `config`
+    says otherwise: the INT16 of the default configuration is no FP32-equivalent.
     """
 
     function: Callable[..., Any]
-    config: HealConfig = field(default_factory=lambda: HealConfig(outputs="fp32"))
+    config: HealConfig = field(default_factory=lambda: HealConfig(outputs="fp32", kv="fp32"))
     aot: bool = False
     graphs: list[GraphModule] = field(default_factory=list)
     reports: list[GraphReport] = field(default_factory=list)

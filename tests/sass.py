@@ -20,6 +20,7 @@ import torch
 import triton
 from torch._inductor.codecache import PyCodeCache
 
+from tests.attention_cases import CASES as ATTENTION
 from tests.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -28,7 +29,7 @@ ARCHITECTURES = (80, 90, 100)
 _INSTRUCTION = re.compile(
     r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE
 )
-_MMA = re.compile(r"(?:HGMMA|HMMA|UTC\w*MMA)\b")
+_MMA = re.compile(r"(?:HGMMA|HMMA|IGMMA|IMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,14 @@ class Case:
         op = torch.ops.heal.mm if self.batch is None else torch.ops.heal.bmm
         return (op(a, b.mT if self.linear else b, self.numerics),)
 
-    def template(self, capability: int = 90) -> Kernel:
-        """The template kernel that Inductor generates for this product."""
+    def templates(self, capability: int = 90) -> list[Kernel]:
+        """The template kernels that Inductor generates for this product: one."""
         source = generated_source(self, self.tensors(), Device(capability))
-        (kernel,) = (kernel for kernel in kernels(source) if kernel.is_template)
+        return [kernel for kernel in kernels(source) if kernel.is_template]
+
+    def template(self, capability: int = 90) -> Kernel:
+        """The one template kernel."""
+        (kernel,) = self.templates(capability)
         return kernel
 
 
@@ -184,14 +189,15 @@ CASES = (
 
 
 def main() -> None:
-    """Print the table of every case and architecture."""
+    """Print the table of every case, its kernels in order, and architecture."""
     chosen = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     print(f"{'case':24} {HEADER}")
-    for case in CASES:
+    for case in (*CASES, *ATTENTION):
         for capability in chosen:
-            row = compiled(case.template(capability), capability).row()
-            print(f"{case.title:24} {row}", flush=True)
+            for kernel in case.templates(capability):
+                row = compiled(kernel, capability).row()
+                print(f"{case.title:24} {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ is (its condition number in the maximum norm is at most 2).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -34,7 +36,7 @@ from torch import Tensor
 from healpass.arithmetic.bounds import matmul_bound
 from healpass.arithmetic.int16 import INT16, INT24
 from healpass.arithmetic.pieces import row_scale
-from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, gamma
+from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, describe, gamma
 
 #: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
 EXP_ULPS = 2
@@ -48,6 +50,8 @@ SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
 V_S, W_MAX, W_SUM, V_SB, V_MAX = sympy.symbols("V_S W_MAX W_SUM V_SB V_MAX", nonnegative=True)
 
 _FORMATS = {"int16": INT16, "int24": INT24}
+#: Operands whose integers are given: nothing is quantized, the exact result is theirs.
+DIGITS = "digits"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class AttentionShape:
         keys: S, the number of keys.
         precision: `heal` or `layercast`, as in `matmul_bound`.
         rule: Who adds, as in `matmul_bound`.
-        kv: `fp32` or an integer format of Q, K and V.
+        kv: `fp32`; an integer format that Q, K and V are rounded to; or `digits`, where the
+            integers are the operands. Caps and sinks enter through `attention_magnitudes`, a sink
+            as one more key.
     """
 
     head_size: int
@@ -76,8 +82,9 @@ def attention_bound(shape: AttentionShape) -> Bound:
     Raises:
         ValueError: The precision, rule or format has no bound here.
     """
-    if shape.kv not in ("fp32", *_FORMATS):
-        raise ValueError(f"no attention bound for kv={shape.kv!r}; known: fp32, int16, int24.")
+    known = ("fp32", DIGITS, *_FORMATS)
+    if shape.kv not in known:
+        raise ValueError(f"no attention bound for kv={shape.kv!r}; known: {', '.join(known)}.")
     delta = _score_error(shape)
     theta = _weight_error(delta, shape.keys)
     product = _product_bound(shape).expression.subs(
@@ -101,12 +108,20 @@ def attention_bound(shape: AttentionShape) -> Bound:
     return Bound(f"attention, {shape}", tuple(terms))
 
 
+@functools.cache
+def score_bound(shape: AttentionShape) -> Bound:
+    """Error of one scaled, capped and masked score: Delta of step 1."""
+    return Bound(f"score, {shape}", (Term("scores", _score_error(shape)),))
+
+
 def _product_bound(shape: AttentionShape) -> Bound:
     return matmul_bound(shape.precision, shape.keys, left="fp32", right="fp32", rule=shape.rule)
 
 
 def _step(kv: str) -> Expr:
     """Half a step of the integer format relative to the row's maximum, as `int16` computes it."""
+    if kv == DIGITS:
+        return Integer(0)
     half = Rational(1, 2) + Rational(1, 2**26)
     return half * (1 + Rational(1, 2**23)) / _FORMATS[kv].limit
 
@@ -152,25 +167,67 @@ def _weight_error(delta: Expr, keys: int) -> Expr:
     return sympy.exp(exponent) * functions * sum_and_division - Integer(1)
 
 
+def describe_attention(
+    precision: str, head_size: object, keys: object, kv: str, rule: str | None = None
+) -> str:
+    """The bound in one line, to first order in everything but the scores' error d.
+
+    S, A, B, SA, SB are those of q k^T, V = sum w |v|. A size that is known only at run time keeps
+    its name.
+
+    Args:
+        precision: As in `AttentionShape`, and so the other arguments.
+        head_size: E, a number or a symbol.
+        keys: S, a number or a symbol.
+        kv: Format of Q, K and V.
+        rule: Who adds.
+    """
+    shape = AttentionShape(int(head_size) if isinstance(head_size, int) else 0, 0, precision, rule)
+    shape = dataclasses.replace(shape, kv=kv)
+    plain = {QK_S: S, QK_A: A, QK_B: B, QK_SA: SA, QK_SB: SB, SCALE: Integer(1), MASK: Integer(0)}
+    scores = describe(_score_error(shape).subs(plain, simultaneous=True))
+    if not isinstance(head_size, int):
+        scores = f"{head_size} u S" if kv == "fp32" else f"{head_size} u S + {scores}"
+    constant = math.ceil(10 * float(_weight_error(Integer(0), 0).subs(SPREAD, 0) / U)) / 10
+    step = "" if kv == "fp32" else f" + 2^{math.ceil(10 * math.log2(_step(kv))) / 10:.1f} max|v|"
+    sums = f"{2 * keys + constant:.1f}u" if isinstance(keys, int) else f"(2 {keys} + {constant})u"
+    return f"(e^2d - 1 + {sums}) V{step}, d = scale ({scores})"
+
+
 def attention_magnitudes(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> dict[str, Tensor | float]:
     """The magnitudes of `attention_bound` in FP64, each broadcastable to `[..., L, Ev]`.
+
+    The cap `c tanh(x / c)` does not enlarge the error of x; its own roundings (a division, tanh
+    within `EXP_ULPS`, a product) are below 6 u c, and count as a mask of that size.
 
     Args:
         query: `[..., L, E]`.
         key: `[..., S, E]`, as many heads as `query`.
         value: `[..., S, Ev]`.
-        scores: `[..., L, S]` in FP64: exact, scaled and masked; -inf hides a key.
+        scores: `[..., L, S]` in FP64: exact, scaled, capped and masked; -inf hides a key.
         scale: The factor of the scores.
+        softcap: The cap of the scores.
+        sinks: `[..., 1, 1]`: a logit of the denominator alone.
     """
     q, k, v = (t.to(torch.float64).abs() for t in (query, key, value))
     visible = scores.isfinite()
     product = (q @ k.mT).masked_fill(~visible, 0.0)
-    mask = (scores - scale * (query.to(torch.float64) @ key.to(torch.float64).mT)).abs()
-    top = scores.amax(-1, keepdim=True)
-    spread = torch.where(visible, top - scores, 0.0).amax(-1, keepdim=True)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    exact = scale * (query.to(torch.float64) @ key.to(torch.float64).mT)
+    capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    mask = (scores - capped).abs().masked_fill(~visible, 0.0).amax(-1, keepdim=True)
+    column = scores.new_full((1,), -math.inf) if sinks is None else sinks.to(torch.float64)
+    logits = torch.cat([column.expand(*scores.shape[:-1], 1), scores], -1)
+    top = logits.amax(-1, keepdim=True)
+    spread = torch.where(logits.isfinite(), top - logits, 0.0).amax(-1, keepdim=True)
+    weights = torch.softmax(logits, -1)[..., 1:].nan_to_num(0.0)
     token_scale = row_scale(value).to(torch.float64)
     folded = weights * token_scale.mT
     return {
@@ -180,7 +237,7 @@ def attention_magnitudes(
         "QK_SA": q.sum(-1, keepdim=True),
         "QK_SB": k.sum(-1).amax(-1)[..., None, None],
         "SCALE": abs(scale),
-        "MASK": mask.masked_fill(~visible, 0.0).amax(-1, keepdim=True),
+        "MASK": mask + 6 * (softcap or 0.0),
         "SPREAD": spread,
         "V_S": weights @ v,
         "W_MAX": folded.amax(-1, keepdim=True),

@@ -11,9 +11,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.arithmetic.attention_bounds import describe_attention
+from healpass.config import HealConfig
 from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import SDPA
-from healpass.graph.nodes import op_name, set_value, tensors, value
+from healpass.graph.nodes import heal_name, node_inputs, op_name, set_value, tensors, value
 
 PARAMETERS = (
     "query",
@@ -27,12 +29,17 @@ PARAMETERS = (
 )
 
 
+OP = "scaled_dot_product_attention"
+
+
 def rewrite_attention(graph_module: GraphModule, context: Context) -> int:
     """Rewrite every SDPA node of one graph; return how many."""
     count = 0
     for node in list(graph_module.graph.nodes):
         if op_name(node) in SDPA:
             count += _rewrite(node, graph_module, context)
+        elif heal_name(node) == "heal::sdpa":
+            count += _configure(node, context)
         elif str(node.target) in ("flex_attention", "flex_attention_backward"):
             context.keep(node, "flex_attention", "FlexAttention: not rewritten in this version")
     return count
@@ -44,18 +51,43 @@ def _rewrite(node: Node, graph_module: GraphModule, context: Context) -> bool:
     reason = why_not(states) or why_not_here(node)
     reason = reason or _why_not_mask(value(arguments.get("attn_mask")))
     if reason:
-        context.keep(node, "scaled_dot_product_attention", reason)
+        context.keep(node, OP, reason)
         return False
     builder = context.builder(graph_module, node)
+    config = context.config
     attended = builder.call(
-        torch.ops.heal.sdpa.default, **arguments, numerics=context.config.numerics
+        torch.ops.heal.sdpa.default,
+        **arguments,
+        kv=config.attention_format,
+        numerics=config.numerics,
     )
-    context.rewritten(node, "scaled_dot_product_attention", "heal::sdpa", "not derived")
+    context.rewritten(node, OP, "heal::sdpa", bound_of_attention(attended, config))
     result = builder.cast(attended, value(node).dtype)
     set_value(result, value(node))  # it takes its place in memory too
     node.replace_all_uses_with(result)
     graph_module.graph.erase_node(node)
     return True
+
+
+def _configure(node: Node, context: Context) -> bool:
+    """An operator of ours in the user's code follows the options of the compile.
+
+    Its own format stays if it is not the default one and the options name none.
+    """
+    asked = node.kwargs.get("kv", "fp32")
+    config = context.config
+    kv = config.kv or (config.attention_format if asked == "int16" else asked)
+    node.kwargs = {**node.kwargs, "kv": kv, "numerics": config.numerics}
+    context.rewritten(node, "heal::sdpa", "heal::sdpa", bound_of_attention(node, config))
+    return True
+
+
+def bound_of_attention(operator: Node, config: HealConfig) -> str:
+    """The worst-case error of `heal::sdpa` in one line (`arithmetic.attention_bounds`)."""
+    query, key = (value(argument) for argument in node_inputs(operator)[:2])
+    kv = str(operator.kwargs["kv"])
+    sizes = (query.shape[-1], key.shape[-2])
+    return describe_attention(config.precision, *sizes, kv, config.simulate)
 
 
 def _why_not_mask(attn_mask: Any) -> str | None:

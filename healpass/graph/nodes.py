@@ -118,8 +118,11 @@ def _qualified(target: OpOverload | OpOverloadPacket) -> str:
 
 def heal_name(node: Node) -> str | None:
     """`"heal::mm"` for a node that calls `torch.ops.heal.mm`, else None."""
-    if isinstance(node.target, OpOverload) and node.target.namespace == "heal":
-        return node.target._schema.name
+    target = node.target
+    if isinstance(target, OpOverloadPacket):
+        target = target.default  # as user code calls it: our operators have one overload each
+    if isinstance(target, OpOverload) and target.namespace == "heal":
+        return target._schema.name
     return None
 
 

@@ -18,6 +18,7 @@ from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
 from healpass.graph.ambient import shield_from_autocast
 from healpass.graph.attention import rewrite_attention
+from healpass.graph.cache_reads import fold_cache_reads
 from healpass.graph.context import Context, device_reason
 from healpass.graph.expand import expand_composites
 from healpass.graph.matmul import rewrite_matmuls
@@ -52,6 +53,7 @@ PASSES: dict[str, Pass] = {
     "matmul": everywhere(rewrite_matmuls),
     "attention": everywhere(rewrite_attention),
     "promote": promote,
+    "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
 }
 

@@ -4,10 +4,19 @@ Importing this package registers them; they then work in eager code too, as
 `torch.ops.heal.linear`.
 
 Primitive operators carry their own autograd formula and are what a lowering replaces: `mm`, `bmm`,
-`grouped_mm`, `attention`. Composite operators are written in terms of those and of plain torch, so
-autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
+`grouped_mm`, `attention`. So are the integer ones, which carry no gradient: `quantize`,
+`dequantize`, `integer_attention` and its two gradients. Composite operators are written in terms
+of those and of plain torch, so autograd, fake tensors and tracing see through them: `linear`,
+`matmul`, `sdpa`.
 """
 
-from healpass.ops import attention, matmul
+from healpass.ops import attention, integer_attention, integer_gradients, matmul, quantize, sdpa
 
-__all__ = ["attention", "matmul"]
+__all__ = [
+    "attention",
+    "integer_attention",
+    "integer_gradients",
+    "matmul",
+    "quantize",
+    "sdpa",
+]

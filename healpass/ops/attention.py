@@ -1,8 +1,7 @@
-"""Attention: `heal::attention` (primitive) and `heal::sdpa` (composite, all of SDPA's arguments).
+"""Attention in FP32: `heal::attention` (primitive). `ops.sdpa` has all of SDPA's arguments.
 
 Meaning, in FP32 throughout: `softmax(scale * Q K^T + mask) V`. A row whose keys are all masked
-gives zeros, as torch's SDPA does. Its error bound is derived with the attention operators'
-arithmetic; until then reports say "not derived".
+gives zeros, as torch's SDPA does. Error: `arithmetic.attention_bounds`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from healpass.ops.ieee import ieee_fp32
-from healpass.ops.matmul import check_operands, library
+from healpass.ops.matmul import check_operands
 from healpass.ops.numerics import Numerics
 from healpass.tensorcore.attention import heal_attention
 from healpass.tensorcore.matmul import Accumulation
@@ -155,91 +153,3 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention.register_autograd(_attention_backward, setup_context=_save_attention)
-
-
-library.define(
-    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
-    'str numerics="heal") -> Tensor'
-)
-
-
-@torch.library.impl(library, "sdpa", "CompositeImplicitAutograd")
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    numerics: str = "heal",
-) -> Tensor:
-    """`F.scaled_dot_product_attention` in FP32: all its arguments, any leading dimensions.
-
-    Args:
-        query: `[..., H, L, E]`.
-        key: `[..., Hkv, S, E]`; leading dimensions broadcast with the query's.
-        value: `[..., Hkv, S, Ev]`.
-        attn_mask: Bool or float, broadcastable to `[..., H, L, S]`; excludes `is_causal`.
-        dropout_p: Probability of dropping a weight; torch's random numbers, so that autograd and
-            checkpointing replay them.
-        is_causal: As in torch: counted from the first query and the first key.
-        scale: Factor of the scores, `1 / sqrt(E)` if None.
-        enable_gqa: Allow `H` to be a multiple of `Hkv`.
-        numerics: As `heal::mm`.
-    """
-    torch._check(
-        not (is_causal and attn_mask is not None),
-        lambda: "heal::sdpa: attn_mask and is_causal exclude each other, as in torch",
-    )
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    shape = (*_leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
-    q, k, v = _four_dimensional(query, key, value, enable_gqa)
-    mask = None if attn_mask is None else _mask_four_dimensional(attn_mask, shape)
-    if dropout_p == 0.0:
-        result = torch.ops.heal.attention(q, k, v, mask, is_causal, factor, numerics)
-    else:
-        weights = _attention_probabilities(q, k, mask, is_causal, factor, numerics)
-        weights = F.dropout(weights, dropout_p, training=True)
-        rows = torch.ops.heal.bmm(_fold(weights, k.shape[1]), _fold(v, k.shape[1]), numerics)
-        result = rows.reshape(*q.shape[:-1], v.shape[-1])
-    return result.reshape(shape)
-
-
-def _leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
-    """The result's dimensions before `[L, Ev]`."""
-    if not gqa:
-        leads = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        return tuple(torch.broadcast_shapes(*leads))
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    return (*batch, query.shape[-3])
-
-
-def _four_dimensional(
-    query: Tensor, key: Tensor, value: Tensor, gqa: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Broadcast leading dimensions and fold them into `[B, H, ., .]`."""
-    lead = _leading(query, key, value, gqa)
-    batch = math.prod(lead[:-1])
-
-    def fold(states: Tensor) -> Tensor:
-        heads = (states.shape[-3] if gqa else lead[-1]) if lead else 1
-        states = states.expand(*lead[:-1], *((heads,) if lead else ()), *states.shape[-2:])
-        return states.reshape(batch, heads, *states.shape[-2:])
-
-    return fold(query), fold(key), fold(value)
-
-
-def _mask_four_dimensional(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Fold a mask for `[..., H, L, S]` into one that broadcasts to `[B, H, L, S]`."""
-    lead = shape[:-2]
-    if attn_mask.dim() <= 3 and len(lead) >= 2:
-        return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-    if attn_mask.dim() == 4 and len(lead) == 2:
-        return attn_mask
-    sizes = attn_mask.shape[-2:] if attn_mask.dim() > 1 else (1, attn_mask.shape[-1])
-    full = attn_mask.expand(*lead, *sizes)
-    return full.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *sizes)

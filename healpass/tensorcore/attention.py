@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from healpass.arithmetic.digits import BASE_BITS
 from healpass.arithmetic.pieces import Pieces, split_fp16
 from healpass.tensorcore.matmul import (
     IDEAL,
@@ -76,3 +77,30 @@ def _weighted_sum(weights: Tensor, value: Tensor, accumulate: Accumulation | str
     assert split.scale is not None
     folded = split_fp16(weights * (split.scale.mT * _LIFT))
     return repaired(multiply(folded, Pieces(split.pieces), how) / _LIFT, weights, value)
+
+
+def weighted_digits(
+    weights: Tensor, digits: Tensor, scale: Tensor, accumulate: Accumulation | str
+) -> Tensor:
+    """P V with V in integer digits: P in two FP16 pieces, V's planes one FP16 piece each.
+
+    V's scale is folded into P before P is split. Each plane has an accumulator of its own; the
+    planes are joined in FP32, the highest first.
+
+    Args:
+        weights: FP32 `[B, L, S]`, at least 0.
+        digits: INT8 `[B, D, S, Ev]`, the lowest plane first.
+        scale: FP32 `[B, S]`, at most 2^113.
+        accumulate: How products are added.
+
+    Returns:
+        `[B, L, Ev]` in FP32.
+    """
+    how = Accumulation(accumulate) if isinstance(accumulate, str) else accumulate
+    split = split_fp16(weights * (scale * _LIFT).unsqueeze(-2))
+    assert split.scale is not None
+    total = weights.new_zeros(*weights.shape[:-1], digits.shape[-1])
+    for plane in reversed(digits.unbind(1)):
+        product = multiply(Pieces(split.pieces), Pieces((plane.to(torch.float16),)), how)
+        total = total * 2.0**BASE_BITS + product
+    return (total / _LIFT) * split.scale

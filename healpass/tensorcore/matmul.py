@@ -145,7 +145,7 @@ def _flattened(pieces: tuple[Tensor, ...], batch: torch.Size) -> list[Tensor]:
     for piece in pieces:
         if id(piece) not in done:
             matrix = piece.shape[-2:]
-            done[id(piece)] = piece.expand(*batch, *matrix).reshape(-1, *matrix)
+            done[id(piece)] = piece.expand(*batch, *matrix).reshape(batch.numel(), *matrix)
     return [done[id(piece)] for piece in pieces]
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.attention_cases import AttentionCase, Scoring
 from tests.fake_cuda import generated_source, kernels
 from tests.sass import Case
 
 FP32, FP16 = torch.float32, torch.float16
 
-#: Llama-3-8B's down projection in prefill and decode, SmolLM2's gate, attention's products.
+#: Llama-3-8B's down projection and attention in prefill and decode, SmolLM2's gate.
 CASES = {
     "gemm_planes": Case("planes", 2048, 4096, 14336),
     "gemm_cut": Case("cut in registers", 100, 192, 576),
@@ -25,7 +26,16 @@ CASES = {
     "decode": Case("decode", 1, 4096, 14336),
     "decode_fp16": Case("decode", 8, 1536, 576, b=FP16),
     "layercast": Case("layercast", 512, 1536, 576, numerics="layercast"),
-}
+    "attention_prefill": AttentionCase(
+        "causal", 2048, 2048, scoring=Scoring(is_causal=True, scale=128**-0.5)
+    ),
+    "attention_decode": AttentionCase("decode", 1, 8192, kv="int24", mask=torch.bool),
+    "attention_floats": AttentionCase("floats", 512, 512, 64, kv="fp32"),
+    "attention_backward": AttentionCase(
+        "window, softcap", 512, 512, 80,
+        scoring=Scoring(is_causal=True, window=256, softcap=50.0), backward=True,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in under 9 minutes: install, tests, times. The table comes last; logs and
 # the CSV go to $OUT (default: gpu-results). Usage, from the repository's root: bash tests/gpu/run_all.sh
+# With the argument "attention" the times are those of attention instead of matmuls.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out="${OUT:-gpu-results}"
@@ -18,6 +19,7 @@ if [ "$tests" -ne 0 ]; then
     echo "the GPU tests failed (exit code $tests): no times taken; see $out/tests.log"
     exit "$tests"
 fi
+if [ "${1:-}" = attention ]; then exec timeout 290 python3 -m tests.gpu.bench_attention "$out"; fi
 timeout 290 python3 -m tests.gpu.bench "$out" >"$out/bench.log" 2>&1
 bench=$?
 tail -20 "$out/bench.log"

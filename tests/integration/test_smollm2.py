@@ -55,7 +55,7 @@ def test_two_layers_give_the_fp32_models_text_in_a_padded_batch(demo, cache):
     wide, _ = smollm2.load(torch.float32)
     texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
     expected = answers(cut(wide, 2), tokenizer, texts, 16)
-    healed = heal_model(cut(narrow, 2))
+    healed = heal_model(cut(narrow, 2), kv="int24")
     found = answers(healed, tokenizer, texts, 16, cache_implementation=cache)
     assert found == expected
 
@@ -67,7 +67,9 @@ def test_the_whole_model_gives_the_fp32_models_text(demo, cache):
     wide, _ = smollm2.load(torch.float32)
     texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
     expected = answers(wide, tokenizer, texts, 48)
-    found = answers(heal_model(narrow), tokenizer, texts, 48, cache_implementation=cache)
+    found = answers(
+        heal_model(narrow, kv="int24"), tokenizer, texts, 48, cache_implementation=cache
+    )
     assert found == expected
 
 

@@ -1,6 +1,7 @@
-"""HealCache follows transformers' cache protocol, keeps FP32, and loses or overwrites nothing."""
+"""HealCache in FP32 follows transformers' protocol, and loses or overwrites nothing."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
-from healpass.errors import CacheError, ConfigError, UnavailableError
+from healpass.errors import CacheError, ConfigError
 from healpass.integrations.transformers import HealCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:HealCache is filled by a model")
@@ -23,6 +24,8 @@ SLIDING.layer_types = ["full_attention", "sliding_attention"]
 SLIDING.sliding_window = 6
 
 KINDS = ("dynamic", "static")
+#: Integers have tests of their own, in test_transformers_integers.py.
+FP32Cache = functools.partial(HealCache, kv="fp32")
 
 
 def states(batch, length, dtype, seed, heads=2):
@@ -34,8 +37,8 @@ def states(batch, length, dtype, seed, heads=2):
 def pair(kind, config):
     """Our cache and the one of transformers that it stands for."""
     if kind == "static":
-        return HealCache(config, 24), StaticCache(config=config, max_cache_len=24)
-    return HealCache(config), DynamicCache(config=config)
+        return FP32Cache(config, 24), StaticCache(config=config, max_cache_len=24)
+    return FP32Cache(config), DynamicCache(config=config)
 
 
 chunks = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -98,7 +101,7 @@ def test_beams_reset_and_early_allocation(kind):
 
 
 def test_early_allocation_is_fp32_too():
-    cache = HealCache(CONFIG, 16)
+    cache = FP32Cache(CONFIG, 16)
     cache.early_initialization(2, 2, 8, torch.bfloat16, torch.device("cpu"))
     assert cache.is_initialized
     assert cache.layers[0].keys.dtype == torch.float32
@@ -106,7 +109,7 @@ def test_early_allocation_is_fp32_too():
 
 
 def test_crop_and_repeat_work_on_a_growing_cache():
-    cache = HealCache(CONFIG)
+    cache = FP32Cache(CONFIG)
     keys, values = states(2, 5, torch.bfloat16, 0)
     for layer in range(2):
         cache.update(keys, values, layer)
@@ -118,7 +121,7 @@ def test_crop_and_repeat_work_on_a_growing_cache():
 
 @given(first=st.integers(1, 8), second=st.integers(1, 8))
 def test_a_static_cache_is_never_overwritten_past_its_end(first, second):
-    cache = HealCache(CONFIG, max_cache_len=8)
+    cache = FP32Cache(CONFIG, max_cache_len=8)
     cache.update(*states(1, first, torch.bfloat16, 0), 0)
     before = cache.layers[0].keys.clone()
     if first + second <= 8:
@@ -132,7 +135,7 @@ def test_a_static_cache_is_never_overwritten_past_its_end(first, second):
 
 
 def test_wrong_use_says_what_to_do():
-    cache = HealCache(CONFIG)
+    cache = FP32Cache(CONFIG)
     cache.update(*states(2, 3, torch.bfloat16, 0), 0)
     with pytest.raises(CacheError, match="another model's configuration"):
         cache.update(*states(2, 3, torch.bfloat16, 0), 2)
@@ -141,39 +144,37 @@ def test_wrong_use_says_what_to_do():
     with pytest.raises(CacheError, match="4 heads of size 8"):
         cache.update(*states(2, 1, torch.bfloat16, 0, heads=4), 0)
     with pytest.raises(CacheError, match="max_cache_len=0"):
-        HealCache(CONFIG, max_cache_len=0)
-    with pytest.raises(UnavailableError, match="integer attention"):
-        HealCache(CONFIG, kv="int16")
+        FP32Cache(CONFIG, max_cache_len=0)
     with pytest.raises(ConfigError, match="Did you mean 'fp32'"):
-        HealCache(CONFIG, kv="fp23")
+        FP32Cache(CONFIG, kv="fp23")
 
 
 def test_layers_with_another_kind_of_state_are_refused():
     hybrid = copy.deepcopy(CONFIG)
     hybrid.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(CacheError, match="linear_attention"):
-        HealCache(hybrid)
+        FP32Cache(hybrid)
 
 
 def test_layers_that_share_a_cache_hold_none():
     shared = copy.deepcopy(CONFIG)
     shared.layer_types = ["full_attention", "mlp"]
-    assert type(HealCache(shared).layers[1]).__name__ == "DummyLayer"
+    assert type(FP32Cache(shared).layers[1]).__name__ == "DummyLayer"
 
 
 def test_an_uncompiled_16_bit_model_is_warned_of(llama, llama_fp32):
     ids = torch.arange(4)[None]
     with pytest.warns(UserWarning, match="not compiled"):
-        llama(ids, past_key_values=HealCache(llama.config))
+        llama(ids, past_key_values=FP32Cache(llama.config))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        llama_fp32(ids, past_key_values=HealCache(llama.config))
+        llama_fp32(ids, past_key_values=FP32Cache(llama.config))
 
 
 def test_an_fp32_model_generates_the_same_with_it(llama_fp32):
     ids = torch.arange(1, 6)[None].repeat(2, 1)
     expected = llama_fp32.generate(ids, do_sample=False, max_new_tokens=8)
-    for cache in (HealCache(llama_fp32.config), HealCache(llama_fp32.config, 16)):
+    for cache in (FP32Cache(llama_fp32.config), FP32Cache(llama_fp32.config, 16)):
         found = llama_fp32.generate(ids, do_sample=False, max_new_tokens=8, past_key_values=cache)
         assert torch.equal(found, expected)
 
@@ -182,7 +183,7 @@ def test_beam_search_reorders_it(llama_fp32):
     ids = torch.arange(1, 6)[None]
     search = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
     expected = llama_fp32.generate(ids, **search)
-    found = llama_fp32.generate(ids, **search, past_key_values=HealCache(llama_fp32.config))
+    found = llama_fp32.generate(ids, **search, past_key_values=FP32Cache(llama_fp32.config))
     assert torch.equal(found, expected)
 
 

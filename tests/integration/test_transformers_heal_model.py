@@ -47,7 +47,7 @@ def seen(monkeypatch):
 
 def test_greedy_text_is_that_of_the_fp32_model_in_any_batch_and_cache(llama, llama_fp32):
     expected = answer(llama_fp32, [0, 1, 2])
-    healed = heal_model(llama)
+    healed = heal_model(llama, kv="int24")
     assert healed is llama
     assert isinstance(healed, PreTrainedModel)
     with warnings.catch_warnings():
@@ -73,7 +73,7 @@ def test_generate_runs_the_compiled_forward_on_cpu(llama):
         warnings.filterwarnings("error", message=".*not compiled")
         answer(llama, [1, 2], past_key_values=cache)
     assert len(calls) == 2  # one graph for the prompt, one for a single token
-    assert cache.layers[1].keys.dtype == torch.float32
+    assert cache.layers[1].digits.keys.dtype == torch.int8
 
 
 def test_a_compile_that_transformers_skips_is_warned_of(llama):
@@ -145,10 +145,27 @@ def test_a_given_cache_is_used_refused_or_warned_of(llama):
         make_cache(llama, given=StaticCache(config=llama.config, max_cache_len=20))
 
 
+def test_a_cache_of_another_format_than_the_options_is_refused(llama):
+    heal_model(llama, kv="int24")
+    with pytest.raises(CacheError, match=r"asked for kv='int24'.*keeps int16"):
+        make_cache(llama, given=HealCache(llama.config))
+    given = HealCache(llama.config, kv="int24")
+    assert make_cache(llama, given=given) is given
+
+
+@pytest.mark.parametrize(
+    ("options", "kv"),
+    [({}, "int16"), ({"kv": "int24"}, "int24"), ({"precision": "layercast"}, "fp32")],
+)
+def test_the_options_decide_the_caches_format(llama, options, kv):
+    assert make_cache(heal_model(llama, **options)).kv == kv
+    assert llama.config._attn_implementation == "heal"
+
+
 def test_a_layer_type_without_keys_and_values_is_warned_of(llama):
     heal_model(llama)
     llama.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.warns(UserWarning, match="no FP32 cache: layers of type linear_attention"):
+    with pytest.warns(UserWarning, match="no HealCache: layers of type linear_attention"):
         assert not isinstance(make_cache(llama), HealCache)
 
 
@@ -174,8 +191,8 @@ def test_wrong_use_says_what_to_do(llama):
         heal_model(torch.compile(llama))
     with pytest.raises(ConfigError, match="Did you mean 'precision'"):
         heal_model(llama, precisions="heal")
-    with pytest.raises(UnavailableError, match="int16"):
-        heal_model(llama, kv="int16")
+    with pytest.raises(UnavailableError, match="exact"):
+        heal_model(llama, precision="exact")
     assert llama._compiled_call_impl is None
 
 

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 U = 2.0**-24
 BF16 = torch.bfloat16
-FP32_OUT = {"outputs": "fp32"}
+FP32_OUT = {"outputs": "fp32", "kv": "fp32"}
 
 
 def source_of(function, *args) -> tuple[object, str]:

@@ -1,0 +1,209 @@
+"""The layers of HealCache: FP32, and integers. Layer `integrations`: imports `ops`.
+
+transformers' own layers do the bookkeeping: an FP32 layer *is* one of them, an integer layer *has*
+two of them, one that holds digits `[B, H * D, S, E]` and one that holds scales `[B, H, S, 1]`.
+Whatever moves digits moves their scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.errors import CacheError
+from healpass.ops.quantize import FORMATS
+
+
+class _WideLayer(CacheLayerMixin):
+    """Mixin in front of a layer of transformers: keeps FP32, hands out the dtype that came in.
+
+    Attention needs queries, keys and values of one dtype when Dynamo traces it, hence the last
+    cast. In a graph compiled by HEAL the incoming states are FP32 already and that cast is
+    dropped, so attention reads what is stored. FP64 states are kept in FP64.
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers in FP32, whatever the dtype of the states."""
+        super().lazy_initialization(_wide(key_states), _wide(value_states))  # type: ignore[safe-super]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new states `[B, H, L, E]` and return all of them in the dtype of the new ones."""
+        keys, values = super().update(  # type: ignore[safe-super]
+            _wide(key_states), _wide(value_states), *args, **kwargs
+        )
+        mark = torch.ops.heal.stored
+        return mark(keys).to(key_states.dtype), mark(values).to(value_states.dtype)
+
+    @property
+    def stores(self) -> tuple[Any, ...]:
+        """The layers of transformers that hold the tensors."""
+        return (self,)
+
+    def held(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shapes of the stored keys and values, None while nothing is stored."""
+        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+            return None
+        assert self.values is not None, "stored with the keys"
+        return tuple(self.keys.shape), tuple(self.values.shape)
+
+
+class HealDynamicLayer(_WideLayer, DynamicLayer):
+    """Grows with the text."""
+
+
+class HealDynamicSlidingWindowLayer(_WideLayer, DynamicSlidingWindowLayer):
+    """Grows up to the window, then forgets the oldest token."""
+
+
+class HealStaticLayer(_WideLayer, StaticLayer):
+    """Allocated once; compiles to one graph for all lengths."""
+
+
+class HealStaticSlidingWindowLayer(_WideLayer, StaticSlidingWindowLayer):
+    """Allocated once with the window's length; rolls over, so it is never full."""
+
+
+class HealIntegerLayer(CacheLayerMixin):
+    """Keys and values as digits and scales, in two layers of transformers.
+
+    Args:
+        make: Makes one such layer; called twice.
+        kv: `int16` or `int24`.
+    """
+
+    def __init__(self, make: Callable[[], Any], kv: str) -> None:
+        super().__init__()
+        self.kv = kv
+        self.digits, self.scales = make(), make()
+        self.is_compileable = self.digits.is_compileable
+        self.is_croppable = self.digits.is_croppable
+        self.is_sliding = self.digits.is_sliding
+
+    @property
+    def stores(self) -> tuple[Any, ...]:
+        """The layers of transformers that hold the tensors."""
+        return self.digits, self.scales
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers for states of these shapes; their values are not looked at."""
+        (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
+        self.digits.lazy_initialization(keys, values)
+        self.scales.lazy_initialization(key_scales, value_scales)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize and store new states `[B, H, L, E]`; return all, dequantized, in their dtype.
+
+        Raises:
+            CacheError: The states carry a gradient, which integers cannot.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise CacheError(
+                f"HealCache(kv={self.kv!r}) got states that need a gradient, which integers do "
+                "not carry. Call the model under torch.no_grad(), or use kv='fp32'."
+            )
+        (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
+        digits = self.digits.update(keys, values, *args, **kwargs)
+        scales = self.scales.update(key_scales, value_scales, *args, **kwargs)
+        self.is_initialized = True
+        shape = (key_states.shape[1], FORMATS[self.kv].digits)
+        all_keys, all_values = (
+            torch.ops.heal.dequantize(part.unflatten(1, shape), scale.squeeze(-1))
+            for part, scale in zip(digits, scales, strict=True)
+        )
+        return all_keys.to(key_states.dtype), all_values.to(value_states.dtype)
+
+    def _split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Digits `[B, H * D, L, E]` and scales `[B, H, L, 1]`."""
+        digits, scale = torch.ops.heal.quantize(states, self.kv)
+        return digits.flatten(1, 2), scale.unsqueeze(-1)
+
+    def held(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shapes of the stored keys and values, None while nothing is stored."""
+        store, scales = self.digits, self.scales
+        if not self.is_initialized or store.keys is None or store.keys.numel() == 0:
+            return None
+        batch, heads, length, _ = scales.keys.shape
+        sizes = (store.keys.shape[-1], store.values.shape[-1])
+        keys, values = ((batch, heads, length, size) for size in sizes)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return."""
+        sizes: tuple[int, int] = self.digits.get_mask_sizes(query_length)
+        return sizes
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen; a tensor in a static layer."""
+        return self.digits.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """Tokens that fit, -1 where nothing limits them."""
+        length: int = self.digits.get_max_length()
+        return length
+
+    def reset(self) -> None:
+        """Forget everything, keep static buffers."""
+        self._each("reset")
+        self.is_initialized = self.digits.is_initialized
+
+    def offload(self) -> None:
+        """Move digits and scales to the CPU."""
+        self._each("offload")
+
+    def prefetch(self) -> None:
+        """Move digits and scales back to their device."""
+        self._each("prefetch")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Put the batch into another order, for beam search."""
+        self._each("reorder_cache", beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of a growing cache."""
+        self._each("crop", tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._each("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._each("batch_select_indices", indices)
+
+    def activate_past_recording(self) -> None:
+        """Keep more than the window until `crop` is called (assisted decoding)."""
+        if self.is_sliding and not self.is_compileable:
+            self._each("activate_past_recording")
+
+    @property
+    def record_past(self) -> bool:
+        """Whether more than the window is kept."""
+        return getattr(self.digits, "record_past", False)
+
+    def _each(self, method: str, *args: Any) -> None:
+        for store in self.stores:
+            getattr(store, method)(*args)
+
+
+def _wide(states: Tensor) -> Tensor:
+    """FP32 states; contiguous, because a growing cache keeps the layout of what came first.
+
+    Another layout of the cache would be another compiled graph.
+    """
+    return states.to(torch.promote_types(states.dtype, torch.float32)).contiguous()

@@ -1,0 +1,84 @@
+"""`heal::integer_attention_backward` on CUDA: a kernel for Q's gradient, one for K's and V's.
+
+May import `attention` and what it may. Both kernels compute the weights again from the scores, so
+no score matrix exists; sums over queries run in order within one program, without atomics. The
+gradients of a mask and of sinks are the operators' own meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from healpass.lowering import compat, selfcheck
+from healpass.lowering.attention import (
+    AttentionProblem,
+    Launch,
+    has_templates,
+    is_single,
+    select,
+)
+from healpass.lowering.tiles import attention_backward_tiles
+from torch._inductor import ir
+
+Gradients = tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]
+NAMES = ("attention_backward_query", "attention_backward_key")
+
+
+def lower(grad: ir.TensorBox, *call: Any) -> Gradients | None:
+    """Lower the operator on CUDA; None where its own meaning shall run."""
+    *arguments, output, logsumexp = call
+    if not has_templates(arguments[0], arguments[4], arguments[-1]):
+        return None
+    problem = AttentionProblem.of_integers(*arguments)
+    # The logsumexp holds what the sinks add to the denominator.
+    problem = dataclasses.replace(problem, sinks=None)
+    results = [list(states.size) for states in (problem.query, problem.key)]
+    if problem.empty or any(map(is_single, results)):
+        return None
+    if any(selfcheck.broken(name, problem.device) for name in NAMES):
+        return None
+    return _kernels(problem, *compat.realize_inputs(grad, output, logsumexp))
+
+
+def _kernels(
+    problem: AttentionProblem, grad: ir.IRNode, output: ir.IRNode, logsumexp: ir.IRNode
+) -> Gradients:
+    states, (batch, key_heads, keys, _) = problem.nodes(), problem.key.size
+    delta = problem.buffer(*problem.output_size[:-1])
+    block = block_of(max(problem.head_blocks), problem.key.digits)
+    query_tiles, key_tiles = attention_backward_tiles(problem.capability, max(problem.head_blocks))
+    of_query = select(
+        Launch(
+            NAMES[0],
+            [grad, *states, output, logsumexp, delta],
+            problem.fixed(*problem.query.size),
+            mutated=[delta],
+            programs=[problem.key_heads, problem.rows, 1],
+        ),
+        problem.knobs() | {"BLOCK_N": block},
+        query_tiles,
+    )
+    of_value = problem.buffer(batch, key_heads, keys, problem.output_size[-1])
+    of_key = select(
+        Launch(
+            NAMES[1],
+            [grad, *states, logsumexp, delta, of_value],
+            problem.fixed(*problem.key.size),
+            mutated=[of_value],
+            programs=[problem.key_heads, keys, 1],
+        ),
+        problem.knobs() | {"BLOCK_M": block},
+        key_tiles,
+        tiled="BLOCK_N",
+    )
+    return of_query, of_key, of_value
+
+
+def block_of(head_block: int, digits: int) -> int:
+    """Queries or keys per block: a function of padded head size and digits alone."""
+    return 32 if head_block * (digits or 3) <= 256 else 16
+
+
+LOWERINGS = {torch.ops.heal.integer_attention_backward.default: lower}

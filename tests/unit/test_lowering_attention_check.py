@@ -1,0 +1,62 @@
+"""The guard against miscompiled attention kernels: it passes what is right, names what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from healpass.lowering import attention_check, kernels
+from healpass.lowering.attention_check import AttentionCheck
+
+from tests.attending import Change, run, without_products_of
+
+
+def exact(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+    return tuple(result.float() for result, _ in attention_check.promises(check))
+
+
+def meaning(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+    """The operators' own FP32 arithmetic."""
+    call = check.call()
+    results = torch.ops.heal.integer_attention(*call)
+    backward = torch.ops.heal.integer_attention_backward
+    return (*results, *backward(check.operands()[6], *call, *results))
+
+
+def interpreted(check: AttentionCheck, change: Change | None = None) -> tuple[torch.Tensor, ...]:
+    """The generated kernels, in the interpreter."""
+    call = list(check.call())
+    results = run(torch.ops.heal.integer_attention, call, change=change)
+    call = [check.operands()[6], *call, *results]
+    return (*results, *run(torch.ops.heal.integer_attention_backward, call, change=change))
+
+
+def test_right_results_pass():
+    assert attention_check.examine(exact) == {}
+    assert attention_check.examine(meaning) == {}
+    assert attention_check.examine(interpreted) == {}
+
+
+def test_every_attention_template_is_examined():
+    examined = {name for check in attention_check.checks() for name in check.templates}
+    assert examined | set(attention_check.BACKWARD) == {
+        name for name in kernels.GRIDS if name.startswith("attention")
+    }
+
+
+@pytest.mark.parametrize("piece", ["p_low", "v_low"])
+def test_a_lost_piece_is_noticed_in_every_template(piece):
+    change = without_products_of(piece)
+    wrong = attention_check.examine(lambda check: interpreted(check, change))
+    assert {"attention", *attention_check.BACKWARD} <= set(wrong)
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf, 0.0, 1.001])
+def test_a_wrong_result_is_named(position, spoil):
+    def wrong(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+        results = list(exact(check))
+        results[position] = results[position] * spoil
+        return tuple(results)
+
+    blamed = attention_check.BACKWARD if position >= 2 else (attention_check.FORWARD,)
+    assert set(blamed) <= set(attention_check.examine(wrong))
