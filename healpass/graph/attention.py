@@ -40,8 +40,6 @@ def rewrite_attention(graph_module: GraphModule, context: Context) -> int:
             count += _rewrite(node, graph_module, context)
         elif heal_name(node) == "heal::sdpa":
             count += _configure(node, context)
-        elif str(node.target) in ("flex_attention", "flex_attention_backward"):
-            context.keep(node, "flex_attention", "FlexAttention: not rewritten in this version")
     return count
 
 
