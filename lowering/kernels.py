@@ -15,8 +15,13 @@ from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
 MAX_GRID_Y = 65535
 
 
+#: Templates that share their text with another.
+TEXTS = {"gemm_batched": "gemm", "layercast_batched": "layercast", "invariant": "decode"}
+
+
 def source(name: str) -> str:
     """Text of a template, followed by the device functions that it calls."""
+    name = TEXTS.get(name, name)
     folder = importlib.resources.files("healpass.lowering") / "templates"
     text, helpers = (
         (folder / f"{part}.py.jinja").read_text(encoding="utf-8") for part in (name, "helpers")
@@ -61,6 +66,7 @@ GRIDS = {
     "gemm": gemm_grid,
     "gemm_batched": batched_grid,
     "decode": decode_grid,
+    "invariant": gemm_grid,
     "layercast": gemm_grid,
     "layercast_batched": batched_grid,
 }
@@ -68,6 +74,5 @@ GRIDS = {
 
 @functools.cache
 def template(name: str) -> TritonTemplate:
-    """The template of a name in `GRIDS`; a batched one shares its text with the plain one."""
-    text = source(name.removesuffix("_batched"))
-    return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=text)
+    """The template of a name in `GRIDS`."""
+    return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=source(name))

@@ -8,7 +8,8 @@ Families (rows of one family have the same bits for every M, tile and GPU of one
 
 * decode, M <= 16: BF16 pieces cut in registers, no scales, fixed chunks of K added in order;
 * gemm, M > 16 and every `bmm`: FP16 pieces with power-of-two scales, one sum over K;
-* layercast, `numerics="layercast"`: chains of IEEE FP32 multiply-adds.
+* layercast, `numerics="layercast"`: chains of IEEE FP32 multiply-adds;
+* invariant, `m_invariant` and M > 16: the arithmetic of decode, so that no row tells what M is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from typing import Any
 
 import sympy
 import torch
+from healpass.cache_key import compile_options
+from healpass.errors import StrictError
 from healpass.lowering import compat, kernels, selfcheck
 from healpass.lowering.operands import Operand, as_pieces, as_stored
-from healpass.lowering.tiles import Tile, decode_tiles, gemm_tiles, layercast_tiles
+from healpass.lowering.tiles import (
+    Tile,
+    decode_tiles,
+    gemm_tiles,
+    invariant_tiles,
+    layercast_tiles,
+)
+from healpass.ops.numerics import Numerics
 from torch._inductor import config, ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
@@ -49,7 +59,7 @@ class MatmulProblem:
 
     a: ir.TensorBox
     b: ir.TensorBox
-    numerics: str
+    numerics: Numerics
     batch: sympy.Expr | None
     m: sympy.Expr
     n: sympy.Expr
@@ -65,7 +75,7 @@ class MatmulProblem:
         major, minor = torch.cuda.get_device_capability(device)
         n = b.get_size()[-1]
         lead = batch[0] if batch else None
-        return cls(a, b, numerics, lead, m, n, k, device, 10 * major + minor)
+        return cls(a, b, Numerics.parse(numerics), lead, m, n, k, device, 10 * major + minor)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -96,6 +106,7 @@ def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.Tensor
     """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
     reason = check(a)
     if reason is not None:
+        _refuse_if_strict(reason)
         warnings.warn(
             f"a matmul runs without a template: {reason}.", selfcheck.TemplateWarning, stacklevel=2
         )
@@ -117,14 +128,24 @@ def check(a: ir.TensorBox) -> str | None:
     return None
 
 
+def _refuse_if_strict(reason: str) -> None:
+    if compile_options().get("strict"):
+        raise StrictError(
+            f"strict=True, but a matmul cannot run through its template: {reason}.\n"
+            "Leave strict out to run it through torch's own FP32 kernels: correct, but slower."
+        )
+
+
 def lower_matmul(problem: MatmulProblem) -> ir.TensorBox | None:
     """Lower one product; None if its template failed its own check on this GPU."""
     name = family(problem)
     if selfcheck.broken(name, problem.device):
+        _refuse_if_strict(f"the template {name!r} failed its check on this GPU")
         return None
-    if name == "decode":
+    if name in ("decode", "invariant"):
         return _lower_decode(problem)
-    return _lower_layercast(problem) if problem.numerics == "layercast" else _lower_gemm(problem)
+    layercast = problem.numerics.precision == "layercast"
+    return _lower_layercast(problem) if layercast else _lower_gemm(problem)
 
 
 def family(problem: MatmulProblem) -> str:
@@ -133,10 +154,12 @@ def family(problem: MatmulProblem) -> str:
     A decode chunk is a number in the kernel's text, so a symbolic K (tokens summed over in a
     weight gradient) takes the other families, whatever M.
     """
-    few_rows = problem.batch is None and compat.is_true(sympy.Le(problem.m, DECODE_ROWS))
-    if few_rows and problem.k.is_number:
-        return "decode"
-    name = "layercast" if problem.numerics == "layercast" else "gemm"
+    if problem.batch is None and problem.k.is_number:
+        if compat.is_true(sympy.Le(problem.m, DECODE_ROWS)):
+            return "decode"
+        if problem.numerics.m_invariant:
+            return "invariant"
+    name = "layercast" if problem.numerics.precision == "layercast" else "gemm"
     return name if problem.batch is None else f"{name}_batched"
 
 
@@ -149,6 +172,9 @@ def decode_chunk(k: int) -> tuple[int, int]:
 
 
 def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
+    name = family(problem)
+    partials = name == "decode"
+    fma = problem.numerics.precision == "layercast"
     chunk, splits = decode_chunk(int(problem.k))
     a_pieces, b_pieces = (BF16_PIECES[dtype] for dtype in problem.dtypes)
     knobs: dict[str, Any] = {
@@ -156,14 +182,18 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
         "B_PIECES": b_pieces,
         "CHUNK": chunk,
         "SPLITS": splits,
-        "FMA": problem.numerics == "layercast",
+        "FMA": fma,
         "EVEN_K": problem.divides_k(chunk),
-        "BLOCK_K": BLOCK_K,
+        "BLOCK_K": LAYERCAST_BLOCK_K if fma and not partials else BLOCK_K,
+        "PARTIALS": partials,
     }
-    layout = problem.layout(splits) if splits > 1 else problem.layout()
     nodes = list(compat.realize_inputs(problem.a, problem.b))
-    partials = _select("decode", nodes, layout, knobs, decode_tiles(problem.hints[1]))
-    return partials if splits == 1 else _add_in_order(partials, splits)
+    if not partials:
+        tiles = invariant_tiles(problem.capability, b_pieces, fma=fma)
+        return _select(name, nodes, problem.layout(), knobs, tiles)
+    layout = problem.layout(splits) if splits > 1 else problem.layout()
+    parts = _select(name, nodes, layout, knobs, decode_tiles(problem.hints[1]))
+    return parts if splits == 1 else _add_in_order(parts, splits)
 
 
 def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
@@ -228,7 +258,7 @@ def _select(
 ) -> ir.TensorBox:
     """Render the template for the best guess, or for all tiles where Inductor is to time them."""
     template = kernels.template(name)
-    timed = config.max_autotune or config.max_autotune_gemm
+    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
     choices: list[Any] = []
     for tile in tiles if timed else tiles[:1]:
         compat.append_choice(

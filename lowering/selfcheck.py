@@ -76,6 +76,7 @@ def problems() -> Iterator[Problem]:
     yield Problem("decode", fp32, bf16, 5, terms=1000)
     yield Problem("gemm", bf16, bf16, 300)
     yield Problem("gemm_batched", fp32, fp32, 70)
+    yield Problem("invariant", fp32, bf16, 70, numerics="heal:::m_invariant")
     yield Problem("decode", fp32, bf16, 5, numerics="layercast")
     yield Problem("layercast", fp32, bf16, 70, numerics="layercast")
     yield Problem("layercast_batched", fp32, fp32, 70, numerics="layercast")

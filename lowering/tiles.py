@@ -77,3 +77,19 @@ def layercast_tiles(m: int, n: int) -> list[Tile]:
     if min(m, n) < 64:
         return [Tile(32, 32, 4, 3)]
     return [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)][m <= 64 :]
+
+
+def invariant_tiles(capability: int, pieces_b: int, *, fma: bool) -> list[Tile]:
+    """Tiles of the decode kernel for many rows: three accumulators, and all is cut in registers.
+
+    Args:
+        capability: As 90 for 9.0.
+        pieces_b: BF16 pieces of B.
+        fma: FP32 multiply-adds instead of the tensor core.
+    """
+    small = Tile(16, 64, 4, 3)
+    if fma:
+        return [Tile(64, 64, 8, 2), small]
+    if not 90 <= capability < 120:  # mma.sync keeps the pieces of both operands in registers
+        return [small] if pieces_b == 2 else [Tile(32, 128, 8, 2), small]
+    return [Tile(64, 64, 8, 2) if pieces_b == 3 else Tile(64, 128, 8, 2), small]

@@ -4,7 +4,7 @@ Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 
 * `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
   tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
-  elsewhere);
+  elsewhere), for FP32 operands in the order of K, a rounding per term;
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
@@ -57,7 +57,17 @@ def _values(handle: Any) -> Any:
     return bits.view(np.float32).astype(np.float64)
 
 
+def _chain(a: Any, b: Any, accumulator: Any) -> Any:
+    """FP32 operands: one chain of multiply-adds in the order of K, as the compiler writes it."""
+    total = accumulator.data
+    for column, row in zip(_values(a).T, _values(b), strict=True):
+        total = (column[:, None] * row[None, :] + total).astype(np.float32)
+    return interpreter.TensorHandle(total, tl.float32)
+
+
 def _dot(self: Any, a: Any, b: Any, accumulator: Any, *_rest: Any) -> Any:
+    if a.dtype.scalar == tl.float32:
+        return _chain(a, b, accumulator)
     total = _values(a) @ _values(b) + _values(accumulator)
     return interpreter.TensorHandle(total.astype(np.float32), tl.float32)
 

@@ -180,6 +180,10 @@ CASES = (
     Case("decode, FP32 weight", 8, 4096, 4096, b=FP32),
     Case("decode, layercast", 1, 4096, 4096, numerics="layercast"),
     Case("layercast", 2048, 4096, 4096, numerics="layercast"),
+    Case("invariant, BF16 weight", 2048, 4096, 4096, numerics="heal:::m_invariant"),
+    Case("invariant, FP16 weight", 2048, 4096, 4096, b=FP16, numerics="heal:::m_invariant"),
+    Case("invariant, FP32 weight", 2048, 4096, 4096, b=FP32, numerics="heal:::m_invariant"),
+    Case("invariant, layercast", 2048, 4096, 4096, numerics="layercast:::m_invariant"),
 )
 
 

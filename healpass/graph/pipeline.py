@@ -68,6 +68,7 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
 
     Raises:
         ConfigError: `config.disable` names no pass.
+        UnavailableError: `config.m_invariant` is set, and a matmul is on CPU.
         StrictError: A node had to be kept, and `config.strict` is set.
         GraphCheckError: A pass broke the graph (a bug of healpass).
     """

@@ -58,10 +58,12 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, exponent: int)
     return scaled.clamp(-limit, limit).to(dtype)
 
 
-def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str) -> float:
+def assert_within_bound(
+    a: Tensor, b: Tensor, result: Tensor, numerics: str, *, decode: bool | None = None
+) -> float:
     """Check every element; the largest observed / bound."""
     exact = a.double() @ b.double()
-    bound = template_bound(a, b, numerics)
+    bound = template_bound(a, b, numerics, decode=decode)
     # Where FP32 itself may overflow on the way, only the sign of the result is left to compare.
     safe = (a.double().abs() @ b.double().abs()) + bound < LARGEST
     ratio = torch.where(safe, (result.double() - exact).abs() / bound.clamp_min(2.0**-300), 0.0)
@@ -234,6 +236,35 @@ def test_a_row_does_not_depend_on_the_number_of_rows(rows, right, numerics):
     whole = multiply(a, b, numerics)
     for count in rows[:-1]:
         assert torch.equal(multiply(a[:count], b, numerics), whole[:count])
+
+
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+@pytest.mark.parametrize("right", DTYPES)
+def test_m_invariant_rows_cross_the_border_of_decode_and_prefill(right, precision):
+    a, b = values((70, 600), torch.float32, 2, 0), values((600, 70), right, 3, 0)
+    numerics = f"{precision}:::m_invariant"
+    whole = multiply(a, b, numerics)
+    assert_within_bound(a, b, whole, precision, decode=True)
+    for count in (1, 16, 17, 40):
+        assert torch.equal(multiply(a[:count], b, numerics), whole[:count])
+
+
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+def test_without_m_invariant_rows_differ_across_the_border(precision):
+    """Two families, two orders of summation: the check above notices."""
+    a, b = values((17, 600), torch.float32, 2, 0), values((600, 70), torch.bfloat16, 3, 0)
+    assert not torch.equal(multiply(a[:16], b, precision), multiply(a, b, precision)[:16])
+
+
+@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
+def test_tiles_of_the_invariant_kernel_leave_bits_alone(right, monkeypatch):
+    a, b = values((140, 300), torch.float32, 4, 0), values((300, 70), right, 5, 0)
+    results = []
+    for tile in (Tile(16, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)):
+        monkeypatch.setattr(matmul, "invariant_tiles", always([tile]))
+        results.append(multiply(a, b, "heal:::m_invariant"))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
