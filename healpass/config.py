@@ -164,8 +164,8 @@ def _check_combinations(config: HealConfig) -> None:
         raise ConfigError(f"order={config.order}: a seed of 0 or more is needed.")
     if not config.rewrites and (config.simulate or config.order or config.m_invariant):
         raise ConfigError(
-            f"simulate, order and m_invariant need a precision that rewrites matmuls, but precision="
-            f"{config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
+            "simulate, order and m_invariant need a precision that rewrites matmuls, but "
+            f"precision={config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
         )
 
 

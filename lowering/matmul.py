@@ -20,8 +20,6 @@ from typing import Any
 
 import sympy
 import torch
-from healpass.cache_key import compile_options
-from healpass.errors import StrictError
 from healpass.lowering import compat, kernels, selfcheck
 from healpass.lowering.operands import Operand, as_pieces, as_stored
 from healpass.lowering.tiles import (
@@ -31,10 +29,13 @@ from healpass.lowering.tiles import (
     invariant_tiles,
     layercast_tiles,
 )
-from healpass.ops.numerics import Numerics
 from torch._inductor import config, ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
+
+from healpass.cache_key import compile_options
+from healpass.errors import StrictError
+from healpass.ops.numerics import Numerics
 
 #: Numerics: depth of a K tile, which is the promotion interval.
 BLOCK_K = 64
@@ -191,8 +192,9 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
     if not partials:
         tiles = invariant_tiles(problem.capability, b_pieces, fma=fma)
         return _select(name, nodes, problem.layout(), knobs, tiles)
+    tiles = decode_tiles(problem.capability, problem.hints[1], fma=fma)
     layout = problem.layout(splits) if splits > 1 else problem.layout()
-    parts = _select(name, nodes, layout, knobs, decode_tiles(problem.hints[1]))
+    parts = _select(name, nodes, layout, knobs, tiles)
     return parts if splits == 1 else _add_in_order(parts, splits)
 
 
@@ -219,9 +221,8 @@ def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
     knobs: dict[str, Any] = {"BATCHED": batched, "EVEN_K": problem.divides_k(LAYERCAST_BLOCK_K)}
     knobs |= {"BLOCK_K": LAYERCAST_BLOCK_K}
     nodes = list(compat.realize_inputs(problem.a, problem.b))
-    return _select(
-        family(problem), nodes, problem.layout(), knobs, layercast_tiles(*problem.hints)
-    )
+    tiles = layercast_tiles(problem.capability, *problem.hints)
+    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
 
 
 def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:

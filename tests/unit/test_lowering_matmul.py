@@ -208,6 +208,19 @@ def test_every_dot_names_its_precision_and_none_is_tf32():
         assert "tf32" not in text.lower().replace("no tf32", "")
 
 
+@pytest.mark.parametrize("capability", [100, 103, 120])
+@pytest.mark.parametrize(("rows", "dot_rows"), [(4, "BLOCK_N"), (300, "BLOCK_M")])
+def test_fp32_operands_stay_off_the_tensor_core_of_blackwell(rows, dot_rows, capability):
+    """Fewer than the 64 rows of its instructions: Triton 3.6 would make a TF32 product of more."""
+
+    def product(x, weight):
+        return (torch.ops.heal.mm(x, weight.t(), "layercast"),)
+
+    tensors = [empty(rows, 4096), empty(1024, 4096, dtype=BF16)]
+    (text,) = templates(generated_source(product, tensors, Device(capability)))
+    assert int(re.search(rf"{dot_rows} : tl.constexpr = (\d+)", text)[1]) < 64
+
+
 @pytest.mark.parametrize("name", sorted(matmul.kernels.GRIDS))
 def test_a_template_brings_the_functions_that_it_calls(name):
     text = matmul.kernels.source(name)
