@@ -165,7 +165,8 @@ def _check_combinations(config: HealConfig) -> None:
     if not config.rewrites and (config.simulate or config.order or config.m_invariant):
         raise ConfigError(
             "simulate, order and m_invariant need a precision that rewrites matmuls, but "
-            f"precision={config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
+            f"precision={config.precision!r} runs them as traced. Use precision='heal' or "
+            "'layercast'."
         )
 
 

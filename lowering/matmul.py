@@ -50,6 +50,8 @@ BF16_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 FEW_COLUMNS, FEW_ROWS = 256, 128
 #: Tuning: depth of a K tile in FP32 (one chain runs through all); Triton 3.6 takes no less.
 LAYERCAST_BLOCK_K = 16
+#: Tuning: from here on chips have a copy engine that fetches tiles by tensor descriptor.
+TMA_CAPABILITY = 90
 #: The oldest architecture with BF16 tensor cores.
 LOWEST_CAPABILITY = 80
 
@@ -227,9 +229,9 @@ def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
 
 def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
     a, b = gemm_operands(problem)
-    batched = problem.batch is not None
+    tma = _by_descriptor(problem, a, b)
     knobs: dict[str, Any] = {
-        "BATCHED": batched,
+        "BATCHED": problem.batch is not None,
         "A_PIECES": a.pieces,
         "B_PIECES": b.pieces,
         "A_CUT": a.cut,
@@ -238,10 +240,24 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
         "B_SCALED": b.exponent is not None,
         "EVEN_K": problem.divides_k(BLOCK_K),
         "BLOCK_K": BLOCK_K,
+        "TMA": tma,
+        "A_TURNED": tma and a.is_turned(-1),
+        "B_TURNED": tma and b.is_turned(-1),
     }
     planes = (a.planes, b.planes)
-    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut)
+    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut, tma=tma)
     return _select(family(problem), a.nodes + b.nodes, problem.layout(), knobs, tiles)
+
+
+def _by_descriptor(problem: MatmulProblem, a: Operand, b: Operand) -> bool:
+    """Whether the chip has a copy engine that can fetch all tiles.
+
+    It reads zeros past the end, where the other way wraps around. So a result of one element,
+    which Inductor stores without a mask, must not come this way.
+    """
+    many = compat.V.graph.sizevars.statically_known_true(sympy.Gt(problem.n, 1))
+    fits = a.fits_descriptors() and b.fits_descriptors()
+    return problem.capability >= TMA_CAPABILITY and many and fits
 
 
 def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:

@@ -34,7 +34,14 @@ class Tile:
 
 
 def gemm_tiles(
-    capability: int, m: int, n: int, planes: tuple[int, int], block_k: int, *, cut: bool
+    capability: int,
+    m: int,
+    n: int,
+    planes: tuple[int, int],
+    block_k: int,
+    *,
+    cut: bool,
+    tma: bool = False,
 ) -> list[Tile]:
     """Tiles of the tensor-core kernel for about `m` x `n` outputs, best guess first.
 
@@ -46,10 +53,11 @@ def gemm_tiles(
             counts its stored width).
         block_k: Depth of a K tile.
         cut: Operands are cut into pieces in registers.
+        tma: Tiles are fetched by descriptor, which leaves registers for a larger one.
     """
     small = [Tile(64, 64, 4, 3)]
     if capability >= 100:  # Triton 3.6 spills with 128 x 128, Triton 3.9 with a third stage
-        tiles = [Tile(128, 64, 8, 2), *small]
+        tiles = [*([Tile(128, 128, 8, 2)] if tma else []), Tile(128, 64, 8, 2), *small]
     elif capability >= 90 and not cut:
         tiles = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), *small]
     else:  # mma.sync, and operands cut in registers: larger tiles spill

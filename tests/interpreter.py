@@ -100,12 +100,12 @@ def _boolean(mask: Any) -> Any:
     return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
-def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-    return _masked_load(self, pointers, _boolean(mask), *rest)
+def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    return _masked_load(self, pointers, _boolean(mask), *rest, **named)
 
 
-def _store_where(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-    return _masked_store(self, pointers, value, _boolean(mask), *rest)
+def _store_where(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    return _masked_store(self, pointers, value, _boolean(mask), *rest, **named)
 
 
 def _maximum(x: Any, axis: int) -> Any:

@@ -62,11 +62,11 @@ class Report:
             f"sm_{self.capability:<4} {self.registers:>4} {self.spills:>6} {self.stack:>5} "
             f"{self.shared // 1024:>4}K {self.instructions:>6} "
             f"{self.count('WARPGROUP.DEPBAR'):>6} "
-            f"{self.count('FFMA', 'FADD'):>5} {notes:>6}  {mma}"
+            f"{self.count('UTMALDG'):>4} {self.count('FFMA', 'FADD'):>5} {notes:>6}  {mma}"
         )
 
 
-HEADER = "arch    regs spills stack shared  instr depbar  fadd  notes  tensor core"
+HEADER = "arch    regs spills stack shared  instr depbar  tma  fadd  notes  tensor core"
 
 
 def _tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

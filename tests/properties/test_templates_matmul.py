@@ -284,6 +284,24 @@ def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
     assert torch.equal(results[0], results[2])
 
 
+ALIGNED = [Layout(transposed, padding) for transposed in (False, True) for padding in (0, 8)]
+
+
+@pytest.mark.parametrize(
+    ("right", "lead"), [(torch.bfloat16, ()), (torch.float32, ()), (torch.float16, (2,))]
+)
+@pytest.mark.parametrize("layouts", [*zip(ALIGNED, reversed(ALIGNED), strict=True)])
+def test_the_copy_engine_changes_no_bit(layouts, right, lead, monkeypatch):
+    """Tiles by tensor descriptor, in each orientation and past every end, against plain loads."""
+    a = layouts[0].lay(values((*lead, 40, 72), torch.float32, 4, 0))
+    b = layouts[1].lay(values((*lead, 72, 72), right, 5, 0))
+    monkeypatch.setattr(matmul, "FEW_ROWS", 0)  # all operands in planes
+    by_descriptor = multiply(a, b)
+    assert_within_bound(a, b, by_descriptor, "heal")
+    monkeypatch.setattr(matmul, "TMA_CAPABILITY", 999)
+    assert torch.equal(by_descriptor, multiply(a, b))
+
+
 def test_the_rows_differ_if_the_chunk_follows_the_rows(monkeypatch):
     """The check of row equality notices a chunk of K that depends on M."""
     a, b = values((16, 1024), torch.float32, 6, 0), values((1024, 32), torch.bfloat16, 7, 0)

@@ -193,6 +193,27 @@ def test_strict_raises_on_an_old_gpu():
         )
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_planes_come_by_tensor_descriptor_where_the_chip_has_them(capability, dynamic):
+    tensors = [empty(2048, 4096), empty(4096, 4096, dtype=BF16)]
+    source = generated_source(linear, tensors, Device(capability), dynamic=dynamic)
+    (text,) = templates(source)
+    assert text.count("tl.make_tensor_descriptor(") == (3 if capability >= 90 else 0)
+    assert ("tl.load(A +" in text) == (capability < 90)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((4096, 4096), (4100, 1)), ((4096, 4095), (4096, 1)), ((4096, 4096), (0, 1))],
+    ids=["stride not of 16 bytes", "size not of 16 bytes", "expanded"],
+)
+def test_what_a_descriptor_cannot_describe_is_loaded(shape, stride):
+    weight = torch.empty_strided(shape, stride, dtype=FP16, device="meta")
+    (text,) = templates(generated_source(linear, [empty(2048, shape[1]), weight]))
+    assert "make_tensor_descriptor" not in text
+
+
 @pytest.mark.parametrize("stride", [(1, 600), (700, 1)])
 def test_pieces_keep_the_stride_order_of_their_operand(stride):
     x = torch.empty_strided((512, 576), stride, device="meta")
