@@ -181,6 +181,16 @@ def test_symbolic_rows_are_within_their_bound():
         assert torch.equal(result, multiply(a[:rows], b))
 
 
+@pytest.mark.parametrize("features", [12, 40])
+def test_a_symbolic_number_of_tokens_is_summed_over_within_the_bound(features):
+    """As in the gradient of a weight: K is a symbol, A lies transposed."""
+    x = values((70, features), torch.float32, 19, 0)
+    source = generated_source(lambda t: (torch.ops.heal.mm(t.t(), t, "heal"),), [x], dynamic=True)
+    for tokens in (70, 64, 3):
+        (result,) = interpreter.run(source, tokens, x[:tokens])
+        assert_within_bound(x[:tokens].t(), x[:tokens], result, "heal", decode=False)
+
+
 SPECIAL = (0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan, 2.0**100, 2.0**-140)
 
 
