@@ -36,7 +36,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 #: Options whose meaning is fixed but whose machinery is not in this version: value -> what it
 # needs.
 UNAVAILABLE: dict[str, str] = {
-    "prepack": "the conversion of weights",
     "exact_products": 'precision="exact"',
 }
 
@@ -68,7 +67,8 @@ class HealConfig:
     exact_products: int = 5
     """Digit products of `precision="exact"`: more cost more and are more accurate."""
     prepack: bool = False
-    """Convert frozen weights once to FP16 with a channel scale (same bytes)."""
+    """Convert frozen BF16 weights once to FP16 with a power of two per channel. The model's own
+    weights stay, so this holds them twice (a warning says how much); off by default."""
     autotune: bool = False
     """Let Inductor time the tile shapes of the CUDA templates. Results do not change, only
     speed."""

@@ -10,6 +10,8 @@ from torch.fx import Graph, GraphModule
 
 from healpass.backend import check_torch, inductor_patches
 from healpass.config import HealConfig
+from healpass.errors import ConfigError
+from healpass.graph import prepack
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
 
@@ -36,7 +38,7 @@ def explain(model: Any, *args: Any, config: HealConfig | None = None, **kwargs: 
     def look(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         del example_inputs
         report.graphs.append(rewrite(graph_module, config))
-        return graph_module.forward
+        return prepack.with_packed_inputs(graph_module, graph_module.forward)
 
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         return model(*call_args, **call_kwargs)
@@ -83,12 +85,18 @@ def inductor_options(**options: Any) -> dict[str, Any]:
         A dict for `torch.compile(model, options=...)`.
 
     Raises:
-        ConfigError: An option is unknown or has a wrong value.
+        ConfigError: An option is unknown, has a wrong value, or needs the backend.
     """
     from healpass import lowering
 
     check_torch(torch.__version__)
     config = HealConfig.from_options(options, None)
+    if config.prepack:
+        raise ConfigError(
+            "prepack=True needs backend='heal': it changes the inputs of the compiled graph, "
+            "which Inductor's own options cannot.\nUse torch.compile(model, backend='heal', "
+            "options={'prepack': True}), or leave prepack out."
+        )
     lowering.register()
     if not config.rewrites:
         return inductor_patches(config)

@@ -22,6 +22,7 @@ from healpass.graph.context import Context, device_reason
 from healpass.graph.expand import expand_composites
 from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
+from healpass.graph.prepack import prepack
 from healpass.graph.promote import promote
 from healpass.graph.verify import verify
 from healpass.report import GraphReport
@@ -51,6 +52,7 @@ PASSES: dict[str, Pass] = {
     "expand": everywhere(expand_composites),
     "matmul": everywhere(rewrite_matmuls),
     "attention": everywhere(rewrite_attention),
+    "prepack": prepack,
     "promote": promote,
     "autocast": shield_from_autocast,
 }
