@@ -25,6 +25,7 @@ __all__ = [
     "TritonTemplate",
     "append_choice",
     "fits_descriptor",
+    "is_many",
     "is_true",
     "realize_inputs",
     "select",
@@ -71,6 +72,11 @@ def is_true(condition: Any) -> bool:
     if any(sizevars.shape_env.is_unbacked_symint(symbol) for symbol in symbols):
         return False
     return bool(sizevars.evaluate_expr(condition)) if symbols else bool(condition)
+
+
+def is_many(size: Any) -> bool:
+    """Whether a size is known to be above one."""
+    return V.graph.sizevars.statically_known_true(sympy.Gt(size, 1))
 
 
 def fits_descriptor(node: ir.IRNode) -> bool:

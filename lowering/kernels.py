@@ -16,7 +16,12 @@ MAX_GRID_Y = 65535
 
 
 #: Templates that share their text with another.
-TEXTS = {"gemm_batched": "gemm", "layercast_batched": "layercast", "invariant": "decode"}
+TEXTS = {
+    "gemm_batched": "gemm",
+    "grouped": "gemm",
+    "layercast_batched": "layercast",
+    "invariant": "decode",
+}
 
 
 def source(name: str) -> str:
@@ -62,9 +67,16 @@ def decode_grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
     return cdiv(sizes[-1], meta["BLOCK_N"]), meta["SPLITS"], 1
 
 
+@SymbolicGridFn
+def grouped_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One block per output tile; every group, and what is in none, may end in half a tile."""
+    return (cdiv(m, meta["BLOCK_M"]) + meta["GROUPS"] + 1) * cdiv(n, meta["BLOCK_N"]), 1, 1
+
+
 GRIDS = {
     "gemm": gemm_grid,
     "gemm_batched": batched_grid,
+    "grouped": grouped_grid,
     "decode": decode_grid,
     "invariant": gemm_grid,
     "layercast": gemm_grid,

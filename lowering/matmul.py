@@ -15,6 +15,7 @@ Families (rows of one family have the same bits for every M, tile and GPU of one
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +70,21 @@ class MatmulProblem:
     k: sympy.Expr
     device: torch.device
     capability: int
+    groups: ir.TensorBox | None = None
 
     @classmethod
-    def of(cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str) -> MatmulProblem:
-        """Describe the product of two IR nodes."""
+    def of(
+        cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str, groups: ir.TensorBox | None = None
+    ) -> MatmulProblem:
+        """Describe the product of two IR nodes; with `groups`, of rows routed to matrices."""
         *batch, m, k = a.get_size()
         device = a.get_device_or_error()
         major, minor = torch.cuda.get_device_capability(device)
         n = b.get_size()[-1]
         lead = batch[0] if batch else None
-        return cls(a, b, Numerics.parse(numerics), lead, m, n, k, device, 10 * major + minor)
+        return cls(
+            a, b, Numerics.parse(numerics), lead, m, n, k, device, 10 * major + minor, groups
+        )
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -105,7 +111,12 @@ class MatmulProblem:
         return compat.V.graph.sizevars.statically_known_true(sympy.Eq(sympy.Mod(self.k, depth), 0))
 
 
-def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.TensorBox | None:
+def lower(
+    a: ir.TensorBox,
+    b: ir.TensorBox,
+    numerics: str = "heal",
+    groups: ir.TensorBox | None = None,
+) -> ir.TensorBox | None:
     """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
     reason = check(a)
     if reason is not None:
@@ -114,10 +125,29 @@ def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.Tensor
             f"a matmul runs without a template: {reason}.", selfcheck.TemplateWarning, stacklevel=2
         )
         return None
-    problem = MatmulProblem.of(a, b, numerics)
+    problem = MatmulProblem.of(a, b, numerics, groups)
     if any(compat.is_true(sympy.Eq(size, 0)) for size in (*problem.size, problem.k)):
         return _zeros(problem)
     return lower_matmul(problem)
+
+
+def lower_grouped(
+    a: ir.TensorBox, b: ir.TensorBox, offs: ir.TensorBox, numerics: str = "heal"
+) -> ir.TensorBox | None:
+    """Lower `heal::grouped_mm` where rows or columns are routed; its gradient sums run as meant.
+
+    A row has the arithmetic of the gemm family, so its bits do not tell who shares its group.
+    """
+    if len(a.get_size()) == 3:  # columns are routed: the transpose of routed rows
+        permute = lowerings[torch.ops.aten.permute.default]
+        turned = lower_grouped(permute(b, [1, 0]), permute(a, [0, 2, 1]), offs, numerics)
+        return None if turned is None else permute(turned, [1, 0])
+    ragged_sum = len(b.get_size()) == 2
+    # (A result of one element is stored without a mask: see `_by_descriptor`.)
+    known = not ragged_sum and b.get_size()[0].is_number and compat.is_many(b.get_size()[-1])
+    if not known or Numerics.parse(numerics).precision == "layercast":
+        return None
+    return lower(a, b, numerics, offs)
 
 
 def check(a: ir.TensorBox) -> str | None:
@@ -157,6 +187,8 @@ def family(problem: MatmulProblem) -> str:
     A decode chunk is a number in the kernel's text, so a symbolic K (tokens summed over in a
     weight gradient) takes the other families, whatever M.
     """
+    if problem.groups is not None:
+        return "grouped"
     if problem.batch is None and problem.k.is_number:
         if compat.is_true(sympy.Le(problem.m, DECODE_ROWS)):
             return "decode"
@@ -229,7 +261,8 @@ def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
 
 def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
     a, b = gemm_operands(problem)
-    tma = _by_descriptor(problem, a, b)
+    groups = problem.groups
+    tma = groups is None and _by_descriptor(problem, a, b)
     knobs: dict[str, Any] = {
         "BATCHED": problem.batch is not None,
         "A_PIECES": a.pieces,
@@ -240,13 +273,16 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
         "B_SCALED": b.exponent is not None,
         "EVEN_K": problem.divides_k(BLOCK_K),
         "BLOCK_K": BLOCK_K,
+        "GROUPED": groups is not None,
+        "GROUPS": 0 if groups is None else int(problem.b.get_size()[0]),
         "TMA": tma,
         "A_TURNED": tma and a.is_turned(-1),
         "B_TURNED": tma and b.is_turned(-1),
     }
     planes = (a.planes, b.planes)
     tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut, tma=tma)
-    return _select(family(problem), a.nodes + b.nodes, problem.layout(), knobs, tiles)
+    nodes = a.nodes + b.nodes + ([] if groups is None else [compat.realize_inputs(groups)])
+    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
 
 
 def _by_descriptor(problem: MatmulProblem, a: Operand, b: Operand) -> bool:
@@ -255,7 +291,7 @@ def _by_descriptor(problem: MatmulProblem, a: Operand, b: Operand) -> bool:
     It reads zeros past the end, where the other way wraps around. So a result of one element,
     which Inductor stores without a mask, must not come this way.
     """
-    many = compat.V.graph.sizevars.statically_known_true(sympy.Gt(problem.n, 1))
+    many = compat.is_many(problem.n)
     fits = a.fits_descriptors() and b.fits_descriptors()
     return problem.capability >= TMA_CAPABILITY and many and fits
 
@@ -300,4 +336,8 @@ def _zeros(problem: MatmulProblem) -> ir.TensorBox:
     )
 
 
-LOWERINGS = {torch.ops.heal.mm.default: lower, torch.ops.heal.bmm.default: lower}
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.heal.mm.default: lower,
+    torch.ops.heal.bmm.default: lower,
+    torch.ops.heal.grouped_mm.default: lower_grouped,
+}

@@ -132,7 +132,10 @@ def compiled(kernel: Kernel, capability: int) -> Report:
 
 @dataclass(frozen=True)
 class Case:
-    """A product to show: `[(batch,) m, k] @ [(batch,) k, n]`, B stored transposed if `linear`."""
+    """A product to show: `[(batch,) m, k] @ [(batch,) k, n]`, B stored transposed if `linear`.
+
+    With `groups` B is that many matrices, and each row of A is routed to one of them.
+    """
 
     title: str
     m: int
@@ -143,18 +146,24 @@ class Case:
     numerics: str = "heal"
     batch: int | None = None
     linear: bool = True
+    groups: int | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Meta tensors of the operands."""
         lead = [] if self.batch is None else [self.batch]
         shape = [*lead, self.n, self.k] if self.linear else [*lead, self.k, self.n]
+        routed = [] if self.groups is None else [self.groups]
+        ends = torch.empty(routed, dtype=torch.int32, device="meta")
         return [
             torch.empty(*lead, self.m, self.k, dtype=self.a, device="meta"),
-            torch.empty(shape, dtype=self.b, device="meta"),
+            torch.empty(*routed, *shape, dtype=self.b, device="meta"),
+            *([ends] if routed else []),
         ]
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor]:
-        """The product, as a graph has it."""
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, *ends: torch.Tensor) -> tuple[Any]:
+        """The product, as a graph has it; with the ends of groups, of routed rows."""
+        if ends:
+            return (torch.ops.heal.grouped_mm(a, b.mT, *ends, self.numerics),)
         op = torch.ops.heal.mm if self.batch is None else torch.ops.heal.bmm
         return (op(a, b.mT if self.linear else b, self.numerics),)
 
@@ -175,6 +184,7 @@ CASES = (
     Case("FP32 by FP32", 2048, 4096, 4096, b=FP32),
     Case("weight gradient", 4096, 4096, 2048, b=FP32, linear=False),
     Case("batched", 512, 512, 64, b=FP32, batch=8),
+    Case("routed rows", 2048, 4096, 4096, groups=8),
     Case("decode, BF16 weight", 1, 4096, 4096),
     Case("decode, FP16 weight", 8, 4096, 4096, b=FP16),
     Case("decode, FP32 weight", 8, 4096, 4096, b=FP32),

@@ -69,8 +69,8 @@ def _pack(graph_module: GraphModule, context: Context, weight: Node, last: Any) 
     """Add an input for the scale after the last input, and apply it after each product."""
     with graph_module.graph.inserting_after(last):
         scale = graph_module.graph.placeholder(f"{weight.name}_scale")
-    # Dynamo makes an argument for every placeholder from its meta: here the weight once more, which
-    # the callable replaces. A second source of the same name would be an error in AOTAutograd.
+    # Dynamo makes an argument for every placeholder from its meta: here the weight once more,
+    # which the callable replaces. AOTAutograd refuses a second input with the same source.
     scale.meta = {k: v for k, v in weight.meta.items() if k != "tensor_dict"}
     scale._dynamo_source = None
     original = value(weight)

@@ -294,6 +294,55 @@ def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
     assert torch.equal(results[0], results[2])
 
 
+@settings(max_examples=12)
+@given(
+    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    st.integers(0, 20),
+    st.sampled_from([2, 33, 70]),
+    st.sampled_from([1, 65, 100]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_routed_rows_and_columns_are_within_their_bound(sizes, rest, n, k, right, columns):
+    """Groups of any size, empty ones too; what lies past the last group is zero."""
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows = max(1, sum(sizes) + rest)
+    a = values((rows, k), torch.float32, 20, 0)
+    b = values((len(sizes), k, n), right, 21, 0)
+    if columns:
+        tensors, turned = (b.mT.contiguous(), a.t().contiguous(), ends), True
+    else:
+        tensors, turned = (a, b, ends), False
+    source = generated_source(
+        lambda x, y, offs: (torch.ops.heal.grouped_mm(x, y, offs, "heal"),), tensors
+    )
+    assert "heal_group_of_tile" in source
+    (result,) = interpreter.run(source, *tensors)
+    result = result.t() if turned else result
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            part = result[start:end]
+            assert_within_bound(a[start:end], b[group], part, "heal", decode=False)
+        start = end
+    assert not result[start:].any()
+
+
+def test_a_routed_row_does_not_tell_who_shares_its_group():
+    a, b = values((80, 130), torch.float32, 22, 0), values((2, 130, 40), torch.bfloat16, 23, 0)
+
+    def routed(x: Tensor, *ends: int) -> Tensor:
+        tensors = (x, b, torch.tensor(ends, dtype=torch.int32))
+        source = generated_source(
+            lambda x, y, offs: (torch.ops.heal.grouped_mm(x, y, offs, "heal"),), tensors
+        )
+        return interpreter.run(source, *tensors)[0]
+
+    whole = routed(a, 30, 80)
+    assert torch.equal(routed(a[20:], 10, 60), whole[20:])
+    assert torch.equal(multiply(a, b[1])[30:], whole[30:]), "the bits of the gemm family"
+
+
 ALIGNED = [Layout(transposed, padding) for transposed in (False, True) for padding in (0, 8)]
 
 

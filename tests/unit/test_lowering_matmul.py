@@ -214,6 +214,22 @@ def test_what_a_descriptor_cannot_describe_is_loaded(shape, stride):
     assert "make_tensor_descriptor" not in text
 
 
+@pytest.mark.parametrize("numerics", ["heal", "layercast"])
+def test_routed_rows_have_a_template_and_ragged_sums_their_meaning(numerics):
+    def routed(x, experts, ends):
+        return (torch.ops.heal.grouped_mm(x, experts.mT, ends, numerics),)
+
+    def ragged(x, grad, ends):
+        return (torch.ops.heal.grouped_mm(x.mT, grad, ends, numerics),)
+
+    ends = empty(4, dtype=torch.int32)
+    forward = generated_source(routed, [empty(64, 256), empty(4, 96, 256, dtype=BF16), ends])
+    assert bool(templates(forward)) == (numerics == "heal")
+    assert ("torch.ops.heal.grouped_mm.default(" in forward) == (numerics == "layercast")
+    gradient = generated_source(ragged, [empty(64, 256), empty(64, 96), ends])
+    assert "torch.ops.heal.grouped_mm.default(" in gradient
+
+
 @pytest.mark.parametrize("stride", [(1, 600), (700, 1)])
 def test_pieces_keep_the_stride_order_of_their_operand(stride):
     x = torch.empty_strided((512, 576), stride, device="meta")
