@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
+from healpass.graph import prepack
 from healpass.graph.pipeline import rewrite
 
 #: The torch releases that healpass is tested with: from the first up to, not including, the last.
@@ -49,7 +50,9 @@ def heal_backend(
     check_torch(torch.__version__)
     config = HealConfig.from_options(options, mode)
     rewrite(graph_module, config)
-    return _inductor(graph_module, example_inputs, config)
+    inputs = prepack.example_inputs(graph_module, example_inputs)
+    compiled = _inductor(graph_module, inputs, config)
+    return prepack.with_packed_inputs(graph_module, compiled)
 
 
 def _inductor(

@@ -8,6 +8,7 @@ nothing and has the right `uuid` is all it takes.
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -60,3 +61,14 @@ class CacheKey(CustomGraphPass):
             return ours
         theirs = self.chained.uuid() if isinstance(self.chained, CustomGraphPass) else None
         return None if theirs is None else (ours, theirs)
+
+
+def compile_options() -> dict[str, Any]:
+    """Options of the compile that is under way, forward or backward; {} if it is not one of ours.
+
+    Inductor hands its settings, our key among them, to whatever runs inside of a compile.
+    """
+    from torch._inductor import config
+
+    key = config.post_grad_custom_pre_pass
+    return json.loads(key.options) if isinstance(key, CacheKey) else {}

@@ -36,9 +36,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 #: Options whose meaning is fixed but whose machinery is not in this version: value -> what it
 # needs.
 UNAVAILABLE: dict[str, str] = {
-    "prepack": "the CUDA templates",
-    "autotune": "the CUDA templates",
-    "m_invariant": "the CUDA templates",
     "exact_products": 'precision="exact"',
 }
 
@@ -72,13 +69,17 @@ class HealConfig:
     exact_products: int = 5
     """Digit products of `precision="exact"`: more cost more and are more accurate."""
     prepack: bool = False
-    """Convert frozen weights once to FP16 with a channel scale (same bytes)."""
+    """Convert frozen BF16 weights once to FP16 with a power of two per channel. The model's own
+    weights stay, so this holds them twice (a warning says how much); off by default."""
     autotune: bool = False
-    """Let Inductor time tile shapes. Results do not change, only speed."""
+    """Let Inductor time the tile shapes of the CUDA templates. Results do not change, only
+    speed."""
     m_invariant: bool = False
-    """Same bits across the border of the decode and the prefill kernels."""
+    """Same bits on both sides of the border between the CUDA kernels for decode (M <= 16) and for
+    prefill: both then add in one order, which costs prefill more products."""
     strict: bool = False
-    """Raise StrictError where a matmul or SDPA node has to be kept as it is."""
+    """Raise StrictError where a matmul or SDPA node has to be kept as it is, and where its CUDA
+    template failed its check on this GPU."""
     disable: tuple[str, ...] = field(default=())
     """Names of passes to leave out, for bisecting."""
 
@@ -129,7 +130,8 @@ class HealConfig:
     @property
     def numerics(self) -> str:
         """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
-        return f"{self.precision}:{self.simulate or ''}:{self.order or ''}".rstrip(":")
+        last = "m_invariant" if self.m_invariant else ""
+        return f"{self.precision}:{self.simulate or ''}:{self.order or ''}:{last}".rstrip(":")
 
     @property
     def attention_format(self) -> str:
@@ -167,10 +169,11 @@ def _check_choice(name: str, value: Any) -> None:
 def _check_combinations(config: HealConfig) -> None:
     if config.order < 0:
         raise ConfigError(f"order={config.order}: a seed of 0 or more is needed.")
-    if not config.rewrites and (config.simulate or config.order):
+    if not config.rewrites and (config.simulate or config.order or config.m_invariant):
         raise ConfigError(
-            f"simulate and order need a precision that rewrites matmuls, but precision="
-            f"{config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
+            "simulate, order and m_invariant need a precision that rewrites matmuls, but "
+            f"precision={config.precision!r} runs them as traced. Use precision='heal' or "
+            "'layercast'."
         )
 
 

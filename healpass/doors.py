@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.fx import Graph, GraphModule
 
 from healpass.backend import check_torch, inductor_patches
 from healpass.config import HealConfig
+from healpass.errors import ConfigError
+from healpass.graph import prepack
 from healpass.graph.observe import observe as watch
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
@@ -47,9 +50,8 @@ def explain(
         del example_inputs
         found = rewrite(graph_module, config)
         report.graphs.append(found)
-        if not observe:
-            return graph_module.forward
-        return lambda *inputs: watch(graph_module, config, found, inputs)
+        run = partial(watch, graph_module, config, found) if observe else graph_module.forward
+        return prepack.with_packed_inputs(graph_module, run)
 
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         return model(*call_args, **call_kwargs)
@@ -96,12 +98,18 @@ def inductor_options(**options: Any) -> dict[str, Any]:
         A dict for `torch.compile(model, options=...)`.
 
     Raises:
-        ConfigError: An option is unknown or has a wrong value.
+        ConfigError: An option is unknown, has a wrong value, or needs the backend.
     """
     from healpass import lowering
 
     check_torch(torch.__version__)
     config = HealConfig.from_options(options, None)
+    if config.prepack:
+        raise ConfigError(
+            "prepack=True needs backend='heal': it changes the inputs of the compiled graph, "
+            "which Inductor's own options cannot.\nUse torch.compile(model, backend='heal', "
+            "options={'prepack': True}), or leave prepack out."
+        )
     lowering.register()
     if not config.rewrites:
         return inductor_patches(config)

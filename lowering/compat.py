@@ -27,6 +27,8 @@ __all__ = [
     "append_choice",
     "as_int",
     "ceildiv",
+    "fits_descriptor",
+    "is_many",
     "is_static",
     "is_true",
     "realize_inputs",
@@ -89,6 +91,29 @@ def is_static(size: Any) -> bool:
 def ceildiv(size: Any, divisor: int) -> Any:
     """ceil(size / divisor) as a size."""
     return CeilDiv(sympy.sympify(size), sympy.Integer(divisor))
+
+
+def is_many(size: Any) -> bool:
+    """Whether a size is known to be above one."""
+    return V.graph.sizevars.statically_known_true(sympy.Gt(size, 1))
+
+
+def fits_descriptor(node: ir.IRNode) -> bool:
+    """Whether a tensor descriptor can describe a 16-bit matrix (or batch) in memory.
+
+    One of the last two dimensions is contiguous; all other strides, that dimension's size and the
+    start are multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled). Inductor's own
+    `can_use_tma` trusts the hints of symbolic sizes; here only what is certain counts.
+    """
+    known = V.graph.sizevars.statically_known_multiple_of
+    *_, rows, columns = node.get_stride()
+    inner = -1 if columns == 1 else -2 if rows == 1 else None
+    if inner is None or node.get_name() in V.graph.unaligned_buffers:
+        return False
+    others = list(node.get_stride())
+    del others[inner]
+    counts = [*others, node.get_size()[inner], node.get_layout().offset]
+    return 0 not in others and all(known(count, 8) for count in counts)
 
 
 def size_hint(sizes: Sequence[Any], fallback: int) -> tuple[int, ...]:

@@ -15,9 +15,18 @@ from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
 MAX_GRID_Y = 65535
 
 
+#: Templates that share their text with another.
+TEXTS = {
+    "gemm_batched": "gemm",
+    "grouped": "gemm",
+    "layercast_batched": "layercast",
+    "invariant": "decode",
+}
+
+
 def source(name: str) -> str:
     """Text of a template: its macros, itself, and the device functions that it calls."""
-    text = _read(name)
+    text = _read(TEXTS.get(name, name))
     if "finish_scores(" in text:
         text = _read("attention_macros") + text
     helpers = [*_read("helpers").split("\n\n\n"), *_read("attention_helpers").split("\n\n\n")]
@@ -81,10 +90,18 @@ def attention_backward_key_grid(
     return cdiv(keys, meta["BLOCK_N"]) * chunks * heads, 1, 1
 
 
+@SymbolicGridFn
+def grouped_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    """One block per output tile; every group, and what is in none, may end in half a tile."""
+    return (cdiv(m, meta["BLOCK_M"]) + meta["GROUPS"] + 1) * cdiv(n, meta["BLOCK_N"]), 1, 1
+
+
 GRIDS = {
     "gemm": gemm_grid,
     "gemm_batched": batched_grid,
+    "grouped": grouped_grid,
     "decode": decode_grid,
+    "invariant": gemm_grid,
     "layercast": gemm_grid,
     "layercast_batched": batched_grid,
     "attention": attention_grid,
@@ -96,6 +113,5 @@ GRIDS = {
 
 @functools.cache
 def template(name: str) -> TritonTemplate:
-    """The template of a name in `GRIDS`; a batched one shares its text with the plain one."""
-    text = source(name.removesuffix("_batched"))
-    return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=text)
+    """The template of a name in `GRIDS`."""
+    return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=source(name))

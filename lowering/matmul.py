@@ -8,12 +8,14 @@ Families (rows of one family have the same bits for every M, tile and GPU of one
 
 * decode, M <= 16: BF16 pieces cut in registers, no scales, fixed chunks of K added in order;
 * gemm, M > 16 and every `bmm`: FP16 pieces with power-of-two scales, one sum over K;
-* layercast, `numerics="layercast"`: chains of IEEE FP32 multiply-adds.
+* layercast, `numerics="layercast"`: chains of IEEE FP32 multiply-adds;
+* invariant, `m_invariant` and M > 16: the arithmetic of decode, so that no row tells what M is.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +23,20 @@ import sympy
 import torch
 from healpass.lowering import compat, kernels, selfcheck
 from healpass.lowering.operands import Operand, as_pieces, as_stored
-from healpass.lowering.tiles import Tile, decode_tiles, gemm_tiles, layercast_tiles
+from healpass.lowering.tiles import (
+    Tile,
+    decode_tiles,
+    gemm_tiles,
+    invariant_tiles,
+    layercast_tiles,
+)
 from torch._inductor import config, ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
+
+from healpass.cache_key import compile_options
+from healpass.errors import StrictError
+from healpass.ops.numerics import Numerics
 
 #: Numerics: depth of a K tile, which is the promotion interval.
 BLOCK_K = 64
@@ -39,6 +51,8 @@ BF16_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 FEW_COLUMNS, FEW_ROWS = 256, 128
 #: Tuning: depth of a K tile in FP32 (one chain runs through all); Triton 3.6 takes no less.
 LAYERCAST_BLOCK_K = 16
+#: Tuning: from here on chips have a copy engine that fetches tiles by tensor descriptor.
+TMA_CAPABILITY = 90
 #: The oldest architecture with BF16 tensor cores.
 LOWEST_CAPABILITY = 80
 
@@ -49,23 +63,28 @@ class MatmulProblem:
 
     a: ir.TensorBox
     b: ir.TensorBox
-    numerics: str
+    numerics: Numerics
     batch: sympy.Expr | None
     m: sympy.Expr
     n: sympy.Expr
     k: sympy.Expr
     device: torch.device
     capability: int
+    groups: ir.TensorBox | None = None
 
     @classmethod
-    def of(cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str) -> MatmulProblem:
-        """Describe the product of two IR nodes."""
+    def of(
+        cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str, groups: ir.TensorBox | None = None
+    ) -> MatmulProblem:
+        """Describe the product of two IR nodes; with `groups`, of rows routed to matrices."""
         *batch, m, k = a.get_size()
         device = a.get_device_or_error()
         major, minor = torch.cuda.get_device_capability(device)
         n = b.get_size()[-1]
         lead = batch[0] if batch else None
-        return cls(a, b, numerics, lead, m, n, k, device, 10 * major + minor)
+        return cls(
+            a, b, Numerics.parse(numerics), lead, m, n, k, device, 10 * major + minor, groups
+        )
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -92,18 +111,43 @@ class MatmulProblem:
         return compat.V.graph.sizevars.statically_known_true(sympy.Eq(sympy.Mod(self.k, depth), 0))
 
 
-def lower(a: ir.TensorBox, b: ir.TensorBox, numerics: str = "heal") -> ir.TensorBox | None:
+def lower(
+    a: ir.TensorBox,
+    b: ir.TensorBox,
+    numerics: str = "heal",
+    groups: ir.TensorBox | None = None,
+) -> ir.TensorBox | None:
     """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
     reason = check(a)
     if reason is not None:
+        _refuse_if_strict(reason)
         warnings.warn(
             f"a matmul runs without a template: {reason}.", selfcheck.TemplateWarning, stacklevel=2
         )
         return None
-    problem = MatmulProblem.of(a, b, numerics)
+    problem = MatmulProblem.of(a, b, numerics, groups)
     if any(compat.is_true(sympy.Eq(size, 0)) for size in (*problem.size, problem.k)):
         return _zeros(problem)
     return lower_matmul(problem)
+
+
+def lower_grouped(
+    a: ir.TensorBox, b: ir.TensorBox, offs: ir.TensorBox, numerics: str = "heal"
+) -> ir.TensorBox | None:
+    """Lower `heal::grouped_mm` where rows or columns are routed; its gradient sums run as meant.
+
+    A row has the arithmetic of the gemm family, so its bits do not tell who shares its group.
+    """
+    if len(a.get_size()) == 3:  # columns are routed: the transpose of routed rows
+        permute = lowerings[torch.ops.aten.permute.default]
+        turned = lower_grouped(permute(b, [1, 0]), permute(a, [0, 2, 1]), offs, numerics)
+        return None if turned is None else permute(turned, [1, 0])
+    ragged_sum = len(b.get_size()) == 2
+    # (A result of one element is stored without a mask: see `_by_descriptor`.)
+    known = not ragged_sum and b.get_size()[0].is_number and compat.is_many(b.get_size()[-1])
+    if not known or Numerics.parse(numerics).precision == "layercast":
+        return None
+    return lower(a, b, numerics, offs)
 
 
 def check(a: ir.TensorBox) -> str | None:
@@ -117,14 +161,24 @@ def check(a: ir.TensorBox) -> str | None:
     return None
 
 
+def _refuse_if_strict(reason: str) -> None:
+    if compile_options().get("strict"):
+        raise StrictError(
+            f"strict=True, but a matmul cannot run through its template: {reason}.\n"
+            "Leave strict out to run it through torch's own FP32 kernels: correct, but slower."
+        )
+
+
 def lower_matmul(problem: MatmulProblem) -> ir.TensorBox | None:
     """Lower one product; None if its template failed its own check on this GPU."""
     name = family(problem)
     if selfcheck.broken(name, problem.device):
+        _refuse_if_strict(f"the template {name!r} failed its check on this GPU")
         return None
-    if name == "decode":
+    if name in ("decode", "invariant"):
         return _lower_decode(problem)
-    return _lower_layercast(problem) if problem.numerics == "layercast" else _lower_gemm(problem)
+    layercast = problem.numerics.precision == "layercast"
+    return _lower_layercast(problem) if layercast else _lower_gemm(problem)
 
 
 def family(problem: MatmulProblem) -> str:
@@ -133,10 +187,14 @@ def family(problem: MatmulProblem) -> str:
     A decode chunk is a number in the kernel's text, so a symbolic K (tokens summed over in a
     weight gradient) takes the other families, whatever M.
     """
-    few_rows = problem.batch is None and compat.is_true(sympy.Le(problem.m, DECODE_ROWS))
-    if few_rows and problem.k.is_number:
-        return "decode"
-    name = "layercast" if problem.numerics == "layercast" else "gemm"
+    if problem.groups is not None:
+        return "grouped"
+    if problem.batch is None and problem.k.is_number:
+        if compat.is_true(sympy.Le(problem.m, DECODE_ROWS)):
+            return "decode"
+        if problem.numerics.m_invariant:
+            return "invariant"
+    name = "layercast" if problem.numerics.precision == "layercast" else "gemm"
     return name if problem.batch is None else f"{name}_batched"
 
 
@@ -149,6 +207,9 @@ def decode_chunk(k: int) -> tuple[int, int]:
 
 
 def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
+    name = family(problem)
+    partials = name == "decode"
+    fma = problem.numerics.precision == "layercast"
     chunk, splits = decode_chunk(int(problem.k))
     a_pieces, b_pieces = (BF16_PIECES[dtype] for dtype in problem.dtypes)
     knobs: dict[str, Any] = {
@@ -156,14 +217,19 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
         "B_PIECES": b_pieces,
         "CHUNK": chunk,
         "SPLITS": splits,
-        "FMA": problem.numerics == "layercast",
+        "FMA": fma,
         "EVEN_K": problem.divides_k(chunk),
-        "BLOCK_K": BLOCK_K,
+        "BLOCK_K": LAYERCAST_BLOCK_K if fma and not partials else BLOCK_K,
+        "PARTIALS": partials,
     }
-    layout = problem.layout(splits) if splits > 1 else problem.layout()
     nodes = list(compat.realize_inputs(problem.a, problem.b))
-    partials = _select("decode", nodes, layout, knobs, decode_tiles(problem.hints[1]))
-    return partials if splits == 1 else _add_in_order(partials, splits)
+    if not partials:
+        tiles = invariant_tiles(problem.capability, b_pieces, fma=fma)
+        return _select(name, nodes, problem.layout(), knobs, tiles)
+    tiles = decode_tiles(problem.capability, problem.hints[1], fma=fma)
+    layout = problem.layout(splits) if splits > 1 else problem.layout()
+    parts = _select(name, nodes, layout, knobs, tiles)
+    return parts if splits == 1 else _add_in_order(parts, splits)
 
 
 def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
@@ -189,16 +255,16 @@ def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
     knobs: dict[str, Any] = {"BATCHED": batched, "EVEN_K": problem.divides_k(LAYERCAST_BLOCK_K)}
     knobs |= {"BLOCK_K": LAYERCAST_BLOCK_K}
     nodes = list(compat.realize_inputs(problem.a, problem.b))
-    return _select(
-        family(problem), nodes, problem.layout(), knobs, layercast_tiles(*problem.hints)
-    )
+    tiles = layercast_tiles(problem.capability, *problem.hints)
+    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
 
 
 def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
     a, b = gemm_operands(problem)
-    batched = problem.batch is not None
+    groups = problem.groups
+    tma = groups is None and _by_descriptor(problem, a, b)
     knobs: dict[str, Any] = {
-        "BATCHED": batched,
+        "BATCHED": problem.batch is not None,
         "A_PIECES": a.pieces,
         "B_PIECES": b.pieces,
         "A_CUT": a.cut,
@@ -207,10 +273,27 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
         "B_SCALED": b.exponent is not None,
         "EVEN_K": problem.divides_k(BLOCK_K),
         "BLOCK_K": BLOCK_K,
+        "GROUPED": groups is not None,
+        "GROUPS": 0 if groups is None else int(problem.b.get_size()[0]),
+        "TMA": tma,
+        "A_TURNED": tma and a.is_turned(-1),
+        "B_TURNED": tma and b.is_turned(-1),
     }
     planes = (a.planes, b.planes)
-    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut)
-    return _select(family(problem), a.nodes + b.nodes, problem.layout(), knobs, tiles)
+    tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut, tma=tma)
+    nodes = a.nodes + b.nodes + ([] if groups is None else [compat.realize_inputs(groups)])
+    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
+
+
+def _by_descriptor(problem: MatmulProblem, a: Operand, b: Operand) -> bool:
+    """Whether the chip has a copy engine that can fetch all tiles.
+
+    It reads zeros past the end, where the other way wraps around. So a result of one element,
+    which Inductor stores without a mask, must not come this way.
+    """
+    many = compat.is_many(problem.n)
+    fits = a.fits_descriptors() and b.fits_descriptors()
+    return problem.capability >= TMA_CAPABILITY and many and fits
 
 
 def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
@@ -228,7 +311,7 @@ def _select(
 ) -> ir.TensorBox:
     """Render the template for the best guess, or for all tiles where Inductor is to time them."""
     template = kernels.template(name)
-    timed = config.max_autotune or config.max_autotune_gemm
+    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
     choices: list[Any] = []
     for tile in tiles if timed else tiles[:1]:
         compat.append_choice(
@@ -253,4 +336,8 @@ def _zeros(problem: MatmulProblem) -> ir.TensorBox:
     )
 
 
-LOWERINGS = {torch.ops.heal.mm.default: lower, torch.ops.heal.bmm.default: lower}
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.heal.mm.default: lower,
+    torch.ops.heal.bmm.default: lower,
+    torch.ops.heal.grouped_mm.default: lower_grouped,
+}

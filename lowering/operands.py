@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from healpass.lowering.compat import realize_inputs
+from healpass.lowering.compat import fits_descriptor, realize_inputs
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.virtualized import V, ops
@@ -54,6 +54,15 @@ class Operand:
     def planes(self) -> int:
         """16-bit tiles in shared memory per K tile; a stored FP32 tile is as large as two."""
         return 3 if self.cut and self.pieces == 2 else 2 if self.cut else self.pieces
+
+    def is_turned(self, axis: int) -> bool:
+        """Whether another dimension than `axis` is the contiguous one."""
+        return self.high.get_stride()[axis] != 1
+
+    def fits_descriptors(self) -> bool:
+        """Whether tensor descriptors can fetch every plane."""
+        planes = [plane for plane in (self.high, self.low) if plane is not None]
+        return not self.cut and all(map(fits_descriptor, planes))
 
 
 def as_stored(x: ir.TensorBox) -> Operand:

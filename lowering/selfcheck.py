@@ -47,7 +47,7 @@ class Problem:
     a: torch.dtype
     b: torch.dtype
     rows: int
-    columns: int = 300
+    columns: int = 304
     terms: int = 72
     numerics: str = "heal"
 
@@ -55,8 +55,9 @@ class Problem:
         """Operands with a heavy tail: rows and columns differ in magnitude by 2^20."""
         generator = torch.Generator().manual_seed(0)
         lead = (2,) if self.template.endswith("_batched") else ()
+        groups = (2,) if self.template == "grouped" else lead
         a = torch.randn(*lead, self.rows, self.terms, generator=generator)
-        b = torch.randn(*lead, self.terms, self.columns, generator=generator)
+        b = torch.randn(*groups, self.terms, self.columns, generator=generator)
         a *= 2.0 ** torch.randint(-10, 11, a.shape[:-1], generator=generator)[..., None]
         b *= 2.0 ** torch.randint(-10, 11, (self.columns,), generator=generator)
         return a.to(self.a), b.to(self.b)
@@ -74,12 +75,22 @@ def problems() -> Iterator[Problem]:
         yield Problem("gemm", fp32, weight, 300)
     yield Problem("gemm", fp32, bf16, 70)
     yield Problem("gemm", fp32, bf16, 70, columns=70)
+    yield Problem("gemm", fp32, bf16, 300, columns=301)  # too odd for the copy engine
     yield Problem("decode", fp32, bf16, 5, terms=1000)
     yield Problem("gemm", bf16, bf16, 300)
     yield Problem("gemm_batched", fp32, fp32, 70)
+    yield Problem("grouped", fp32, bf16, 70)
+    yield Problem("invariant", fp32, bf16, 70, numerics="heal:::m_invariant")
     yield Problem("decode", fp32, bf16, 5, numerics="layercast")
     yield Problem("layercast", fp32, bf16, 70, numerics="layercast")
     yield Problem("layercast_batched", fp32, fp32, 70, numerics="layercast")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`; a matrix by a batch is a product per group of rows, the groups being equal."""
+    if a.dim() == b.dim():
+        return a @ b
+    return (a.reshape(b.shape[0], -1, a.shape[1]) @ b).flatten(0, 1)
 
 
 def examine(multiply: Multiply) -> dict[str, str]:
@@ -91,8 +102,8 @@ def examine(multiply: Multiply) -> dict[str, str]:
     for problem in problems():
         a, b = problem.operands()
         left, right = a.double(), b.double()
-        error = (multiply(a, b, problem.numerics).double().cpu() - left @ right).abs()
-        bound = 2 * a.shape[-1] * UNIT * (left.abs() @ right.abs())
+        error = (multiply(a, b, problem.numerics).double().cpu() - product(left, right)).abs()
+        bound = 2 * a.shape[-1] * UNIT * product(left.abs(), right.abs())
         worst = (error / bound).max().item()
         if not worst <= 1:
             wrong[problem.template] = f"{problem}: observed / bound = {worst:.3g}"
@@ -164,7 +175,7 @@ def _key(gpu: str) -> str:
 
 
 def on_gpu(index: int, *, fresh: bool = True) -> Multiply:
-    """Multiply through compiled code on a GPU; `fresh` compiles anew for every product."""
+    """Multiply as `product` through compiled code on a GPU; `fresh` compiles anew each time."""
     from healpass import lowering
 
     lowering.register()
@@ -173,14 +184,18 @@ def on_gpu(index: int, *, fresh: bool = True) -> Multiply:
     options = {"fx_graph_cache": False}
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    def product(a: Tensor, b: Tensor, numerics: str) -> Tensor:
-        op = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
-        return op(a, b, numerics)
+    def compiled(a: Tensor, b: Tensor, numerics: str) -> Tensor:
+        if a.dim() == b.dim():
+            op = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
+            return op(a, b, numerics)
+        rows = a.shape[0] // b.shape[0]
+        ends = torch.arange(rows, a.shape[0] + 1, rows, dtype=torch.int32, device=a.device)
+        return torch.ops.heal.grouped_mm(a, b, ends, numerics)
 
     def multiply(a: Tensor, b: Tensor, numerics: str) -> Tensor:
         if fresh:
             torch._dynamo.reset()
-        return product(a.to(f"cuda:{index}"), b.to(f"cuda:{index}"), numerics)
+        return compiled(a.to(f"cuda:{index}"), b.to(f"cuda:{index}"), numerics)
 
     return multiply
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 #: of technical specifications). Other capabilities take the smallest.
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 SMALLEST_SHARED_MEMORY = 99
+#: From sm_100 on FP32 operands get tiles with fewer rows than the 64 of a tcgen05 instruction.
+#: Seen: Triton 3.6 compiles a dot of 64 rows to TF32 there, `input_precision="ieee"` or not.
+FEW_FP32_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,14 @@ class Tile:
 
 
 def gemm_tiles(
-    capability: int, m: int, n: int, planes: tuple[int, int], block_k: int, *, cut: bool
+    capability: int,
+    m: int,
+    n: int,
+    planes: tuple[int, int],
+    block_k: int,
+    *,
+    cut: bool,
+    tma: bool = False,
 ) -> list[Tile]:
     """Tiles of the tensor-core kernel for about `m` x `n` outputs, best guess first.
 
@@ -43,10 +53,11 @@ def gemm_tiles(
             counts its stored width).
         block_k: Depth of a K tile.
         cut: Operands are cut into pieces in registers.
+        tma: Tiles are fetched by descriptor, which leaves registers for a larger one.
     """
     small = [Tile(64, 64, 4, 3)]
     if capability >= 100:  # Triton 3.6 spills with 128 x 128, Triton 3.9 with a third stage
-        tiles = [Tile(128, 64, 8, 2), *small]
+        tiles = [*([Tile(128, 128, 8, 2)] if tma else []), Tile(128, 64, 8, 2), *small]
     elif capability >= 90 and not cut:
         tiles = [Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), *small]
     else:  # mma.sync, and operands cut in registers: larger tiles spill
@@ -66,14 +77,18 @@ def _fit(tile: Tile, capability: int, planes: tuple[int, int], block_k: int) -> 
     return Tile(64, 64, 4, 2, tile.group_m)
 
 
-def decode_tiles(n: int) -> list[Tile]:
+def decode_tiles(capability: int, n: int, *, fma: bool) -> list[Tile]:
     """Tiles of the kernel for at most 16 rows: many small blocks, to keep many loads in flight."""
+    if fma and capability >= 100:
+        return [Tile(16, FEW_FP32_ROWS, 4, 3)]
     tiles = [Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 128, 4, 3)]
     return tiles if n > 64 else tiles[:2]
 
 
-def layercast_tiles(m: int, n: int) -> list[Tile]:
+def layercast_tiles(capability: int, m: int, n: int) -> list[Tile]:
     """Tiles of the FP32 kernel for about `m` x `n` outputs."""
+    if capability >= 100:
+        return [Tile(FEW_FP32_ROWS, 128, 8, 3)] if n >= 128 else [Tile(FEW_FP32_ROWS, 32, 4, 3)]
     if min(m, n) < 64:
         return [Tile(32, 32, 4, 3)]
     return [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)][m <= 64 :]
@@ -130,3 +145,20 @@ def attention_backward_tiles(
     if 90 <= capability < 100:
         return [AttentionTile(64, 8, 1)], [AttentionTile(64 if head_block <= 64 else 16, 8, 1)]
     return [AttentionTile(32, 8, 1)], [AttentionTile(32, 8, 1)]
+
+
+def invariant_tiles(capability: int, pieces_b: int, *, fma: bool) -> list[Tile]:
+    """Tiles of the decode kernel for many rows: three accumulators, and all is cut in registers.
+
+    Args:
+        capability: As 90 for 9.0.
+        pieces_b: BF16 pieces of B.
+        fma: FP32 multiply-adds instead of the tensor core.
+    """
+    small = Tile(16, 64, 4, 3)
+    if fma:
+        columns = FEW_FP32_ROWS if capability >= 100 else 64
+        return [Tile(64, columns, 8, 2), Tile(16, columns, 4, 3)]
+    if not 90 <= capability < 120:  # mma.sync keeps the pieces of both operands in registers
+        return [small] if pieces_b == 2 else [Tile(32, 128, 8, 2), small]
+    return [Tile(64, 64, 8, 2) if pieces_b == 3 else Tile(64, 128, 8, 2), small]

@@ -120,7 +120,7 @@ def _answers(device: Device) -> dict[tuple[Any, str], Any]:
     answers[importlib.import_module("torch._subclasses.fake_tensor"), "init_gpu_context"] = nothing
     # There is no GPU on which the templates could prove themselves.
     answers[selfcheck, "verdict"] = always({})
-    answers[codecache.CacheBase, "get_system"] = staticmethod(lambda: {"hash": "fake"})
+    answers[codecache.CacheBase, "get_system"] = staticmethod(lambda: {"hash": properties.name})
     return answers
 
 

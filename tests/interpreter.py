@@ -4,7 +4,7 @@ Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 
 * `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
   tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
-  elsewhere); of INT8 operands it is exact;
+  elsewhere), for FP32 operands in the order of K, a rounding per term; for INT8 it is exact;
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
@@ -59,7 +59,17 @@ def _values(handle: Any) -> Any:
     return bits.view(np.float32).astype(np.float64)
 
 
+def _chain(a: Any, b: Any, accumulator: Any) -> Any:
+    """FP32 operands: one chain of multiply-adds in the order of K, as the compiler writes it."""
+    total = accumulator.data
+    for column, row in zip(_values(a).T, _values(b), strict=True):
+        total = (column[:, None] * row[None, :] + total).astype(np.float32)
+    return interpreter.TensorHandle(total, tl.float32)
+
+
 def _dot(self: Any, a: Any, b: Any, accumulator: Any, *_rest: Any) -> Any:
+    if a.dtype.scalar == tl.float32:
+        return _chain(a, b, accumulator)
     total = _values(a) @ _values(b) + _values(accumulator)
     result = tl.int32 if accumulator.dtype.scalar == tl.int32 else tl.float32
     kind = np.int32 if result == tl.int32 else np.float32
@@ -94,12 +104,12 @@ def _boolean(mask: Any) -> Any:
     return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
-def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-    return _masked_load(self, pointers, _boolean(mask), *rest)
+def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    return _masked_load(self, pointers, _boolean(mask), *rest, **named)
 
 
-def _store_where(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-    return _masked_store(self, pointers, value, _boolean(mask), *rest)
+def _store_where(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+    return _masked_store(self, pointers, value, _boolean(mask), *rest, **named)
 
 
 def _maximum(x: Any, axis: int) -> Any:

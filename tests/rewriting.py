@@ -12,6 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
 from healpass.config import HealConfig
+from healpass.graph import prepack
 from healpass.graph.pipeline import rewrite
 from healpass.report import GraphReport
 
@@ -40,7 +41,9 @@ class Rewritten:
     def _backend(self, graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         self.reports.append(rewrite(graph_module, self.config))
         self.graphs.append(graph_module)
-        return aot_eager(graph_module, example_inputs) if self.aot else graph_module.forward
+        inputs = prepack.example_inputs(graph_module, example_inputs)
+        run = aot_eager(graph_module, inputs) if self.aot else graph_module.forward
+        return prepack.with_packed_inputs(graph_module, run)
 
     @property
     def nodes(self) -> list[Any]:

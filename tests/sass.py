@@ -63,11 +63,11 @@ class Report:
             f"sm_{self.capability:<4} {self.registers:>4} {self.spills:>6} {self.stack:>5} "
             f"{self.shared // 1024:>4}K {self.instructions:>6} "
             f"{self.count('WARPGROUP.DEPBAR'):>6} "
-            f"{self.count('FFMA', 'FADD'):>5} {notes:>6}  {mma}"
+            f"{self.count('UTMALDG'):>4} {self.count('FFMA', 'FADD'):>5} {notes:>6}  {mma}"
         )
 
 
-HEADER = "arch    regs spills stack shared  instr depbar  fadd  notes  tensor core"
+HEADER = "arch    regs spills stack shared  instr depbar  tma  fadd  notes  tensor core"
 
 
 def _tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +133,10 @@ def compiled(kernel: Kernel, capability: int) -> Report:
 
 @dataclass(frozen=True)
 class Case:
-    """A product to show: `[(batch,) m, k] @ [(batch,) k, n]`, B stored transposed if `linear`."""
+    """A product to show: `[(batch,) m, k] @ [(batch,) k, n]`, B stored transposed if `linear`.
+
+    With `groups` B is that many matrices, and each row of A is routed to one of them.
+    """
 
     title: str
     m: int
@@ -144,18 +147,24 @@ class Case:
     numerics: str = "heal"
     batch: int | None = None
     linear: bool = True
+    groups: int | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Meta tensors of the operands."""
         lead = [] if self.batch is None else [self.batch]
         shape = [*lead, self.n, self.k] if self.linear else [*lead, self.k, self.n]
+        routed = [] if self.groups is None else [self.groups]
+        ends = torch.empty(routed, dtype=torch.int32, device="meta")
         return [
             torch.empty(*lead, self.m, self.k, dtype=self.a, device="meta"),
-            torch.empty(shape, dtype=self.b, device="meta"),
+            torch.empty(*routed, *shape, dtype=self.b, device="meta"),
+            *([ends] if routed else []),
         ]
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor]:
-        """The product, as a graph has it."""
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, *ends: torch.Tensor) -> tuple[Any]:
+        """The product, as a graph has it; with the ends of groups, of routed rows."""
+        if ends:
+            return (torch.ops.heal.grouped_mm(a, b.mT, *ends, self.numerics),)
         op = torch.ops.heal.mm if self.batch is None else torch.ops.heal.bmm
         return (op(a, b.mT if self.linear else b, self.numerics),)
 
@@ -180,11 +189,16 @@ CASES = (
     Case("FP32 by FP32", 2048, 4096, 4096, b=FP32),
     Case("weight gradient", 4096, 4096, 2048, b=FP32, linear=False),
     Case("batched", 512, 512, 64, b=FP32, batch=8),
+    Case("routed rows", 2048, 4096, 4096, groups=8),
     Case("decode, BF16 weight", 1, 4096, 4096),
     Case("decode, FP16 weight", 8, 4096, 4096, b=FP16),
     Case("decode, FP32 weight", 8, 4096, 4096, b=FP32),
     Case("decode, layercast", 1, 4096, 4096, numerics="layercast"),
     Case("layercast", 2048, 4096, 4096, numerics="layercast"),
+    Case("invariant, BF16 weight", 2048, 4096, 4096, numerics="heal:::m_invariant"),
+    Case("invariant, FP16 weight", 2048, 4096, 4096, b=FP16, numerics="heal:::m_invariant"),
+    Case("invariant, FP32 weight", 2048, 4096, 4096, b=FP32, numerics="heal:::m_invariant"),
+    Case("invariant, layercast", 2048, 4096, 4096, numerics="layercast:::m_invariant"),
 )
 
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from healpass.arithmetic.bounds import matmul_bound
 from healpass.config import HealConfig
+from healpass.errors import UnavailableError
 from healpass.graph.nodes import (
     Builder,
     is_floating,
@@ -117,6 +118,21 @@ def bound_of(operator: Node, config: HealConfig) -> str:
     served = isinstance(right, Node) and is_parameter(right)
     fmt = _SHORT[value(right).dtype] if served else "fp32"
     return matmul_bound(config.precision, terms, right=fmt, rule=config.simulate).text
+
+
+def check_m_invariant(config: HealConfig, operands: list[Tensor]) -> None:
+    """Refuse a promise about CUDA kernels where they do not run.
+
+    Raises:
+        UnavailableError: `m_invariant` is set, nothing is simulated, and an operand is on CPU.
+    """
+    on_cpu = any(operand.device.type == "cpu" for operand in operands)
+    if config.m_invariant and not config.simulate and on_cpu:
+        raise UnavailableError(
+            "m_invariant=True needs CUDA tensors, but a matmul of this graph is on cpu. The CPU's "
+            "FP32 matmul is torch's own, whose order of summation follows the number of rows.\n"
+            "Leave m_invariant out, or add simulate='h100', which adds in one order."
+        )
 
 
 def why_not(operands: list[Tensor]) -> str | None:

@@ -16,7 +16,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 import healpass.ops  # noqa: F401  the operators must be registered
-from healpass.graph.context import Context, bound_of, why_not, why_not_here
+from healpass.graph.context import (
+    Context,
+    bound_of,
+    check_m_invariant,
+    why_not,
+    why_not_here,
+)
 from healpass.graph.names import MATMULS, OTHER_CONTRACTIONS, QUANTIZED
 from healpass.graph.nodes import (
     Builder,
@@ -58,6 +64,7 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     if reason:
         context.keep(node, name, reason)
         return False
+    check_m_invariant(context.config, operands)
     builder = context.builder(graph_module, node)
     before = node.prev
     arguments = [_rounded_parameter(builder, argument) for argument in bind(FORMS[name], node)]

@@ -32,16 +32,14 @@ RIGOROUS = 1 << 16
 CHOSEN = 8
 
 
-def observe(
-    graph_module: GraphModule, config: HealConfig, report: GraphReport, args: tuple[Any, ...]
-) -> Any:
+def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, *args: Any) -> Any:
     """Run a rewritten graph, and note in its report how its errors compare with their bounds.
 
     Args:
         graph_module: The graph, after `rewrite`.
         config: What it was rewritten with.
         report: What `rewrite` returned; records get `observed`, outputs are added.
-        args: The graph's inputs.
+        *args: The graph's inputs.
 
     Returns:
         What the graph returns.

@@ -24,6 +24,7 @@ from healpass.graph.expand import expand_composites
 from healpass.graph.flex import rewrite_flex
 from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
+from healpass.graph.prepack import prepack
 from healpass.graph.promote import promote
 from healpass.graph.verify import verify
 from healpass.report import GraphReport
@@ -54,6 +55,7 @@ PASSES: dict[str, Pass] = {
     "matmul": everywhere(rewrite_matmuls),
     "attention": everywhere(rewrite_attention),
     "flex": everywhere(rewrite_flex),
+    "prepack": prepack,
     "promote": promote,
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
@@ -72,6 +74,7 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
 
     Raises:
         ConfigError: `config.disable` names no pass.
+        UnavailableError: `config.m_invariant` is set, and a matmul is on CPU.
         StrictError: A node had to be kept, and `config.strict` is set.
         GraphCheckError: A pass broke the graph (a bug of healpass).
     """

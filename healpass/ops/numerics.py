@@ -2,7 +2,7 @@
 
 A short text, so that it can stand in an operator's schema and in a cache key: `heal`, `layercast`,
 `heal:a100` (as an A100's tensor cores would add), `heal:a100:3` or `heal::3` (in another order of
-summation, seed 3).
+summation, seed 3), `heal:::m_invariant` (one order of summation for every number of rows).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from healpass.tensorcore.simulate import simulate_matmul
 
 PRECISIONS = ("heal", "layercast")
 GENERATIONS = ("v100", "a100", "h100", "b200")
+M_INVARIANT = "m_invariant"
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,18 @@ class Numerics:
         precision: `heal` or `layercast`.
         simulate: A GPU generation whose additions are imitated, or None for FP32 arithmetic.
         order: Seed of the order of summation; 0 is the natural one.
+        m_invariant: A row of a CUDA matmul has the same bits for every number of rows.
     """
 
     precision: str
     simulate: str | None = None
     order: int = 0
+    m_invariant: bool = False
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        text = f"{self.precision}:{self.simulate or ''}:{self.order or ''}"
+        last = M_INVARIANT if self.m_invariant else ""
+        text = f"{self.precision}:{self.simulate or ''}:{self.order or ''}:{last}"
         return text.rstrip(":")
 
     @classmethod
@@ -45,7 +49,7 @@ class Numerics:
         """Read the text.
 
         Raises:
-            ValueError: It is not `precision[:generation[:order]]` with known names.
+            ValueError: It is not `precision[:generation[:order[:m_invariant]]]` with known names.
         """
         return _parse(text)
 
@@ -71,14 +75,16 @@ class Numerics:
 
 @cache
 def _parse(text: str) -> Numerics:
-    precision, simulate, order = (*text.split(":"), "", "")[:3]
+    precision, simulate, order, last = (*text.split(":"), "", "", "")[:4]
     known = precision in PRECISIONS and simulate in ("", *GENERATIONS)
-    if not known or text.count(":") > 2 or (order and not order.isdecimal()):
+    known = known and last in ("", M_INVARIANT) and text.count(":") <= 3
+    if not known or (order and not order.isdecimal()):
         raise ValueError(
             f"numerics={text!r} is not one of {', '.join(PRECISIONS)}, with ':' and one of "
-            f"{', '.join(GENERATIONS)} and ':' and a seed behind it if wanted, as 'heal:a100:3'."
+            f"{', '.join(GENERATIONS)} and ':' and a seed behind it if wanted, as 'heal:a100:3', "
+            f"and ':{M_INVARIANT}' last of all."
         )
-    return Numerics(precision, simulate or None, int(order or 0))
+    return Numerics(precision, simulate or None, int(order or 0), bool(last))
 
 
 def _reordered(a: Tensor, b: Tensor, seed: int) -> Tensor:

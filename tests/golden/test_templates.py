@@ -23,6 +23,7 @@ CASES = {
     "gemm_planes": Case("planes", 2048, 4096, 14336),
     "gemm_cut": Case("cut in registers", 100, 192, 576),
     "gemm_batched": Case("batched", 512, 512, 64, b=FP32, batch=9),
+    "grouped": Case("routed rows", 512, 192, 576, groups=4),
     "decode": Case("decode", 1, 4096, 14336),
     "decode_fp16": Case("decode", 8, 1536, 576, b=FP16),
     "layercast": Case("layercast", 512, 1536, 576, numerics="layercast"),

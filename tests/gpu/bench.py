@@ -1,6 +1,7 @@
 """Times of one linear layer after another, side by side: `python -m tests.gpu.bench [FOLDER]`.
 
-Prints a table and writes `templates.csv` into the folder. Every contender is captured in a CUDA
+Prints a table and writes `templates.csv` into the folder; what the time did not reach stands in
+both as "not measured". Every contender is captured in a CUDA
 graph that goes through enough copies of the weight to defeat the L2 cache, so that launches cost
 nothing and decode reads its weight from memory; a time is the median over replays, per call.
 """
@@ -28,6 +29,18 @@ MODELS = {
     "smollm2-135m": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
 }
 ROWS = (2048, 1, 8192, 8, 512, 64)
+#: The contenders, in the order of the table; the first is what the ratios are to.
+NAMES = (
+    "bf16",
+    "bf16_out_fp32",
+    "fp32",
+    "layercast_published",
+    "tf32x3",
+    "bf16x6",
+    "heal",
+    "heal_m_invariant",
+    "layercast",
+)
 REPLAYS = 15
 #: No new layer is begun after this; cells that were not reached say so.
 SECONDS = 260
@@ -84,7 +97,7 @@ def compiled(numerics: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def contenders() -> dict[str, Contender]:
-    """Everything that is compared; the first is what the ratios are to."""
+    """Everything that is compared, by the names in `NAMES`."""
     bf16, fp32 = torch.bfloat16, torch.float32
     return {
         "bf16": Contender(lambda x, w: torch.mm(x, w.t()), x=bf16),
@@ -96,22 +109,23 @@ def contenders() -> dict[str, Contender]:
         "tf32x3": Contender(emulated("tf32x3")),
         "bf16x6": Contender(emulated("bf16x6")),
         "heal": Contender(compiled("heal")),
+        "heal_m_invariant": Contender(compiled("heal:::m_invariant")),
         "layercast": Contender(compiled("layercast")),
     }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV."""
+    """One line of the CSV; a time that was not taken is None there."""
 
     model: str
     m: int
     n: int
     k: int
     contender: str
-    microseconds: float
-    to_bf16: float
-    error_to_fp64: float
+    microseconds: float | None
+    to_bf16: float | None
+    error_to_fp64: float | None
     gpu: str
     torch: str
     triton: str
@@ -159,27 +173,46 @@ def measure(model: str, m: int, n: int, k: int) -> Iterator[Row]:
         baseline = baseline or taken
         yield Row(
             model, m, n, k, name, round(taken, 2), round(taken / baseline, 3), float(error),
-            torch.cuda.get_device_name(), torch.__version__, triton.__version__,
-            shlex.join(["python", "-m", "tests.gpu.bench", *sys.argv[1:]]),
+            *provenance(),
         )  # fmt: skip
+
+
+def provenance() -> tuple[str, str, str, str]:
+    """GPU, versions of torch and Triton, and the command."""
+    command = shlex.join(["python", "-m", "tests.gpu.bench", *sys.argv[1:]])
+    return torch.cuda.get_device_name(), torch.__version__, triton.__version__, command
+
+
+def unmeasured(model: str, m: int, n: int, k: int) -> Iterator[Row]:
+    """Lines of a layer that the time did not reach."""
+    for name in NAMES:
+        yield Row(model, m, n, k, name, None, None, None, *provenance())
+
+
+def cells(row: Row) -> dict[str, object]:
+    """A line as the CSV holds it."""
+    return {k: "not measured" if v is None else v for k, v in asdict(row).items()}
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
     """Per model and number of rows: total of a block's layers, and the ratios that matter."""
-    names = list(dict.fromkeys(row.contender for row in rows))
+    names = NAMES
     titles = "".join(f"{name[:13]:>14}" for name in names)
     yield f"model            M {titles}  heal/bf16  fp32/heal  cut"
     for model, layers in MODELS.items():
         for m in ROWS:
-            if sum((r.model, r.m) == (model, m) for r in rows) < len(layers) * len(names):
-                yield f"{model:13} {m:>5}  not measured"
-                continue
-            total = {
-                name: sum(
-                    r.microseconds for r in rows if (r.model, r.m, r.contender) == (model, m, name)
-                )
+            taken = {
+                name: [
+                    r.microseconds
+                    for r in rows
+                    if (r.model, r.m, r.contender) == (model, m, name) and r.microseconds
+                ]
                 for name in names
             }
+            if any(len(times) < len(layers) for times in taken.values()):
+                yield f"{model:13} {m:>5}  not measured"
+                continue
+            total = {name: sum(times) for name, times in taken.items()}
             ratios = total["heal"] / total["bf16"], total["fp32"] / total["heal"]
             cut = (total["fp32"] - total["bf16"]) / max(total["heal"] - total["bf16"], 1e-9)
             times = "".join(f"{total[name]:>14.1f}" for name in names)
@@ -204,11 +237,10 @@ def main() -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         for model, m, (n, k) in points():
-            if time.monotonic() > deadline:
-                break
-            for row in measure(model, m, n, k):
+            late = time.monotonic() > deadline
+            for row in (unmeasured if late else measure)(model, m, n, k):
                 rows.append(row)
-                writer.writerow(asdict(row))
+                writer.writerow(cells(row))
             file.flush()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"

@@ -27,9 +27,16 @@ DROPPED = 2.0**-22
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def template_bound(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
-    """Bound of |result - a @ b| for operands as stored, `[(Q,) M, K]` and `[(Q,) K, N]`."""
-    k, decode = a.shape[-1], a.dim() == 2 and a.shape[0] <= DECODE_ROWS
+def template_bound(
+    a: Tensor, b: Tensor, numerics: str = "heal", *, decode: bool | None = None
+) -> Tensor:
+    """Bound of |result - a @ b| for operands as stored, `[(Q,) M, K]` and `[(Q,) K, N]`.
+
+    `decode` names the family (the invariant kernel has decode's arithmetic); None finds it.
+    """
+    k = a.shape[-1]
+    if decode is None:
+        decode = a.dim() == 2 and a.shape[0] <= DECODE_ROWS
     sizes = matmul_magnitudes(a, b)
     if numerics == "layercast":
         extra = decode_chunk(k)[1] if decode else 0

@@ -69,6 +69,46 @@ def test_a_row_does_not_depend_on_the_number_of_rows(counts, numerics):
         assert torch.equal(multiply(a[:count], b, numerics), whole[:count]), count
 
 
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+@pytest.mark.parametrize("right", [BF16, FP16, FP32])
+def test_m_invariant_rows_are_equal_for_every_number_of_rows(right, precision):
+    a, b = values(1000, 576), values(1536, 576, dtype=right, seed=1).t()
+    numerics = f"{precision}:::m_invariant"
+    whole = multiply(a, b, numerics)
+    for count in (1, 2, 16, 17, 64, 129):
+        assert torch.equal(multiply(a[:count], b, numerics), whole[:count]), count
+
+
+@pytest.mark.parametrize("right", [BF16, FP32])
+def test_the_copy_engine_gives_the_same_bits(right, monkeypatch):
+    a, b = values(600, 576), values(1536, 576, dtype=right, seed=1).t()
+    fetched = multiply(a, b)
+    monkeypatch.setattr(matmul, "TMA_CAPABILITY", 999)
+    assert torch.equal(fetched, multiply(a, b))
+
+
+def test_a_packed_weight_is_within_its_bound():
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(576, 1536, bias=False, dtype=BF16, device="cuda").requires_grad_(False)
+    options = {"prepack": True, "outputs": "fp32", "mode": "reduce-overhead"}
+    compiled = torch.compile(layer, backend="heal", options=options)
+    x = values(64, 576).to(BF16)
+    for _ in range(3):
+        assert_within_bound(x.float(), layer.weight.t(), compiled(x))
+
+
+def test_autotuning_gives_the_same_bits():
+    a, weight = values(512, 576), values(1536, 576, dtype=BF16, seed=1)
+    plain = multiply(a, weight.t())
+    torch._dynamo.reset()
+    tuned = torch.compile(
+        lambda x: torch.ops.heal.mm(x, weight.t(), "heal"),
+        backend="heal",
+        options={"autotune": True},
+    )
+    assert torch.equal(tuned(a), plain)
+
+
 @pytest.mark.parametrize("right", [BF16, FP32])
 def test_every_tile_gives_the_same_bits(right, monkeypatch):
     """With BLOCK_M = 32 the compiler takes mma.sync, from 64 on wgmma: the same bits, too."""

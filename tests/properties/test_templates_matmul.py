@@ -58,10 +58,12 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, exponent: int)
     return scaled.clamp(-limit, limit).to(dtype)
 
 
-def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str) -> float:
+def assert_within_bound(
+    a: Tensor, b: Tensor, result: Tensor, numerics: str, *, decode: bool | None = None
+) -> float:
     """Check every element; the largest observed / bound."""
     exact = a.double() @ b.double()
-    bound = template_bound(a, b, numerics)
+    bound = template_bound(a, b, numerics, decode=decode)
     # Where FP32 itself may overflow on the way, only the sign of the result is left to compare.
     safe = (a.double().abs() @ b.double().abs()) + bound < LARGEST
     ratio = torch.where(safe, (result.double() - exact).abs() / bound.clamp_min(2.0**-300), 0.0)
@@ -179,6 +181,16 @@ def test_symbolic_rows_are_within_their_bound():
         assert torch.equal(result, multiply(a[:rows], b))
 
 
+@pytest.mark.parametrize("features", [12, 40])
+def test_a_symbolic_number_of_tokens_is_summed_over_within_the_bound(features):
+    """As in the gradient of a weight: K is a symbol, A lies transposed."""
+    x = values((70, features), torch.float32, 19, 0)
+    source = generated_source(lambda t: (torch.ops.heal.mm(t.t(), t, "heal"),), [x], dynamic=True)
+    for tokens in (70, 64, 3):
+        (result,) = interpreter.run(source, tokens, x[:tokens])
+        assert_within_bound(x[:tokens].t(), x[:tokens], result, "heal", decode=False)
+
+
 SPECIAL = (0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan, 2.0**100, 2.0**-140)
 
 
@@ -236,6 +248,35 @@ def test_a_row_does_not_depend_on_the_number_of_rows(rows, right, numerics):
         assert torch.equal(multiply(a[:count], b, numerics), whole[:count])
 
 
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+@pytest.mark.parametrize("right", DTYPES)
+def test_m_invariant_rows_cross_the_border_of_decode_and_prefill(right, precision):
+    a, b = values((70, 600), torch.float32, 2, 0), values((600, 70), right, 3, 0)
+    numerics = f"{precision}:::m_invariant"
+    whole = multiply(a, b, numerics)
+    assert_within_bound(a, b, whole, precision, decode=True)
+    for count in (1, 16, 17, 40):
+        assert torch.equal(multiply(a[:count], b, numerics), whole[:count])
+
+
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+def test_without_m_invariant_rows_differ_across_the_border(precision):
+    """Two families, two orders of summation: the check above notices."""
+    a, b = values((17, 600), torch.float32, 2, 0), values((600, 70), torch.bfloat16, 3, 0)
+    assert not torch.equal(multiply(a[:16], b, precision), multiply(a, b, precision)[:16])
+
+
+@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
+def test_tiles_of_the_invariant_kernel_leave_bits_alone(right, monkeypatch):
+    a, b = values((140, 300), torch.float32, 4, 0), values((300, 70), right, 5, 0)
+    results = []
+    for tile in (Tile(16, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)):
+        monkeypatch.setattr(matmul, "invariant_tiles", always([tile]))
+        results.append(multiply(a, b, "heal:::m_invariant"))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
 def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
     a, b = values((140, 130), torch.float32, 4, 0), values((130, 70), right, 5, 0)
@@ -251,6 +292,73 @@ def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
         results.append(multiply(a, b))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    st.integers(0, 20),
+    st.sampled_from([2, 33, 70]),
+    st.sampled_from([1, 65, 100]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_routed_rows_and_columns_are_within_their_bound(sizes, rest, n, k, right, columns):
+    """Groups of any size, empty ones too; what lies past the last group is zero."""
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows = max(1, sum(sizes) + rest)
+    a = values((rows, k), torch.float32, 20, 0)
+    b = values((len(sizes), k, n), right, 21, 0)
+    if columns:
+        tensors, turned = (b.mT.contiguous(), a.t().contiguous(), ends), True
+    else:
+        tensors, turned = (a, b, ends), False
+    source = generated_source(
+        lambda x, y, offs: (torch.ops.heal.grouped_mm(x, y, offs, "heal"),), tensors
+    )
+    assert "heal_group_of_tile" in source
+    (result,) = interpreter.run(source, *tensors)
+    result = result.t() if turned else result
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            part = result[start:end]
+            assert_within_bound(a[start:end], b[group], part, "heal", decode=False)
+        start = end
+    assert not result[start:].any()
+
+
+def test_a_routed_row_does_not_tell_who_shares_its_group():
+    a, b = values((80, 130), torch.float32, 22, 0), values((2, 130, 40), torch.bfloat16, 23, 0)
+
+    def routed(x: Tensor, *ends: int) -> Tensor:
+        tensors = (x, b, torch.tensor(ends, dtype=torch.int32))
+        source = generated_source(
+            lambda x, y, offs: (torch.ops.heal.grouped_mm(x, y, offs, "heal"),), tensors
+        )
+        return interpreter.run(source, *tensors)[0]
+
+    whole = routed(a, 30, 80)
+    assert torch.equal(routed(a[20:], 10, 60), whole[20:])
+    assert torch.equal(multiply(a, b[1])[30:], whole[30:]), "the bits of the gemm family"
+
+
+ALIGNED = [Layout(transposed, padding) for transposed in (False, True) for padding in (0, 8)]
+
+
+@pytest.mark.parametrize(
+    ("right", "lead"), [(torch.bfloat16, ()), (torch.float32, ()), (torch.float16, (2,))]
+)
+@pytest.mark.parametrize("layouts", [*zip(ALIGNED, reversed(ALIGNED), strict=True)])
+def test_the_copy_engine_changes_no_bit(layouts, right, lead, monkeypatch):
+    """Tiles by tensor descriptor, in each orientation and past every end, against plain loads."""
+    a = layouts[0].lay(values((*lead, 40, 72), torch.float32, 4, 0))
+    b = layouts[1].lay(values((*lead, 72, 72), right, 5, 0))
+    monkeypatch.setattr(matmul, "FEW_ROWS", 0)  # all operands in planes
+    by_descriptor = multiply(a, b)
+    assert_within_bound(a, b, by_descriptor, "heal")
+    monkeypatch.setattr(matmul, "TMA_CAPABILITY", 999)
+    assert torch.equal(by_descriptor, multiply(a, b))
 
 
 def test_the_rows_differ_if_the_chunk_follows_the_rows(monkeypatch):

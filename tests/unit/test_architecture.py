@@ -23,7 +23,7 @@ BELOW = {
     "cache_key": set(),
     "environment": {"errors", "config", "arithmetic"},
     "graph": {"errors", "arithmetic", "ops", "config", "report"},
-    "lowering": {"errors", "arithmetic", "ops"},
+    "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "integrations": {"errors", "arithmetic", "ops", "config"},
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},

@@ -36,7 +36,7 @@ def reason_of(options, mode=None):
         ({"strict": "yes"}, ConfigError, "True or False is needed"),
         ({"max_autotune": True}, ConfigError, "Inductor's own options are not accepted"),
         ({"disable": ("promot",)}, ConfigError, "Did you mean 'promote'?"),
-        ({"m_invariant": True}, UnavailableError, "not in this version"),
+        ({"m_invariant": True}, UnavailableError, "needs CUDA tensors"),
     ],
 )
 def test_a_wrong_option_is_named_in_what_torch_prints(options, kind, text):

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from healpass.lowering import matmul, selfcheck, tiles
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
+from healpass import HealConfig
+from healpass.cache_key import CacheKey
 from tests.fake_cuda import Device, always, generated_source, kernels
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,6 +25,11 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> tuple[Tensor]:
     return (torch.ops.heal.mm(x, weight.t(), "heal"),)
+
+
+def options(**chosen: bool) -> CacheKey:
+    """What carries the options of a compile to the lowering."""
+    return CacheKey(HealConfig(**chosen).key())
 
 
 def templates(source: str) -> list[str]:
@@ -127,6 +135,33 @@ def test_autotuning_offers_tiles_and_nothing_else(rows, monkeypatch):
     assert len({re.sub(tuning, "", choice.description) for choice in seen}) == 1
 
 
+@pytest.mark.parametrize("rows", [17, 300])
+def test_m_invariant_takes_the_arithmetic_of_decode_for_every_row(rows):
+    def product(x, weight):
+        return (torch.ops.heal.mm(x, weight.t(), "heal:::m_invariant"),)
+
+    weight = empty(96, 1024, dtype=BF16)
+    knobs = r"(A_PIECES|B_PIECES|BLOCK_K|CHUNK|SPLITS|FMA) : tl.constexpr = (\w+)"
+    (few,) = templates(generated_source(product, [empty(8, 1024), weight]))
+    (many,) = templates(generated_source(product, [empty(rows, 1024), weight]))
+    assert sorted(re.findall(knobs, many)) == sorted(re.findall(knobs, few))
+    assert ("PARTIALS : tl.constexpr = True" in few, "idx_s in range" in many) == (True, True)
+
+
+@pytest.mark.parametrize("patches", [{"autotune": True}, {"strict": True}, {}])
+def test_autotuning_is_off_unless_asked_for(patches, monkeypatch):
+    offered = []
+
+    def first(name, choices, nodes, layout):
+        offered.append(len(choices))
+        return choices[0].output_node()
+
+    monkeypatch.setattr(matmul.compat, "select", first)
+    tensors = [empty(300, 4096), empty(1024, 4096, dtype=BF16)]
+    generated_source(linear, tensors, post_grad_custom_pre_pass=options(**patches))
+    assert (offered[0] > 1) == ("autotune" in patches)
+
+
 def test_an_old_gpu_runs_the_meaning_and_says_so():
     tensors = [empty(40, 256), empty(96, 256)]
     with pytest.warns(selfcheck.TemplateWarning, match=r"7\.5 is below 8\.0"):
@@ -141,6 +176,60 @@ def test_a_template_that_failed_its_check_is_not_used(monkeypatch):
     assert templates(generated_source(linear, [empty(4, 256), weight]))
 
 
+def test_strict_raises_where_a_template_failed_its_check(monkeypatch):
+    monkeypatch.setattr(selfcheck, "broken", lambda template, _: template == "gemm")
+    weight, strict = empty(96, 256, dtype=BF16), options(strict=True)
+    with pytest.raises(InductorError, match="'gemm' failed its check on this GPU"):
+        generated_source(linear, [empty(40, 256), weight], post_grad_custom_pre_pass=strict)
+    few = generated_source(linear, [empty(4, 256), weight], post_grad_custom_pre_pass=strict)
+    assert templates(few), "what passed is used"
+
+
+def test_strict_raises_on_an_old_gpu():
+    tensors = [empty(40, 256), empty(96, 256)]
+    with pytest.raises(InductorError, match=r"7\.5 is below 8\.0"):
+        generated_source(
+            linear, tensors, Device(75), post_grad_custom_pre_pass=options(strict=True)
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_planes_come_by_tensor_descriptor_where_the_chip_has_them(capability, dynamic):
+    tensors = [empty(2048, 4096), empty(4096, 4096, dtype=BF16)]
+    source = generated_source(linear, tensors, Device(capability), dynamic=dynamic)
+    (text,) = templates(source)
+    assert text.count("tl.make_tensor_descriptor(") == (3 if capability >= 90 else 0)
+    assert ("tl.load(A +" in text) == (capability < 90)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((4096, 4096), (4100, 1)), ((4096, 4095), (4096, 1)), ((4096, 4096), (0, 1))],
+    ids=["stride not of 16 bytes", "size not of 16 bytes", "expanded"],
+)
+def test_what_a_descriptor_cannot_describe_is_loaded(shape, stride):
+    weight = torch.empty_strided(shape, stride, dtype=FP16, device="meta")
+    (text,) = templates(generated_source(linear, [empty(2048, shape[1]), weight]))
+    assert "make_tensor_descriptor" not in text
+
+
+@pytest.mark.parametrize("numerics", ["heal", "layercast"])
+def test_routed_rows_have_a_template_and_ragged_sums_their_meaning(numerics):
+    def routed(x, experts, ends):
+        return (torch.ops.heal.grouped_mm(x, experts.mT, ends, numerics),)
+
+    def ragged(x, grad, ends):
+        return (torch.ops.heal.grouped_mm(x.mT, grad, ends, numerics),)
+
+    ends = empty(4, dtype=torch.int32)
+    forward = generated_source(routed, [empty(64, 256), empty(4, 96, 256, dtype=BF16), ends])
+    assert bool(templates(forward)) == (numerics == "heal")
+    assert ("torch.ops.heal.grouped_mm.default(" in forward) == (numerics == "layercast")
+    gradient = generated_source(ragged, [empty(64, 256), empty(64, 96), ends])
+    assert "torch.ops.heal.grouped_mm.default(" in gradient
+
+
 @pytest.mark.parametrize("stride", [(1, 600), (700, 1)])
 def test_pieces_keep_the_stride_order_of_their_operand(stride):
     x = torch.empty_strided((512, 576), stride, device="meta")
@@ -151,14 +240,27 @@ def test_pieces_keep_the_stride_order_of_their_operand(stride):
 
 def test_every_dot_names_its_precision_and_none_is_tf32():
     for name in matmul.kernels.GRIDS:
-        text = matmul.kernels.source(name.removesuffix("_batched"))
+        text = matmul.kernels.source(name)
         assert text.count("tl.dot(") == text.count('input_precision="ieee"')
         assert "tf32" not in text.lower().replace("no tf32", "")
 
 
+@pytest.mark.parametrize("capability", [100, 103, 120])
+@pytest.mark.parametrize(("rows", "dot_rows"), [(4, "BLOCK_N"), (300, "BLOCK_M")])
+def test_fp32_operands_stay_off_the_tensor_core_of_blackwell(rows, dot_rows, capability):
+    """Fewer than the 64 rows of its instructions: Triton 3.6 would make a TF32 product of more."""
+
+    def product(x, weight):
+        return (torch.ops.heal.mm(x, weight.t(), "layercast"),)
+
+    tensors = [empty(rows, 4096), empty(1024, 4096, dtype=BF16)]
+    (text,) = templates(generated_source(product, tensors, Device(capability)))
+    assert int(re.search(rf"{dot_rows} : tl.constexpr = (\d+)", text)[1]) < 64
+
+
 @pytest.mark.parametrize("name", sorted(matmul.kernels.GRIDS))
 def test_a_template_brings_the_functions_that_it_calls(name):
-    text = matmul.kernels.source(name.removesuffix("_batched"))
+    text = matmul.kernels.source(name)
     called = set(re.findall(r"(heal_\w+)\(", text))
     assert called == set(re.findall(r"def (heal_\w+)\(", text))
 

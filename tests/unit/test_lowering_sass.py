@@ -1,11 +1,13 @@
 """What the CUDA compiler makes of the templates: tensor-core instructions, registers, no spills.
 
-`python -m tests.sass` prints the whole table; here each claim has a test, on the telling cases.
+`python -m tests.sass` prints the whole table; here each claim has a test, and each check one that
+shows it failing.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ BY_TITLE = {case.title: case for case in CASES}
 DOTS = {"prefill, planes": 3, "FP32 by FP32": 4, "16-bit by 16-bit": 1, "decode, BF16 weight": 3}
 
 
+@cache
 def report(title: str, capability: int) -> Report:
     return compiled(BY_TITLE[title].template(capability), capability)
 
@@ -28,10 +31,22 @@ def assert_clean(facts: Report) -> None:
     assert facts.spills == 0
     assert facts.stack == 0
     assert facts.registers > 10, "a trap stub was compiled instead of the kernel"
-    assert facts.serialised == ()
+    assert facts.serialised == (), "ptxas runs the tensor core step by step"
+    assert_ieee(facts)
+
+
+def assert_ieee(facts: Report) -> None:
+    """No approximate division, root or exponential, and no TF32."""
     assert "div.full" not in facts.ptx
     assert ".approx" not in facts.ptx
     assert "tf32" not in facts.ptx
+
+
+def changed(title: str, old: str, new: str) -> Kernel:
+    """The kernel of a case with its text changed: something a check has to notice."""
+    kernel = BY_TITLE[title].template()
+    assert re.search(old, kernel.source)
+    return Kernel(kernel.name, re.sub(old, new, kernel.source))
 
 
 @pytest.mark.parametrize("title", sorted(DOTS))
@@ -81,20 +96,59 @@ def test_chains_are_promoted_into_fp32_registers(title):
 
 def test_a_plain_add_after_one_dot_loses_the_promotion():
     """Why the template writes an fma: without it the check above fails."""
-    kernel = BY_TITLE["16-bit by 16-bit"].template()
-    plain = kernel.source.replace("tl.fma(chain, ones, accumulator)", "accumulator + chain")
-    assert plain != kernel.source
-    assert compiled(Kernel(kernel.name, plain), 90).count("FADD", "FFMA") < 64
+    plain = changed(
+        "16-bit by 16-bit", r"tl\.fma\(chain, ones, accumulator\)", "accumulator + chain"
+    )
+    assert compiled(plain, 90).count("FADD", "FFMA") < 64
 
 
 def test_a_tile_that_is_too_large_is_seen_to_spill():
-    kernel = BY_TITLE["prefill, planes"].template()
-    wide = re.sub(r"BLOCK_N : tl.constexpr = \d+", "BLOCK_N : tl.constexpr = 256", kernel.source)
-    facts = compiled(Kernel(kernel.name, wide), 90)
+    wide = changed(
+        "prefill, planes", r"BLOCK_N : tl.constexpr = \d+", "BLOCK_N : tl.constexpr = 256"
+    )
+    facts = compiled(wide, 90)
     assert facts.spills > 0
+    assert facts.stack > 0
 
 
-@pytest.mark.deep
+def test_tf32_is_seen():
+    fast = changed("layercast", 'input_precision="ieee"', 'input_precision="tf32"')
+    with pytest.raises(AssertionError, match="tf32"):
+        assert_ieee(compiled(fast, 90))
+
+
+def test_an_approximate_division_is_seen():
+    divided = changed(
+        "layercast", r"(    idx_m = rm\[:, None\]\n)", r"    accumulator = accumulator / M\n\1"
+    )
+    with pytest.raises(AssertionError, match="div"):
+        assert_ieee(compiled(divided, 90))
+
+
+def test_a_third_wait_in_a_tile_is_seen():
+    extra = "chain = tl.dot(a_low, b_high, 3 * chain)"
+    again = extra + "\n        chain = tl.dot(a_high, b_high, 3 * chain,"
+    broken = changed("prefill, planes", r"chain = tl\.dot\(a_high, b_high, chain,", again)
+    assert compiled(broken, 90).count("WARPGROUP.DEPBAR") > 4
+
+
+@pytest.mark.parametrize("title", ["prefill, planes", "weight gradient"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_planes_are_fetched_by_the_copy_engine_where_there_is_one(title, capability):
+    """UTMALDG from sm_90 on, asynchronous copies (LDGSTS) before."""
+    facts = report(title, capability)
+    assert bool(facts.count("UTMALDG")) == (capability >= 90)
+    assert bool(facts.count("LDGSTS")) == (capability < 90)
+
+
+def test_one_order_for_all_rows_costs_a_third_accumulator_and_a_product():
+    """What `m_invariant` costs in prefill with BF16 weights, in instructions and registers."""
+    invariant, plain = report("invariant, BF16 weight", 90), report("prefill, planes", 90)
+    per_tile = sum(invariant.mma.values()) // 4, DOTS["prefill, planes"] - 1
+    assert per_tile == (3, 2), "dots of a K tile"
+    assert invariant.registers > plain.registers
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("title", sorted(BY_TITLE))
 def test_every_case_is_clean(title, capability):

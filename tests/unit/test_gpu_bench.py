@@ -1,0 +1,115 @@
+"""The benchmark and `run_all.sh`, which need a GPU, as far as they can be run without one."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.fake_cuda import Device, always, fake_cuda
+from tests.gpu import bench
+
+SCRIPT = Path(__file__).parents[1] / "gpu" / "run_all.sh"
+
+
+def fake_rows(model: str, m: int, n: int, k: int) -> Iterator[bench.Row]:
+    """Times of an imagined GPU: powers of two, so that the ratios of the table are known."""
+    for position, name in enumerate(bench.NAMES):
+        yield bench.Row(model, m, n, k, name, 2.0**position, 1.0, 0.0, "GPU", "t", "t", "command")
+
+
+def run(monkeypatch, folder: Path, seconds: float) -> list[dict[str, str]]:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "imagined GPU")
+    monkeypatch.setattr(bench, "measure", fake_rows)
+    monkeypatch.setattr(bench, "SECONDS", seconds)
+    monkeypatch.setattr(bench.sys, "argv", ["bench", str(folder)])
+    precision = torch.backends.cuda.matmul.fp32_precision
+    bench.main()
+    torch.backends.cuda.matmul.fp32_precision = precision
+    with (folder / "templates.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_cell_stands_in_the_csv_and_the_table_comes_last(monkeypatch, tmp_path, capsys):
+    rows = run(monkeypatch, tmp_path, 1e9)
+    layers = sum(len(layers) for layers in bench.MODELS.values())
+    assert len(rows) == layers * len(bench.ROWS) * len(bench.NAMES)
+    assert set(rows[0]) >= {"gpu", "torch", "triton", "command", "microseconds", "error_to_fp64"}
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[-len(bench.MODELS) * len(bench.ROWS) :]
+    assert all(line.startswith(tuple(bench.MODELS)) for line in table)
+    heal, fp32 = bench.NAMES.index("heal"), bench.NAMES.index("fp32")
+    cut = (2**fp32 - 1) / (2**heal - 1)
+    ratios = [f"{2.0**heal:.2f}", f"{2.0 ** (fp32 - heal):.2f}", f"{cut:.1f}"]
+    assert all(line.split()[-3:] == ratios for line in table)
+
+
+def test_what_nobody_measured_says_so(monkeypatch, tmp_path, capsys):
+    rows = run(monkeypatch, tmp_path, -1.0)
+    assert {row["microseconds"] for row in rows} == {"not measured"}
+    assert {row["gpu"] for row in rows} == {"imagined GPU"}
+    table = capsys.readouterr().out.splitlines()[-len(bench.MODELS) * len(bench.ROWS) :]
+    assert all(line.endswith("not measured") for line in table)
+
+
+def test_the_listed_contenders_are_compared(monkeypatch):
+    monkeypatch.setattr(bench, "compiled", always(None))
+    assert tuple(bench.contenders()) == bench.NAMES
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16x6"])
+def test_tritons_own_emulations_compile(precision):
+    arguments = dict.fromkeys(("A", "C"), "*fp32") | {"B": "*bf16"}
+    arguments |= dict.fromkeys(("M", "N", "K"), "i32")
+    constants = {"PRECISION": precision, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(bench._emulated_fp32, signature, constexprs=constants)
+    with fake_cuda(Device(90)):
+        assert triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
+        ).asm
+
+
+# --------------------------------------------------------------------------------- run_all.sh
+
+
+def script(folder: Path, tests: int, times: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the script with stand-ins for python3 and nvidia-smi, which end with the given codes."""
+    commands = {
+        "nvidia-smi": "echo imagined GPU",
+        "python3": f"""case "$*" in
+            "-m pytest"*) echo "3 passed"; exit {tests};;
+            "-m tests.gpu.bench"*) echo "the table"; exit {times};;
+        esac""",
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "OUT": str(folder / "out")}
+    return subprocess.run(
+        ["bash", str(SCRIPT)], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_the_script_ends_with_the_table(tmp_path):
+    done = script(tmp_path, tests=0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["imagined GPU", "3 passed", "the table"]
+
+
+def test_the_script_times_nothing_that_failed_its_tests(tmp_path):
+    done = script(tmp_path, tests=1)
+    assert done.returncode == 1
+    assert "no times taken" in done.stdout
+    assert "the table" not in done.stdout
+
+
+def test_the_script_reports_a_benchmark_that_failed(tmp_path):
+    assert script(tmp_path, tests=0, times=7).returncode == 7
