@@ -8,6 +8,14 @@ Primitive operators carry their own autograd formula and are what a lowering rep
 autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
 """
 
-from healpass.ops import attention, matmul
+from healpass.ops import attention, binary, elementary, matmul, normalize, reduce, softmax
 
-__all__ = ["attention", "matmul"]
+__all__ = [
+    "attention",
+    "binary",
+    "elementary",
+    "matmul",
+    "normalize",
+    "reduce",
+    "softmax",
+]
