@@ -8,7 +8,7 @@ Primitive operators carry their own autograd formula and are what a lowering rep
 autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
 """
 
-from healpass.ops import attention, binary, elementary, matmul, normalize, reduce, softmax
+from healpass.ops import attention, binary, elementary, matmul, normalize, reduce, sharded, softmax
 
 __all__ = [
     "attention",
@@ -17,5 +17,6 @@ __all__ = [
     "matmul",
     "normalize",
     "reduce",
+    "sharded",
     "softmax",
 ]

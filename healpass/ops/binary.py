@@ -42,7 +42,7 @@ def _pow(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pow_scalar(a: Tensor, exponent: float) -> Tensor:
-    """`a ** exponent`; a square, a root or an inverse takes the short way."""
+    """`a ** exponent`; short ways for squares, inverses and roots (NaN at -inf, as in torch)."""
     x = fp64.to_fp64(a)
     short = _SHORT_POWERS.get(exponent)
     return fp64.to_fp32(short(x) if short else fp64.power(x, torch.full_like(x, exponent)))

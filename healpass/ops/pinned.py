@@ -39,11 +39,23 @@ def register(
     Returns:
         The operator, as `torch.ops.heal.name.default`.
     """
+    operator = register_opaque(schema, meaning, fake, backward, save)
+    _DECOMPOSITIONS[operator] = meaning
+    return operator
+
+
+def register_opaque(
+    schema: str,
+    meaning: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    save: Callable[..., Any] | None = None,
+) -> OpOverload:
+    """Register `heal::name` that a compiler calls as it is: its meaning looks at data."""
     name, rest = schema.split("(", 1)
     custom = torch.library.custom_op(f"heal::{name}", meaning, mutates_args=(), schema=f"({rest}")
     custom.register_fake(fake)
     if backward is not None:
         custom.register_autograd(backward, setup_context=save)
     operator: OpOverload = getattr(torch.ops.heal, name).default
-    _DECOMPOSITIONS[operator] = meaning
     return operator
