@@ -8,12 +8,25 @@ Primitive operators carry their own autograd formula and are what a lowering rep
 autograd, fake tensors and tracing see through them: `linear`, `matmul`, `sdpa`.
 """
 
-from healpass.ops import attention, binary, elementary, matmul, normalize, reduce, sharded, softmax
+from healpass.ops import (
+    attention,
+    binary,
+    elementary,
+    exact_attention,
+    exact_sdpa,
+    matmul,
+    normalize,
+    reduce,
+    sharded,
+    softmax,
+)
 
 __all__ = [
     "attention",
     "binary",
     "elementary",
+    "exact_attention",
+    "exact_sdpa",
     "matmul",
     "normalize",
     "reduce",

@@ -193,17 +193,26 @@ def digit_sums(
     if 0 in (m, k, n, *batch):
         return a.new_zeros((*batch, m, n), dtype=torch.int64)
     left, right = scaled_digits(a, a_scale, plan.left), scaled_digits(b, b_scale, plan.right)
-    route = adders.route or fastest_route(a.device.type)
+    return sum_products(left, right, plan.cut, adders)
+
+
+def sum_products(left: Digits, right: Digits, cut: int, adders: Adders) -> Tensor:
+    """As `digit_sums`, for digits `[..., M, K]` and `[..., K, N]`; no size may be 0.
+
+    The caller proves that the total fits INT64.
+    """
+    route = adders.route or fastest_route(left[0].device.type)
     if route == "fp64":
-        return _fp64_sums(left, right, plan)
+        return _fp64_sums(left, right, cut)
     multiply, terms = _multiplier(route, adders)
-    total = a.new_zeros((*batch, m, n), dtype=torch.int64)
-    for i, j in plan.pairs:
-        for start in range(0, k, terms):
+    batch = torch.broadcast_shapes(left[0].shape[:-2], right[0].shape[:-2])
+    shape = (*batch, left[0].shape[-2], right[0].shape[-1])
+    total = left[0].new_zeros(shape, dtype=torch.int64)
+    for i, j in Scheme(len(left), len(right), cut).pairs:
+        for start in range(0, left[0].shape[-1], terms):
             x, y = left[i][..., start : start + terms], right[j][..., start : start + terms, :]
-            total += _each(multiply, x, y, batch).to(torch.int64) << (
-                BASE_BITS * (i + j - plan.cut)
-            )
+            part = _each(multiply, x, y, batch).to(torch.int64)
+            total += part << (BASE_BITS * (i + j - cut))
     return total
 
 
@@ -237,18 +246,19 @@ def _multiplier(route: str, adders: Adders) -> tuple[Callable[[Tensor, Tensor], 
     return simulated, FP32_TERMS
 
 
-def _fp64_sums(left: Digits, right: Digits, plan: Scheme) -> Tensor:
+def _fp64_sums(left: Digits, right: Digits, cut: int) -> Tensor:
     """Each digit of `a` by all digits of `b` that it meets: 2^22 terms stay below 2^53."""
     total: Tensor | int = 0
     for i, digit in enumerate(left):
-        lowest = max(plan.cut - i, 0)
+        lowest = max(cut - i, 0)
+        if lowest >= len(right):
+            continue  # it meets none
         joined = sum(
             right[j].to(torch.float64) * 2.0 ** (BASE_BITS * (j - lowest))
-            for j in range(lowest, plan.right)
+            for j in range(lowest, len(right))
         )
-        if isinstance(joined, int):
-            continue  # it meets none
-        x, shift = digit.to(torch.float64), BASE_BITS * (i + lowest - plan.cut)
+        assert isinstance(joined, Tensor)
+        x, shift = digit.to(torch.float64), BASE_BITS * (i + lowest - cut)
         for start in range(0, x.shape[-1], FP64_TERMS):
             stop = start + FP64_TERMS
             part = torch.matmul(x[..., start:stop], joined[..., start:stop, :])

@@ -29,10 +29,15 @@ def exponentials(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of FP64 `x` along `dim`: x - max, exp(x - max), and their sum, kept with size 1."""
     below = x - x.amax(dim, keepdim=True)
     weights = fp64.exp(below)
-    bits = element_bits(x.shape[dim])
-    total = torch.round(weights * 2.0**bits).to(torch.int64).sum(dim, keepdim=True)
     valid = (below <= 0.0).all(dim, keepdim=True)
-    return below, weights, torch.where(valid, from_integers(total) * 2.0**-bits, math.nan)
+    return below, weights, torch.where(valid, denominator(weights, dim), math.nan)
+
+
+def denominator(weights: Tensor, dim: int) -> Tensor:
+    """The exact sum of FP64 `weights` in [0, 1], each rounded to 2^-40, kept with size 1."""
+    bits = element_bits(weights.shape[dim])
+    total = torch.round(weights * 2.0**bits).to(torch.int64).sum(dim, keepdim=True)
+    return from_integers(total) * 2.0**-bits
 
 
 def _softmax(input: Tensor, dim: int) -> Tensor:

@@ -134,10 +134,8 @@ def test_a_row_with_any_stride(stride):
     assert torch.equal(int8_mm(row, w).long(), digits[1].long() @ w.long())
     assert torch.equal(int8_mm(w.t(), row.t()).long(), w.t().long() @ digits[1].t().long())
     if stride < 576:
-        plain = torch._int_mm(row, w).long()
-        print(
-            f"torch alone is {'right' if torch.equal(plain, digits[1].long() @ w.long()) else 'wrong'}"
-        )
+        right = torch.equal(torch._int_mm(row, w).long(), digits[1].long() @ w.long())
+        print(f"torch alone is {'right' if right else 'wrong'} at stride {stride}")
 
 
 def test_a_saturating_int8_product_fails_its_self_test():
