@@ -22,6 +22,16 @@ from healpass.graph.pipeline import rewrite
 SUPPORTED_TORCH = ((2, 11), (2, 16))
 
 
+#: What `precision="exact"` asks of Inductor: no fma, IEEE division, nothing reassociated. For C++
+#: these are the defaults; for Triton it is `emulate_precision_casts` that turns contraction off.
+PINNED_SETTINGS = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+}
+
+
 def heal_backend(
     graph_module: GraphModule,
     example_inputs: list[Any],
@@ -76,6 +86,8 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
         return patches
     wanted = {"batch_invariant": True, "emulate_precision_casts": False}
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
+    if config.precision == "exact":
+        patches |= PINNED_SETTINGS
     key = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
     return patches | {"post_grad_custom_pre_pass": key}
 

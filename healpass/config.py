@@ -39,7 +39,6 @@ UNAVAILABLE: dict[str, str] = {
     "prepack": "the CUDA templates",
     "autotune": "the CUDA templates",
     "m_invariant": "the CUDA templates",
-    "exact_products": 'precision="exact"',
 }
 
 
@@ -55,7 +54,8 @@ class HealConfig:
     precision: Precision = "heal"
     """Arithmetic of matmuls and attention; `fp32`, `fp16` and `bf16` run the graph as traced."""
     kv: KVFormat | None = None
-    """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32."""
+    """Format of Q, K and V in attention. None leaves the choice to the cache, else FP32; `exact`
+    needs integers and takes INT16 then."""
     outputs: Outputs = "traced"
     """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses:
     what nothing else in the graph reads) out in FP32. After a graph break the code in between gets
@@ -68,7 +68,8 @@ class HealConfig:
     order: int = 0
     """Seed of another order of summation (the study's stand-in for another GPU)."""
     exact_products: int = 5
-    """Digit products of `precision="exact"`: more cost more and are more accurate."""
+    """Digit products of `precision="exact"`: more cost more and are more accurate; with FP32
+    weights 5 means 6."""
     prepack: bool = False
     """Convert frozen weights once to FP16 with a channel scale (same bytes)."""
     autotune: bool = False
@@ -127,7 +128,9 @@ class HealConfig:
     @property
     def numerics(self) -> str:
         """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
-        return f"{self.precision}:{self.simulate or ''}:{self.order or ''}".rstrip(":")
+        products = self.exact_products if self.precision == "exact" else ""
+        text = f"{self.precision}{products}:{self.simulate or ''}:{self.order or ''}"
+        return text.rstrip(":")
 
     def key(self) -> str:
         """Canonical JSON of every option: part of the compile caches' keys."""
@@ -165,15 +168,20 @@ def _check_combinations(config: HealConfig) -> None:
             f"simulate and order need a precision that rewrites matmuls, but precision="
             f"{config.precision!r} runs them as traced. Use precision='heal' or 'layercast'."
         )
+    if config.precision == "exact" and config.kv == "fp32":
+        raise ConfigError(
+            "kv='fp32' contradicts precision='exact': its sums over Q, K and V are integer sums, "
+            "which have one value in any order.\nUse kv='int16' (the default there) or 'int24'."
+        )
+    if config.precision != "exact" and config.exact_products != 5:
+        raise ConfigError(
+            f"exact_products={config.exact_products} needs precision='exact', but precision="
+            f"{config.precision!r} multiplies no digits. Leave it out, or use precision='exact'."
+        )
 
 
 def _check_available(config: HealConfig) -> None:
-    if config.precision == "exact":
-        raise UnavailableError(
-            "precision='exact' is not in this version of healpass: its integer operators are "
-            "missing. precision='heal' gives FP32-equivalent results today."
-        )
-    if config.kv in ("int16", "int24"):
+    if config.kv in ("int16", "int24") and config.precision != "exact":
         raise UnavailableError(
             f"kv={config.kv!r} is not in this version of healpass: integer attention is missing. "
             "Leave kv out, or use kv='fp32'."

@@ -15,6 +15,7 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.ops.numerics import Numerics
+from healpass.ops.pinned import DECOMPOSITIONS
 
 #: A lowering; None as its result asks for the operator's own meaning.
 Lowering = Callable[..., Any]
@@ -22,8 +23,9 @@ Lowering = Callable[..., Any]
 
 @cache
 def register() -> None:
-    """Register the lowerings with Inductor, once per process: for `heal::` operators only."""
+    """Register lowerings and decompositions with Inductor, once: for `heal::` operators only."""
     from healpass.lowering import cpu, matmul
+    from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
     tables = {"cpu": cpu.LOWERINGS, "cuda": matmul.LOWERINGS}
@@ -33,6 +35,8 @@ def register() -> None:
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
+    decomposition.decompositions.update(DECOMPOSITIONS)
+    decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:

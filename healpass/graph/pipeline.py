@@ -19,6 +19,7 @@ from healpass.errors import ConfigError, StrictError, suggestion
 from healpass.graph.ambient import shield_from_autocast
 from healpass.graph.attention import rewrite_attention
 from healpass.graph.context import Context, device_reason
+from healpass.graph.exact import make_exact
 from healpass.graph.expand import expand_composites
 from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
@@ -52,6 +53,7 @@ PASSES: dict[str, Pass] = {
     "matmul": everywhere(rewrite_matmuls),
     "attention": everywhere(rewrite_attention),
     "promote": promote,
+    "exact": everywhere(make_exact),
     "autocast": shield_from_autocast,
 }
 

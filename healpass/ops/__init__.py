@@ -19,6 +19,7 @@ from healpass.ops import (
     reduce,
     sharded,
     softmax,
+    ties,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "reduce",
     "sharded",
     "softmax",
+    "ties",
 ]

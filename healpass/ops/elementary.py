@@ -154,5 +154,20 @@ def _like(input: Tensor) -> Tensor:
     return torch.empty_like(fp64.checked(input), dtype=torch.float32)
 
 
+def _canonical(input: Tensor) -> Tensor:
+    """FP32 `input` with canonical zeros and NaN."""
+    return fp64.canonical(fp64.checked(input).to(torch.float32))
+
+
+def _canonical_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return grad.to(ctx.dtype)
+
+
+def _save_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.dtype = inputs[0].dtype
+
+
+register("canonical(Tensor input) -> Tensor", _canonical, _like, _canonical_backward, _save_dtype)
+
 for _name, _function in FUNCTIONS.items():
     _register(_name, _function)

@@ -75,8 +75,16 @@ class Scheme:
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """The pairs (i, j) that are kept, the smallest first."""
-        every = [(i, j) for i in range(self.left) for j in range(self.right)]
-        return sorted((p for p in every if sum(p) >= self.cut), key=sum)
+        return sorted((p for p in self._every if sum(p) >= self.cut), key=sum)
+
+    @property
+    def dropped(self) -> int:
+        """The sum of 256^(i + j) over the pairs that are dropped."""
+        return sum(256 ** sum(p) for p in self._every if sum(p) < self.cut)
+
+    @property
+    def _every(self) -> list[tuple[int, int]]:
+        return [(i, j) for i in range(self.left) for j in range(self.right)]
 
 
 SCHEMES = {3: Scheme(2, 2, 1), 5: Scheme(3, 2, 1), 6: Scheme(3, 3, 2), 8: Scheme(3, 3, 1)}
@@ -153,12 +161,21 @@ def error_bound(a: Tensor, b: Tensor, products: int = 5) -> Tensor:
         for x, dim, count in ((a, -1, plan.left), (b, -2, plan.right))
     )
     size_a, size_b = (x.to(torch.float64).abs() for x in (a, b))
-    every = [(i, j) for i in range(plan.left) for j in range(plan.right)]
-    dropped = sum(256 ** (i + j) for i, j in every if i + j < plan.cut)
     split = s_a / 2 * size_b.sum(-2, keepdim=True) + s_b / 2 * size_a.sum(-1, keepdim=True)
-    split = split + k * s_a * s_b * (0.25 + dropped * DIGIT_MAX**2)
+    split = split + k * s_a * s_b * (0.25 + plan.dropped * DIGIT_MAX**2)
     largest = torch.matmul(size_a, size_b) + split
     return split + largest * (2.0**-24 * (1 + 2.0**-28)) + 2.0**-150
+
+
+def bound_text(products: int, right: torch.dtype) -> str:
+    """`error_bound` in one line: half a scale is 1.004 2^(1 - 8 digits) of a maximum at most."""
+    plan = scheme(products, right)
+    x, w = 1 - 8 * plan.left, 1 - 8 * plan.right
+    per_term = 1.01 * 2.0 ** (x + w + 2) * (0.25 + plan.dropped * DIGIT_MAX**2)
+    return (
+        f"1.01 (2^{x} max|x| sum|w| + 2^{w} max|w| sum|x|) + "
+        f"K 2^{math.ceil(math.log2(per_term))} max|x| max|w| + u S"
+    )
 
 
 def _special(a: Tensor, b: Tensor) -> Tensor:
