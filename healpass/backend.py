@@ -29,6 +29,9 @@ PINNED_SETTINGS = {
     "eager_numerics.division_rounding": True,
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
+    # Inductor repeats a value's whole tree of operations at each use until the value has so many.
+    # Pinned sequences use values often; at the default of 30, lowering takes minutes.
+    "realize_opcount_threshold": 8,
 }
 
 

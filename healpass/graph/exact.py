@@ -3,7 +3,8 @@
 It runs on the promoted graph, in which matmuls are `heal::` operators already. Each node that
 computes floating-point numbers is one of these:
 
-* a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`;
+* a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`, and the
+  product of a softmax `heal::weighted_sum`, so that keys of weight 0 do not show;
 * an operator with a rule (`graph.exact_rules`): a pinned `heal::` operator takes its place;
 * a single IEEE operation, a choice, a comparison, or data that moves: it stays;
 * anything else: it stays, the report lists it with the reason, and `strict=True` refuses.
@@ -52,6 +53,8 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
     name = op_name(node)
     if heal_name(node) == "heal::sdpa":
         return _exact_sdpa(node, graph_module, context)
+    if heal_name(node) == "heal::matmul" and _weighs(node):
+        return _weighted_sum(node, graph_module, context)
     if heal_name(node) is not None or not (_computes(node) or name in TIES):
         return False
     reason = _why_not(node, name)
@@ -118,6 +121,28 @@ def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool
     builder = context.builder(graph_module, node)
     kv = context.config.kv or "int16"
     _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **node.kwargs, kv=kv))
+    return True
+
+
+def _weighs(node: Node) -> bool:
+    """Whether a product's left operand is a softmax over what the product sums."""
+    left: Any = node.args[0]
+    right: Any = node.args[1]
+    same_lead = value(left).shape[:-2] == value(right).shape[:-2]
+    while same_lead and isinstance(left, Node) and heal_name(left) is None:
+        passes = op_name(left) in names.CASTS | {"contiguous", "clone", "dropout"}
+        if not passes or not isinstance(left.args[0], Node):
+            return False
+        left = left.args[0]
+    if not same_lead or heal_name(left) != "heal::softmax":
+        return False
+    return bool(left.args[1] in (-1, value(left).dim() - 1))
+
+
+def _weighted_sum(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    """A hand-written P V: hidden keys must not show in the scale of V."""
+    builder = context.builder(graph_module, node)
+    _take_place(node, builder.call(heal.weighted_sum.default, *node.args))
     return True
 
 

@@ -272,13 +272,13 @@ def _argsort(b: Builder, x: Any, dim: Any, descending: Any) -> Node:
 
 
 _UNARY = (
-    "exp exp2 expm1 log log2 log10 log1p sin cos tanh erf erfc sigmoid silu sqrt rsqrt reciprocal "
-    "logsigmoid"
+    "exp exp2 expm1 log log2 log10 log1p sin cos tanh erf erfc sigmoid silu sqrt rsqrt reciprocal"
 )
 _NORM_DIMS = "input ord dim keepdim dtype"
 
 FORMS: dict[str, Form] = {
     **{name: _form(_unary(getattr(heal, name)), "input") for name in _UNARY.split()},
+    "log_sigmoid": _form(_unary(heal.logsigmoid), "input"),
     "special_expm1": _form(_unary(heal.expm1), "input"),
     "special_erf": _form(_unary(heal.erf), "input"),
     "special_expit": _form(_unary(heal.sigmoid), "input"),

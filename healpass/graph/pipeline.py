@@ -83,7 +83,8 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
         _run(name, run, graph_module, context, complete=name == "promote")
     log.info("%s: %s", config.precision, context.report.summary())
     if config.strict and context.report.kept:
-        raise StrictError(_kept_message(context.report))
+        what = "nodes" if config.precision == "exact" else "matmul and SDPA nodes"
+        raise StrictError(_kept_message(context.report, what))
     return context.report
 
 
@@ -139,10 +140,10 @@ def _check_names(disabled: tuple[str, ...]) -> None:
             )
 
 
-def _kept_message(report: GraphReport) -> str:
+def _kept_message(report: GraphReport, what: str) -> str:
     lines = "\n".join(f"  {n.op} at {n.line}: {n.reason}" for n in report.kept)
     return (
-        f"strict=True, but {len(report.kept)} of {len(report.nodes)} matmul and SDPA nodes cannot "
+        f"strict=True, but {len(report.kept)} of {len(report.nodes)} {what} cannot "
         f"be rewritten:\n{lines}\n"
         "Leave strict out to run them as torch has them, or change the model there."
     )

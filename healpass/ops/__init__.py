@@ -20,6 +20,7 @@ from healpass.ops import (
     sharded,
     softmax,
     ties,
+    weighted_sum,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "sharded",
     "softmax",
     "ties",
+    "weighted_sum",
 ]

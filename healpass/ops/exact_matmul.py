@@ -127,12 +127,12 @@ def exact_matmul(a: Tensor, b: Tensor, products: int = 5, adders: Adders | None 
     a_scale, b_scale = scale_of(a, -1, plan.left), scale_of(b, -2, plan.right)
     finite = bool(a_scale.isfinite().all() and b_scale.isfinite().all())
     if not finite:
-        special = _special(a, b)
+        apart = special(a, b)
         a, b = (torch.where(x.isfinite(), x, 0.0) for x in (a, b))
         a_scale, b_scale = scale_of(a, -1, plan.left), scale_of(b, -2, plan.right)
     total = digit_sums(a, b, a_scale, b_scale, plan, adders or Adders())
     result = total_to_fp32(total, a_scale, b_scale, plan)
-    return result if finite else fp64.canonical(torch.where(special == 0, result, special))
+    return result if finite else fp64.canonical(torch.where(apart == 0, result, apart))
 
 
 def scale_of(x: Tensor, dim: int, count: int) -> Tensor:
@@ -178,7 +178,7 @@ def bound_text(products: int, right: torch.dtype) -> str:
     )
 
 
-def _special(a: Tensor, b: Tensor) -> Tensor:
+def special(a: Tensor, b: Tensor) -> Tensor:
     """0 where the product is finite, else what infinities and NaN make of it, in any order.
 
     Finite numbers count as their signs, so that nothing overflows; their sum must not count.
