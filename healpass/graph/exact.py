@@ -35,6 +35,8 @@ from healpass.graph.nodes import (
 )
 
 heal = torch.ops.heal
+#: Read an element more than once, so that its gradient is a sum; slices do not.
+SUMMED = (names.REPEATS | {"embedding"}) - {"getitem"}
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -77,6 +79,8 @@ def _why_not(node: Node, name: str | None) -> str | None:
         return "random numbers: their stream differs between devices"
     if name in SCATTERED or _accumulates(node):
         return "a sum over repeated indices, added in the order of the device"
+    if name in SUMMED and any(getattr(t, "requires_grad", False) for t in _floats(node)):
+        return "its gradient adds what was read more than once in the order of the device"
     if name in FORMS or kind in UNTOUCHED or (kind == "factory" and not _spaced(name)):
         return None
     if kind == "buffer_write" or name in PINNED or name in names.MOVES:
@@ -84,6 +88,10 @@ def _why_not(node: Node, name: str | None) -> str | None:
     if kind == "foreign":
         return "an operator of the caller's: its arithmetic is its own"
     return "no exact operator for it: it rounds as torch or the device does"
+
+
+def _floats(node: Node) -> list[torch.Tensor]:
+    return [t for t in tensors([value(n) for n in node_inputs(node)]) if is_floating(t)]
 
 
 def _accumulates(node: Node) -> bool:

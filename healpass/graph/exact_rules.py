@@ -25,8 +25,8 @@ PINNED = words(
     """
     neg abs relu relu6 leaky_relu hardtanh threshold sign sgn clamp clamp_min clamp_max clip
     maximum minimum fmax fmin amax amin aminmax floor ceil round trunc frac where masked_fill
-    masked_select tril triu isnan isinf isfinite nan_to_num eq ne lt le gt ge mul multiply
-    __mul__ __rmul__ imul mul_ iadd add_ isub sub_ copy_ fill_ zero_ masked_fill_ clamp_ relu_
+    masked_select tril triu isnan isinf isfinite nan_to_num eq ne lt le gt ge
+    imul mul_ iadd add_ isub sub_ copy_ fill_ zero_ masked_fill_ clamp_ relu_
     neg_ setitem histc bincount max_pool1d max_pool2d logical_not logical_and logical_or
     bitwise_not __neg__ __abs__ pos positive nonzero count_nonzero any all numel dim size one_hot
     atleast_1d lshift rshift identity floor_ square_ index_fill masked_scatter
@@ -114,10 +114,23 @@ def _rsub(b: Builder, x: Any, other: Any, alpha: Any) -> Node:
 
 
 def _sum_of(b: Builder, function: Any, x: Any, other: Any, alpha: Any) -> Node:
-    """Torch's own sum; a factor is a product of its own, which eager code would contract."""
+    """A factor is a product of its own; torch's eager code would contract it."""
     if alpha not in (None, 1):
         other = b.call(torch.mul, other, alpha)
-    return b.call(function, x, other)
+    return _broadcast(b, function, x, other)
+
+
+def _broadcast(b: Builder, function: Any, x: Any, other: Any) -> Node:
+    """Torch's own operation, unless a gradient gets a sum from broadcasting: that one is exact."""
+    operands = [value(x), value(other)]
+    plain = not all(map(is_floating, operands)) or operands[0].shape == operands[1].shape
+    if plain or not any(operand.requires_grad for operand in operands):
+        return b.call(function, x, other)
+    return b.call(getattr(heal, function.__name__).default, x, other)
+
+
+def _mul(b: Builder, x: Any, other: Any) -> Node:
+    return _broadcast(b, torch.mul, x, other)
 
 
 def _div(b: Builder, x: Any, other: Any, rounding_mode: str | None) -> Node | None:
@@ -285,6 +298,7 @@ FORMS: dict[str, Form] = {
     "gelu": _form(_gelu, "input approximate"),
     "softplus": _form(_softplus, "input beta threshold"),
     **dict.fromkeys(("add", "__add__", "__radd__"), _form(_add, "input other alpha")),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _form(_mul, "input other")),
     **dict.fromkeys(("sub", "subtract", "__sub__"), _form(_sub, "input other alpha")),
     **dict.fromkeys(("rsub", "__rsub__"), _form(_rsub, "input other alpha")),
     **dict.fromkeys(

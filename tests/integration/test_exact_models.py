@@ -9,10 +9,10 @@ import torch
 from exactly import differing
 from families import DECODER_ONLY, FAMILIES
 from rewriting import Rewritten
-from transformers import DynamicCache
 
 import healpass
 from healpass.integrations import smollm2
+from healpass.integrations.transformers import HealCache
 
 BF16 = torch.bfloat16
 OPTIONS = {"precision": "exact", "outputs": "fp32"}
@@ -146,9 +146,12 @@ def test_without_the_pass_bits_differ():
 # -------------------------------------------------------------------------- chunks and decoding
 
 
-def in_chunks(call, ids: torch.Tensor, chunk: int) -> torch.Tensor:
-    """The logits of a prompt fed through a cache, `chunk` tokens at a time."""
-    cache, logits = DynamicCache(), []
+def in_chunks(call, config, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The logits of a prompt fed through a cache, `chunk` tokens at a time.
+
+    The cache is ours: a BF16 cache of the caller's would round keys and values once more.
+    """
+    cache, logits = HealCache(config), []
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk]
         positions = torch.arange(start, start + part.shape[1])[None].expand_as(part)
@@ -167,7 +170,7 @@ def test_chunked_prefill_and_decode_give_the_bits_of_one_pass(name):
     ids = prompts(2, 12)
     whole = call(input_ids=ids).logits
     for chunk in (1, 5, 7):
-        assert differing(in_chunks(call, ids, chunk), whole) == 0
+        assert differing(in_chunks(call, model.config, ids, chunk), whole) == 0
 
 
 # ------------------------------------------------------------------------------------- SmolLM2
@@ -202,7 +205,7 @@ def test_smollm2_has_one_result_in_batches_paddings_chunks_and_generations(smol)
         for index, (left, _) in enumerate(sides):
             result = batch.logits[index, left : left + len(rows[index])]
             assert differing(result, alone[index]) == 0
-    assert differing(in_chunks(call, rows[0][None], 1)[0], alone[0]) == 0
+    assert differing(in_chunks(call, model.config, rows[0][None], 1)[0], alone[0]) == 0
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
@@ -230,7 +233,7 @@ def test_smollm2_compiled_is_eager_in_prefill_and_decode(smol):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="heal", options=OPTIONS)
     assert differing(compiled(input_ids=ids).logits, eager) == 0
-    assert differing(in_chunks(compiled, ids, 1), eager) == 0
+    assert differing(in_chunks(compiled, model.config, ids, 1), eager) == 0
 
 
 # ------------------------------------------------------------------------------------ training
