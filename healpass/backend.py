@@ -23,6 +23,19 @@ from healpass.graph.pipeline import rewrite
 SUPPORTED_TORCH = ((2, 11), (2, 16))
 
 
+#: What `precision="exact"` asks of Inductor: no fma, IEEE division, nothing reassociated. For C++
+#: these are the defaults; for Triton it is `emulate_precision_casts` that turns contraction off.
+PINNED_SETTINGS = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+    # Inductor repeats a value's whole tree of operations at each use until the value has so many.
+    # Pinned sequences use values often; at the default of 30, lowering takes minutes.
+    "realize_opcount_threshold": 8,
+}
+
+
 def heal_backend(
     graph_module: GraphModule,
     example_inputs: list[Any],
@@ -43,7 +56,7 @@ def heal_backend(
 
     Raises:
         ConfigError: An option is unknown or has a wrong value.
-        UnavailableError: An option is not in this version of healpass.
+        UnavailableError: `m_invariant` was asked for on CPU.
         UnsupportedTorchError: torch is older or newer than the supported range.
         StrictError: `strict=True` and a node cannot be rewritten.
     """
@@ -79,6 +92,8 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
         return patches
     wanted = {"batch_invariant": True, "emulate_precision_casts": False}
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
+    if config.precision == "exact":
+        patches |= PINNED_SETTINGS
     key = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
     return patches | {"post_grad_custom_pre_pass": key}
 

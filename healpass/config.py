@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from healpass.errors import ConfigError, UnavailableError, suggestion
+from healpass.errors import ConfigError, suggestion
 
 Precision = Literal["heal", "layercast", "exact", "fp32", "fp16", "bf16"]
 KVFormat = Literal["int16", "int24", "fp32"]
@@ -33,12 +33,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "exact_products": (3, 5, 6, 8),
 }
 
-#: Options whose meaning is fixed but whose machinery is not in this version: value -> what it
-# needs.
-UNAVAILABLE: dict[str, str] = {
-    "exact_products": 'precision="exact"',
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
@@ -46,15 +40,15 @@ class HealConfig:
 
     Raises:
         ConfigError: A value has the wrong type or is not among its choices.
-        UnavailableError: The value is valid, but not in this version of healpass.
     """
 
     precision: Precision = "heal"
     """Arithmetic of matmuls and attention; `fp32`, `fp16` and `bf16` run the graph as traced."""
     kv: KVFormat | None = None
     """Format of Q, K and V in attention. None: that of a HealCache in the graph, else `int16` for
-    `heal` and `fp32` for `layercast`. With `int24` and `fp32` results are FP32-equivalent end to
-    end; `int16` is fifty times coarser, and twenty-five times finer than a BF16 cache."""
+    `heal` and `exact`, which needs integers, and `fp32` for `layercast`. With `int24` and `fp32`
+    results of `heal` are FP32-equivalent end to end; `int16` is fifty times coarser, and
+    twenty-five times finer than a BF16 cache."""
     outputs: Outputs = "traced"
     """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses:
     what nothing else in the graph reads) out in FP32. After a graph break the code in between gets
@@ -67,7 +61,8 @@ class HealConfig:
     order: int = 0
     """Seed of another order of summation (the study's stand-in for another GPU)."""
     exact_products: int = 5
-    """Digit products of `precision="exact"`: more cost more and are more accurate."""
+    """Digit products of `precision="exact"`: more cost more and are more accurate; with FP32
+    weights 5 means 6."""
     prepack: bool = False
     """Convert frozen BF16 weights once to FP16 with a power of two per channel. The model's own
     weights stay, so this holds them twice (a warning says how much); off by default."""
@@ -84,13 +79,12 @@ class HealConfig:
     """Names of passes to leave out, for bisecting."""
 
     def __post_init__(self) -> None:
-        """Check types, choices and what this version can do."""
+        """Check types, choices and combinations."""
         object.__setattr__(self, "disable", _names(self.disable))
         for option in dataclasses.fields(self):
             _check_type(option.name, getattr(self, option.name), option.default)
             _check_choice(option.name, getattr(self, option.name))
         _check_combinations(self)
-        _check_available(self)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None) -> HealConfig:
@@ -130,13 +124,15 @@ class HealConfig:
     @property
     def numerics(self) -> str:
         """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
+        products = self.exact_products if self.precision == "exact" else ""
         last = "m_invariant" if self.m_invariant else ""
-        return f"{self.precision}:{self.simulate or ''}:{self.order or ''}:{last}".rstrip(":")
+        text = f"{self.precision}{products}:{self.simulate or ''}:{self.order or ''}:{last}"
+        return text.rstrip(":")
 
     @property
     def attention_format(self) -> str:
         """Format of Q, K and V where no cache in the graph has one of its own."""
-        return self.kv or ("int16" if self.precision == "heal" else "fp32")
+        return self.kv or ("fp32" if self.precision == "layercast" else "int16")
 
     def key(self) -> str:
         """Canonical JSON of every option: part of the compile caches' keys."""
@@ -175,18 +171,13 @@ def _check_combinations(config: HealConfig) -> None:
             f"precision={config.precision!r} runs them as traced. Use precision='heal' or "
             "'layercast'."
         )
-
-
-def _check_available(config: HealConfig) -> None:
-    if config.precision == "exact":
-        raise UnavailableError(
-            "precision='exact' is not in this version of healpass: its integer operators are "
-            "missing. precision='heal' gives FP32-equivalent results today."
+    if config.precision == "exact" and config.kv == "fp32":
+        raise ConfigError(
+            "kv='fp32' contradicts precision='exact': its sums over Q, K and V are integer sums, "
+            "which have one value in any order.\nUse kv='int16' (the default there) or 'int24'."
         )
-    defaults = {option.name: option.default for option in dataclasses.fields(config)}
-    for name, needs in UNAVAILABLE.items():
-        if getattr(config, name) != defaults[name]:
-            raise UnavailableError(
-                f"{name}={getattr(config, name)!r} is not in this version of healpass: {needs} is "
-                f"missing. Leave {name} out."
-            )
+    if config.precision != "exact" and config.exact_products != 5:
+        raise ConfigError(
+            f"exact_products={config.exact_products} needs precision='exact', but precision="
+            f"{config.precision!r} multiplies no digits. Leave it out, or use precision='exact'."
+        )

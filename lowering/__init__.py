@@ -16,6 +16,7 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.ops.numerics import Numerics
+from healpass.ops.pinned import DECOMPOSITIONS
 from healpass.ops.quantize import FORMATS
 
 #: A lowering; None as its result asks for the operator's own meaning.
@@ -24,7 +25,7 @@ Lowering = Callable[..., Any]
 
 @cache
 def register() -> None:
-    """Register the lowerings with Inductor, once per process: for `heal::` operators only."""
+    """Register lowerings and decompositions with Inductor, once: for `heal::` operators only."""
     from healpass.lowering import (
         attention,
         attention_gradients,
@@ -33,6 +34,7 @@ def register() -> None:
         matmul,
         quantize,
     )
+    from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
     gpu = (matmul, attention, attention_gradients, quantize)
@@ -47,6 +49,8 @@ def register() -> None:
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
+    decomposition.decompositions.update(DECOMPOSITIONS)
+    decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:

@@ -54,15 +54,32 @@ def split_digits(x: Tensor, count: int, dim: int = -1) -> Digits:
         count: 1 to 4 digits.
         dim: The dimension that a matmul reduces.
     """
+    scale = digit_scale(finite_amax(x, dim), count)
+    return Digits(scaled_digits(x, scale, count), scale)
+
+
+def digit_scale(amax: Tensor, count: int) -> Tensor:
+    """The FP32 power of two under which numbers up to `amax` (FP32) fit `count` digits.
+
+    It grows with `amax`, so the scale of a whole is the largest scale of its parts.
+    """
     limit = digit_limit(count)
-    amax = finite_amax(x, dim)
     scale = power_of_two(
         (exponent(amax) - limit.bit_length() + 1).clamp(FP32.min_exponent, FP32.max_exponent)
     )
     wide = amax.to(torch.float64) / scale.to(torch.float64)
-    scale = torch.where(wide.round() > limit, 2 * scale, scale)
-    integers = (x.to(torch.float64) / scale.to(torch.float64)).round().to(torch.int64)
-    return Digits(integer_digits(integers, count), scale)
+    return torch.where(wide.round() > limit, 2 * scale, scale)
+
+
+def scaled_digits(x: Tensor, scale: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Digits of round(x / scale), the lowest first, for finite `x` and a `digit_scale` of it.
+
+    Three digits need 23 bits: FP32 divides by the power of two without an error but where the
+    quotient is subnormal, and rounds to 0 then.
+    """
+    wide = count > 3
+    quotient = x.to(torch.float64 if wide else torch.float32) / scale
+    return integer_digits(quotient.round().to(torch.int64 if wide else torch.int32), count)
 
 
 def integer_digits(integers: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -72,7 +89,7 @@ def integer_digits(integers: Tensor, count: int) -> tuple[Tensor, ...]:
         integers: Any signed integer dtype.
         count: Number of digits.
     """
-    rest = integers.to(torch.int64)
+    rest = integers if integers.dtype == torch.int32 else integers.to(torch.int64)
     digits = []
     for _ in range(count):
         digit = ((rest + DIGIT_MAX) & 0xFF) - DIGIT_MAX

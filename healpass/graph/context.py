@@ -23,6 +23,7 @@ from healpass.graph.nodes import (
     user_line,
     value,
 )
+from healpass.ops.exact_matmul import bound_text
 from healpass.report import Boundary, GraphReport, NodeRecord
 
 
@@ -115,6 +116,8 @@ def bound_of(operator: Node, config: HealConfig) -> str:
     terms = value(operator.args[0]).shape[-1]
     if not isinstance(terms, int):
         return f"{terms} u S"  # a symbolic K: FP32 arithmetic's gamma to first order
+    if config.precision == "exact":
+        return bound_text(config.exact_products, value(right).dtype)
     served = isinstance(right, Node) and is_parameter(right)
     fmt = _SHORT[value(right).dtype] if served else "fp32"
     return matmul_bound(config.precision, terms, right=fmt, rule=config.simulate).text

@@ -20,6 +20,7 @@ from healpass.graph.ambient import shield_from_autocast
 from healpass.graph.attention import rewrite_attention
 from healpass.graph.cache_reads import fold_cache_reads
 from healpass.graph.context import Context, device_reason
+from healpass.graph.exact import make_exact
 from healpass.graph.expand import expand_composites
 from healpass.graph.flex import rewrite_flex
 from healpass.graph.matmul import rewrite_matmuls
@@ -57,6 +58,7 @@ PASSES: dict[str, Pass] = {
     "flex": everywhere(rewrite_flex),
     "prepack": prepack,
     "promote": promote,
+    "exact": everywhere(make_exact),
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
 }
@@ -88,7 +90,8 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
         _run(name, run, graph_module, context, complete=name == "promote")
     log.info("%s: %s", config.precision, context.report.summary())
     if config.strict and context.report.kept:
-        raise StrictError(_kept_message(context.report))
+        what = "nodes" if config.precision == "exact" else "matmul and SDPA nodes"
+        raise StrictError(_kept_message(context.report, what))
     return context.report
 
 
@@ -144,10 +147,10 @@ def _check_names(disabled: tuple[str, ...]) -> None:
             )
 
 
-def _kept_message(report: GraphReport) -> str:
+def _kept_message(report: GraphReport, what: str) -> str:
     lines = "\n".join(f"  {n.op} at {n.line}: {n.reason}" for n in report.kept)
     return (
-        f"strict=True, but {len(report.kept)} of {len(report.nodes)} matmul and SDPA nodes cannot "
+        f"strict=True, but {len(report.kept)} of {len(report.nodes)} {what} cannot "
         f"be rewritten:\n{lines}\n"
         "Leave strict out to run them as torch has them, or change the model there."
     )

@@ -143,7 +143,11 @@ def linear(
         rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
         product = torch.ops.heal.mm(rows, weight.t(), numerics)
         result = product.reshape(*input.shape[:-1], weight.shape[0])
-    return result if bias is None else result + bias
+    if bias is None:
+        return result
+    if Numerics.parse(numerics).products is not None:  # the bias's gradient is an exact sum
+        return torch.ops.heal.add(result, bias)
+    return result + bias
 
 
 @torch.library.impl(library, "matmul", "CompositeImplicitAutograd")

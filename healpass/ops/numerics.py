@@ -1,8 +1,9 @@
 """The `numerics` argument of the `heal::` operators: which arithmetic, whose adders.
 
 A short text, so that it can stand in an operator's schema and in a cache key: `heal`, `layercast`,
-`heal:a100` (as an A100's tensor cores would add), `heal:a100:3` or `heal::3` (in another order of
-summation, seed 3), `heal:::m_invariant` (one order of summation for every number of rows).
+`exact5` (by 5 products of digits), `heal:a100` (as an A100's tensor cores would add),
+`heal:a100:3` or `heal::3` (in another order of summation, seed 3), `heal:::m_invariant` (one order
+of summation for every number of rows).
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from healpass.ops.exact_matmul import SCHEMES, Adders, exact_matmul
 from healpass.ops.ieee import ieee_fp32, mm_fp32
 from healpass.tensorcore.matmul import Accumulation, heal_matmul
 from healpass.tensorcore.simulate import simulate_matmul
 
-PRECISIONS = ("heal", "layercast")
+#: precision="exact" with `exact_products` behind the name -> that number.
+EXACT = {f"exact{products}": products for products in SCHEMES}
+PRECISIONS = ("heal", "layercast", *EXACT)
 GENERATIONS = ("v100", "a100", "h100", "b200")
 M_INVARIANT = "m_invariant"
 
@@ -27,7 +31,7 @@ class Numerics:
     """The parsed argument.
 
     Attributes:
-        precision: `heal` or `layercast`.
+        precision: `heal`, `layercast`, or `exact` and its number of products.
         simulate: A GPU generation whose additions are imitated, or None for FP32 arithmetic.
         order: Seed of the order of summation; 0 is the natural one.
         m_invariant: A row of a CUDA matmul has the same bits for every number of rows.
@@ -55,18 +59,28 @@ class Numerics:
 
     @property
     def plain(self) -> bool:
-        """Whether lowerings implement it: nothing is simulated or reordered."""
-        return self.simulate is None and self.order == 0
+        """Whether lowerings implement it: nothing is exact, simulated or reordered."""
+        return self.simulate is None and self.order == 0 and self.products is None
+
+    @property
+    def products(self) -> int | None:
+        """Number of digit products of an exact precision, else None."""
+        return EXACT.get(self.precision)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """`a @ b`, `[..., M, K]` by `[..., K, N]`, in FP32.
 
         Unsimulated this is FP32 arithmetic on the upcast operands: bound K * 2^-24 * (|a| @ |b|).
         Simulated `heal` multiplies 16-bit pieces (`tensorcore.matmul`), simulated `layercast` runs
-        a chain of FP32 multiply-adds; `arithmetic.bounds` has their bounds.
+        a chain of FP32 multiply-adds; `arithmetic.bounds` has their bounds. Exact precisions have
+        the same bits in any case (`ops.exact_matmul`).
         """
+        if self.products is not None:
+            if self.order and self.simulate is None:
+                a, b = _shuffled(a, b, self.order)
+            return exact_matmul(a, b, self.products, Adders(self.simulate, self.order))
         if self.simulate is None:
-            return mm_fp32(a, b) if self.order == 0 else _reordered(a, b, self.order)
+            return mm_fp32(*(_shuffled(a, b, self.order) if self.order else (a, b)))
         with ieee_fp32(a.device.type):
             if self.precision == "heal":
                 return heal_matmul(a, b, Accumulation(self.simulate, order=self.order))
@@ -87,11 +101,11 @@ def _parse(text: str) -> Numerics:
     return Numerics(precision, simulate or None, int(order or 0), bool(last))
 
 
-def _reordered(a: Tensor, b: Tensor, seed: int) -> Tensor:
-    """FP32 arithmetic over a permutation of K: same operands, other roundings."""
+def _shuffled(a: Tensor, b: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The operands over a permutation of K: the same products in another order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(a.shape[-1], generator=generator).to(a.device)
-    return mm_fp32(a.index_select(-1, order), b.index_select(-2, order))
+    return a.index_select(-1, order), b.index_select(-2, order)
 
 
 def _fma_chain(a: Tensor, b: Tensor, order: int) -> Tensor:

@@ -75,9 +75,9 @@ def sdpa(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    shape = (*_leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
-    states = _four_dimensional(query, key, value, enable_gqa)
-    mask = None if attn_mask is None else _mask_four_dimensional(attn_mask, shape)
+    shape = (*leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
+    states = four_dimensional(query, key, value, enable_gqa)
+    mask = None if attn_mask is None else mask_four_dimensional(attn_mask, shape)
     scoring = Scoring(factor, mask, sinks, seed, is_causal, window, softcap, dropout_p)
     attend = _attend_fp32 if kv == "fp32" else _attend_integers
     return attend(*states, scoring, kv, numerics).reshape(shape)
@@ -162,7 +162,7 @@ class _ThroughIntegers(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
+def leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
     """The result's dimensions before `[L, Ev]`."""
     if not gqa:
         leads = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
@@ -171,11 +171,11 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int,
     return (*batch, query.shape[-3])
 
 
-def _four_dimensional(
+def four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Broadcast leading dimensions and fold them into `[B, H, ., .]`."""
-    lead = _leading(query, key, value, gqa)
+    lead = leading(query, key, value, gqa)
     batch = math.prod(lead[:-1])
 
     def fold(states: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _four_dimensional(
     return fold(query), fold(key), fold(value)
 
 
-def _mask_four_dimensional(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def mask_four_dimensional(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Fold a mask for `[..., H, L, S]` into one that broadcasts to `[B, H, L, S]`."""
     lead = shape[:-2]
     if attn_mask.dim() <= 3 and len(lead) >= 2:

@@ -1,0 +1,210 @@
+"""The pass that leaves no operator whose bits depend on who runs it. May import `ops` and below.
+
+It runs on the promoted graph, in which matmuls are `heal::` operators already. Each node that
+computes floating-point numbers is one of these:
+
+* a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`, and the
+  product of a softmax `heal::weighted_sum`, so that keys of weight 0 do not show;
+* an operator with a rule (`graph.exact_rules`): a pinned `heal::` operator takes its place;
+* a single IEEE operation, a choice, a comparison, or data that moves: it stays;
+* anything else: it stays, the report lists it with the reason, and `strict=True` refuses.
+
+What the graph hands out has canonical zeros and NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from healpass.graph import classes, names
+from healpass.graph.context import Context
+from healpass.graph.exact_rules import FORMS, PINNED, RANDOM, SCATTERED, TIES, bind
+from healpass.graph.memory import Memory
+from healpass.graph.nodes import (
+    heal_name,
+    is_floating,
+    is_half,
+    node_inputs,
+    op_name,
+    set_value,
+    tensors,
+    value,
+)
+
+heal = torch.ops.heal
+#: Read an element more than once, so that its gradient is a sum; slices do not.
+SUMMED = (names.REPEATS | {"embedding"}) - {"getitem"}
+#: Arguments of `heal::sdpa` that `heal::exact_sdpa` does not have.
+EXTRAS = ("window", "softcap", "sinks", "seed")
+UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
+
+
+def make_exact(graph_module: GraphModule, context: Context) -> int:
+    """Rewrite one graph; return how many nodes changed. Other precisions pass through."""
+    if context.config.precision != "exact":
+        return 0
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if node.op in ("call_function", "call_method"):
+            count += _visit(node, graph_module, context)
+    return count + _canonical_outputs(graph_module, context)
+
+
+def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    name = op_name(node)
+    if heal_name(node) == "heal::sdpa":
+        return _exact_sdpa(node, graph_module, context)
+    if heal_name(node) == "heal::matmul" and _weighs(node):
+        return _weighted_sum(node, graph_module, context)
+    if heal_name(node) is not None or not (_computes(node) or name in TIES):
+        return False
+    reason = _why_not(node, name)
+    if reason is None and name in FORMS:
+        return _rewrite(node, str(name), graph_module, context)
+    if reason is not None:
+        context.keep(node, name or str(node.target), reason)
+    return False
+
+
+def _computes(node: Node) -> bool:
+    """Whether floating-point numbers come out."""
+    return any(map(is_floating, tensors([value(node)])))
+
+
+def _why_not(node: Node, name: str | None) -> str | None:
+    """Why a node's bits are not settled; None if they are, or if a rule settles them."""
+    kind = classes.classify(node)
+    if name in RANDOM:
+        return "random numbers: their stream differs between devices"
+    if name in SCATTERED or _accumulates(node):
+        return "a sum over repeated indices, added in the order of the device"
+    if name in SUMMED and any(getattr(t, "requires_grad", False) for t in _floats(node)):
+        return "its gradient adds what was read more than once in the order of the device"
+    if name in FORMS or kind in UNTOUCHED or (kind == "factory" and not _spaced(name)):
+        return None
+    if kind == "buffer_write" or name in PINNED or name in names.MOVES:
+        return None
+    if kind == "foreign":
+        return "an operator of the caller's: its arithmetic is its own"
+    return "no exact operator for it: it rounds as torch or the device does"
+
+
+def _floats(node: Node) -> list[torch.Tensor]:
+    return [t for t in tensors([value(n) for n in node_inputs(node)]) if is_floating(t)]
+
+
+def _accumulates(node: Node) -> bool:
+    accumulate = node.kwargs.get("accumulate") or (len(node.args) > 3 and node.args[3])
+    return op_name(node) in ("index_put", "index_put_") and bool(accumulate)
+
+
+def _spaced(name: str | None) -> bool:
+    return name in ("linspace", "logspace")
+
+
+def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context) -> bool:
+    operands = tensors([value(n) for n in node_inputs(node)])
+    if any(tensor.dtype in (torch.float64, torch.complex64) for tensor in operands):
+        context.keep(node, name, "float64 or complex operands: exact operators are FP32")
+        return False
+    arguments = bind(FORMS[name], node)
+    builder = context.builder(graph_module, node)
+    result = None if arguments is None else FORMS[name].rule(builder, *arguments)
+    if result is None:
+        context.keep(node, name, "no exact operator for these arguments")
+        return False
+    replacement = result
+    if not isinstance(value(node), (tuple, list)) and is_floating(value(node)):
+        replacement = builder.cast(result, value(node).dtype)
+    _take_place(node, replacement)
+    return True
+
+
+def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    reason = _why_not_sdpa(node)
+    if reason:
+        context.keep(node, "scaled_dot_product_attention", reason)
+        return False
+    builder = context.builder(graph_module, node)
+    kwargs = {key: given for key, given in node.kwargs.items() if key not in EXTRAS}
+    _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **kwargs))
+    return True
+
+
+def _why_not_sdpa(node: Node) -> str | None:
+    if node.kwargs.get("dropout_p"):
+        return "dropout draws random numbers"
+    extra = [key for key in EXTRAS if node.kwargs.get(key) is not None]
+    return f"no exact attention with {' and '.join(extra)}" if extra else None
+
+
+def _weighs(node: Node) -> bool:
+    """Whether a product's left operand is a softmax over what the product sums."""
+    left: Any = node.args[0]
+    right: Any = node.args[1]
+    same_lead = value(left).shape[:-2] == value(right).shape[:-2]
+    while same_lead and isinstance(left, Node) and heal_name(left) is None:
+        passes = op_name(left) in names.CASTS | {"contiguous", "clone", "dropout"}
+        if not passes or not isinstance(left.args[0], Node):
+            return False
+        left = left.args[0]
+    if not same_lead or heal_name(left) != "heal::softmax":
+        return False
+    return bool(left.args[1] in (-1, value(left).dim() - 1))
+
+
+def _weighted_sum(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    """A hand-written P V: hidden keys must not show in the scale of V."""
+    builder = context.builder(graph_module, node)
+    _take_place(node, builder.call(heal.weighted_sum.default, *node.args))
+    return True
+
+
+def _take_place(node: Node, replacement: Node) -> None:
+    if replacement not in node_inputs(node):
+        set_value(replacement, value(node) if _same(replacement, node) else value(replacement))
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def _same(a: Node, b: Node) -> bool:
+    """Whether two nodes have values of one dtype and shape, so that one can be the other's."""
+    ours, theirs = tensors([value(a)]), tensors([value(b)])
+    return [(t.dtype, t.shape) for t in ours] == [(t.dtype, t.shape) for t in theirs]
+
+
+# --------------------------------------------------------------------------------------- outputs
+
+
+def _canonical_outputs(graph_module: GraphModule, context: Context) -> int:
+    """Zeros of one sign and NaN of one kind in what leaves the graph."""
+    graph = graph_module.graph
+    memory, output = Memory(graph), next(n for n in graph.nodes if n.op == "output")
+    roots = dict.fromkeys(root for n in output.all_input_nodes if (root := _root(n)) is not None)
+    count = 0
+    for root in roots:
+        if memory.is_written(value(root)):
+            continue  # the caller's own memory: a copy would not be it
+        builder = context.builder(graph_module, root.next)
+        clean = builder.call(heal.canonical.default, root)
+        root.replace_all_uses_with(clean)
+        clean.args = (root,)
+        count += 1
+    return count
+
+
+def _root(node: Node) -> Node | None:
+    """The FP32 computation behind an output, seen through moves and casts to 16 bits."""
+    while True:
+        moves = classes.classify(node) == "move" if node.op.startswith("call") else False
+        cast = op_name(node) in names.CASTS and is_half(value(node))
+        if not (moves or cast) or len(node.all_input_nodes) != 1:
+            break
+        node = node.all_input_nodes[0]
+    computed = node.op.startswith("call") and heal_name(node) is None
+    result: Any = value(node)
+    plain = isinstance(result, torch.Tensor) and result.dtype == torch.float32
+    return node if computed and plain and classes.classify(node) == "arithmetic" else None

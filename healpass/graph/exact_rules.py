@@ -1,0 +1,356 @@
+"""What each of torch's operators becomes under `precision="exact"`. May import `ops` and below.
+
+Data for the pass `exact`: rules that put a pinned `heal::` operator in the place of one that
+rounds in its own way, and the names of operators that need none, because each of their results
+has one right value: one IEEE operation, a comparison, a choice, or integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.graph.names import words
+from healpass.graph.nodes import Builder, is_floating, value
+
+heal = torch.ops.heal
+
+#: One IEEE operation each on FP32, or none: eager and compiled code agree, contraction being off.
+PINNED = words(
+    """
+    neg abs relu relu6 leaky_relu hardtanh threshold sign sgn clamp clamp_min clamp_max clip
+    maximum minimum fmax fmin amax amin aminmax floor ceil round trunc frac where masked_fill
+    masked_select tril triu isnan isinf isfinite nan_to_num eq ne lt le gt ge
+    imul mul_ iadd add_ isub sub_ copy_ fill_ zero_ masked_fill_ clamp_ relu_
+    neg_ setitem histc bincount max_pool1d max_pool2d logical_not logical_and logical_or
+    bitwise_not __neg__ __abs__ pos positive nonzero count_nonzero any all numel dim size one_hot
+    atleast_1d lshift rshift identity floor_ square_ index_fill masked_scatter
+    """
+)
+
+#: Sums over indices that may repeat, in the order of the device.
+SCATTERED = words(
+    """
+    index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_reduce
+    put_ embedding_bag
+    """
+)
+
+RANDOM = words(
+    """
+    rand randn rand_like randn_like randint randint_like randperm bernoulli multinomial normal
+    uniform_ normal_ exponential_ bernoulli_
+    """
+)
+
+Rule = Callable[..., Node | None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A rule and torch's argument names in its order; it returns None where it has no meaning."""
+
+    rule: Rule
+    parameters: tuple[str, ...]
+
+
+def _form(rule: Rule, parameters: str) -> Form:
+    return Form(rule, tuple(parameters.split()))
+
+
+# -------------------------------------------------------------------------------------- operands
+
+
+def _tensor(b: Builder, operand: Any) -> Node:
+    """An operand as an FP32 tensor: a number becomes one, integers are cast."""
+    if not isinstance(operand, Node) or not isinstance(value(operand), torch.Tensor):
+        device = value(b.like).device
+        return b.call(torch.full, (), operand, dtype=torch.float32, device=device)
+    return operand if is_floating(value(operand)) else b.cast(operand, torch.float32)
+
+
+def _cast_to(b: Builder, x: Node, dtype: torch.dtype | None) -> Node:
+    return x if dtype in (None, torch.float32) else b.cast(x, dtype)
+
+
+def _dims(dim: Any) -> list[int] | None:
+    return [dim] if isinstance(dim, int) else None if dim is None else list(dim)
+
+
+# --------------------------------------------------------------------------------- pointwise
+
+
+def _unary(operator: Any) -> Rule:
+    return lambda b, x: b.call(operator.default, _tensor(b, x))
+
+
+def _gelu(b: Builder, x: Any, approximate: str | None) -> Node:
+    operator = heal.gelu_tanh if approximate == "tanh" else heal.gelu
+    return b.call(operator.default, _tensor(b, x))
+
+
+def _softplus(b: Builder, x: Any, beta: Any, threshold: Any) -> Node | None:
+    # Beyond the usual threshold of 20, log(1 + e^x) rounds to x in FP32.
+    if beta not in (None, 1, 1.0) or (threshold or 20) < 20:
+        return None
+    return b.call(heal.softplus.default, _tensor(b, x))
+
+
+def _add(b: Builder, x: Any, other: Any, alpha: Any) -> Node:
+    return _sum_of(b, torch.add, x, other, alpha)
+
+
+def _sub(b: Builder, x: Any, other: Any, alpha: Any) -> Node:
+    return _sum_of(b, torch.sub, x, other, alpha)
+
+
+def _rsub(b: Builder, x: Any, other: Any, alpha: Any) -> Node:
+    return _sum_of(b, torch.sub, other, x, alpha)
+
+
+def _sum_of(b: Builder, function: Any, x: Any, other: Any, alpha: Any) -> Node:
+    """A factor is a product of its own; torch's eager code would contract it."""
+    if alpha not in (None, 1):
+        other = b.call(torch.mul, other, alpha)
+    return _broadcast(b, function, x, other)
+
+
+def _broadcast(b: Builder, function: Any, x: Any, other: Any) -> Node:
+    """Torch's own operation, unless a gradient gets a sum from broadcasting: that one is exact."""
+    operands = [value(x), value(other)]
+    plain = not all(map(is_floating, operands)) or operands[0].shape == operands[1].shape
+    if plain or not any(operand.requires_grad for operand in operands):
+        return b.call(function, x, other)
+    return b.call(getattr(heal, function.__name__).default, x, other)
+
+
+def _mul(b: Builder, x: Any, other: Any) -> Node:
+    return _broadcast(b, torch.mul, x, other)
+
+
+def _div(b: Builder, x: Any, other: Any, rounding_mode: str | None) -> Node | None:
+    if rounding_mode is not None:
+        return None
+    return b.call(heal.div.default, _tensor(b, x), _tensor(b, other))
+
+
+def _rdiv(b: Builder, x: Any, other: Any) -> Node:
+    return b.call(heal.div.default, _tensor(b, other), _tensor(b, x))
+
+
+def _pow(b: Builder, x: Any, exponent: Any) -> Node:
+    if isinstance(exponent, (int, float)):
+        return b.call(heal.pow_scalar.default, _tensor(b, x), float(exponent))
+    return b.call(heal.pow.default, _tensor(b, x), _tensor(b, exponent))
+
+
+def _rpow(b: Builder, x: Any, base: Any) -> Node:
+    return b.call(heal.pow.default, _tensor(b, base), _tensor(b, x))
+
+
+def _square(b: Builder, x: Any) -> Node:
+    return b.call(torch.mul, x, x)
+
+
+def _addcmul(b: Builder, x: Any, first: Any, second: Any, factor: Any) -> Node:
+    return _add(b, x, b.call(torch.mul, first, second), factor)
+
+
+def _addcdiv(b: Builder, x: Any, first: Any, second: Any, factor: Any) -> Node:
+    quotient = b.call(heal.div.default, _tensor(b, first), _tensor(b, second))
+    return _add(b, x, quotient, factor)
+
+
+def _lerp(b: Builder, start: Any, end: Any, weight: Any) -> Node:
+    step = b.call(torch.mul, b.call(torch.sub, end, start), weight)
+    return b.call(torch.add, start, step)
+
+
+def _div_in_place(b: Builder, x: Node, other: Any) -> Node:
+    return b.method("copy_", x, b.call(heal.div.default, x, _tensor(b, other)))
+
+
+def _dropout(b: Builder, x: Node, p: Any, training: Any, inplace: Any) -> Node | None:
+    del b, inplace  # nothing is written where nothing is dropped
+    return x if p == 0 or training is False else None
+
+
+# -------------------------------------------------------------------------------- reductions
+
+
+def _reduction(operator: Any) -> Rule:
+    def rule(b: Builder, x: Any, dim: Any, keepdim: Any, dtype: Any) -> Node:
+        result = b.call(operator.default, _tensor(b, x), _dims(dim), bool(keepdim))
+        return _cast_to(b, result, dtype)
+
+    return rule
+
+
+def _var(b: Builder, x: Any, dim: Any, unbiased: Any, keepdim: Any, correction: Any) -> Node:
+    if isinstance(dim, bool):  # var(x, unbiased)
+        dim, unbiased = None, dim
+    degrees = correction if correction is not None else 0 if unbiased is False else 1
+    return b.call(heal.var.default, _tensor(b, x), _dims(dim), float(degrees), bool(keepdim))
+
+
+def _std(b: Builder, *arguments: Any) -> Node:
+    return b.call(heal.sqrt.default, _var(b, *arguments))
+
+
+def _vector_norm(
+    b: Builder, x: Any, order: Any, dim: Any, keepdim: Any, dtype: Any
+) -> Node | None:
+    if order not in (None, 2, 2.0, "fro"):
+        return None
+    squares = b.call(heal.pow_scalar.default, _tensor(b, x), 2.0)
+    total = b.call(heal.sum.default, squares, _dims(dim), bool(keepdim))
+    return _cast_to(b, b.call(heal.sqrt.default, total), dtype)
+
+
+def _cumsum(b: Builder, x: Any, dim: int, dtype: Any) -> Node:
+    return _cast_to(b, b.call(heal.cumsum.default, _tensor(b, x), dim), dtype)
+
+
+def _softmax(operator: Any) -> Rule:
+    def rule(b: Builder, x: Any, dim: Any, _stacklevel: Any, dtype: Any) -> Node | None:
+        if not isinstance(dim, int):
+            return None
+        return _cast_to(b, b.call(operator.default, _tensor(b, x), dim), dtype)
+
+    return rule
+
+
+def _layer_norm(b: Builder, x: Any, shape: Any, weight: Any, bias: Any, eps: Any) -> Node:
+    shape, eps = _shape(shape), 1e-5 if eps is None else eps
+    return b.call(heal.layer_norm.default, _tensor(b, x), shape, weight, bias, eps)
+
+
+def _rms_norm(b: Builder, x: Any, shape: Any, weight: Any, eps: Any) -> Node:
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    return b.call(heal.rms_norm.default, _tensor(b, x), _shape(shape), weight, eps)
+
+
+def _shape(shape: Any) -> list[int]:
+    return [shape] if isinstance(shape, int) else list(shape)
+
+
+def _cross_entropy(
+    b: Builder, x: Any, target: Any, weight: Any, ignore: Any, reduction: Any, smoothing: Any
+) -> Node:
+    return b.call(
+        heal.cross_entropy.default,
+        *(_tensor(b, x), target, weight, -100 if ignore is None else ignore),
+        *(reduction or "mean", smoothing or 0.0),
+    )
+
+
+def _nll_loss(
+    b: Builder, x: Any, target: Any, weight: Any, ignore: Any, reduction: Any
+) -> Node | None:
+    ignore = -100 if ignore is None else ignore
+    return b.call(
+        heal.nll_loss.default, _tensor(b, x), target, weight, ignore, reduction or "mean"
+    )
+
+
+# -------------------------------------------------------------------------------------- ties
+
+
+def _argmax(b: Builder, x: Any, dim: Any, keepdim: Any) -> Node:
+    return b.call(heal.first_argmax.default, x, dim, bool(keepdim))
+
+
+def _argmin(b: Builder, x: Any, dim: Any, keepdim: Any) -> Node:
+    return b.call(heal.first_argmax.default, b.call(torch.neg, x), dim, bool(keepdim))
+
+
+def _topk(b: Builder, x: Any, k: Any, dim: Any, largest: Any, _sorted: Any) -> Node:
+    dim, largest = -1 if dim is None else dim, largest is not False
+    return b.call(heal.stable_topk.default, x, k, dim, largest)
+
+
+def _sort(b: Builder, x: Any, dim: Any, descending: Any) -> Node:
+    dim = -1 if dim is None else dim
+    return b.call(torch.sort, x, dim=dim, descending=bool(descending), stable=True)
+
+
+def _argsort(b: Builder, x: Any, dim: Any, descending: Any) -> Node:
+    dim = -1 if dim is None else dim
+    return b.call(torch.argsort, x, dim=dim, descending=bool(descending), stable=True)
+
+
+_UNARY = (
+    "exp exp2 expm1 log log2 log10 log1p sin cos tanh erf erfc sigmoid silu sqrt rsqrt reciprocal"
+)
+_NORM_DIMS = "input ord dim keepdim dtype"
+
+FORMS: dict[str, Form] = {
+    **{name: _form(_unary(getattr(heal, name)), "input") for name in _UNARY.split()},
+    "log_sigmoid": _form(_unary(heal.logsigmoid), "input"),
+    "special_expm1": _form(_unary(heal.expm1), "input"),
+    "special_erf": _form(_unary(heal.erf), "input"),
+    "special_expit": _form(_unary(heal.sigmoid), "input"),
+    "gelu": _form(_gelu, "input approximate"),
+    "softplus": _form(_softplus, "input beta threshold"),
+    **dict.fromkeys(("add", "__add__", "__radd__"), _form(_add, "input other alpha")),
+    **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _form(_mul, "input other")),
+    **dict.fromkeys(("sub", "subtract", "__sub__"), _form(_sub, "input other alpha")),
+    **dict.fromkeys(("rsub", "__rsub__"), _form(_rsub, "input other alpha")),
+    **dict.fromkeys(
+        ("div", "divide", "true_divide", "truediv", "__truediv__"),
+        _form(_div, "input other rounding_mode"),
+    ),
+    "__rtruediv__": _form(_rdiv, "input other"),
+    **dict.fromkeys(("itruediv", "div_"), _form(_div_in_place, "input other")),
+    **dict.fromkeys(("pow", "__pow__", "float_power"), _form(_pow, "input exponent")),
+    "__rpow__": _form(_rpow, "input other"),
+    "square": _form(_square, "input"),
+    "addcmul": _form(_addcmul, "input tensor1 tensor2 value"),
+    "addcdiv": _form(_addcdiv, "input tensor1 tensor2 value"),
+    "lerp": _form(_lerp, "input end weight"),
+    "dropout": _form(_dropout, "input p training inplace"),
+    "sum": _form(_reduction(heal.sum), "input dim keepdim dtype"),
+    "mean": _form(_reduction(heal.mean), "input dim keepdim dtype"),
+    "var": _form(_var, "input dim unbiased keepdim correction"),
+    "std": _form(_std, "input dim unbiased keepdim correction"),
+    "linalg_vector_norm": _form(_vector_norm, _NORM_DIMS),
+    "norm": _form(_vector_norm, _NORM_DIMS),
+    "cumsum": _form(_cumsum, "input dim dtype"),
+    "softmax": _form(_softmax(heal.softmax), "input dim _stacklevel dtype"),
+    "log_softmax": _form(_softmax(heal.log_softmax), "input dim _stacklevel dtype"),
+    "layer_norm": _form(_layer_norm, "input normalized_shape weight bias eps"),
+    "rms_norm": _form(_rms_norm, "input normalized_shape weight eps"),
+    "cross_entropy": _form(
+        _cross_entropy, "input target weight ignore_index reduction label_smoothing"
+    ),
+    "nll_loss": _form(_nll_loss, "input target weight ignore_index reduction"),
+    "argmax": _form(_argmax, "input dim keepdim"),
+    "argmin": _form(_argmin, "input dim keepdim"),
+    "topk": _form(_topk, "input k dim largest sorted"),
+    "sort": _form(_sort, "input dim descending"),
+    "argsort": _form(_argsort, "input dim descending"),
+}
+#: These look at ties, so they are rewritten for integers too.
+TIES = frozenset({"argmax", "argmin", "topk", "sort", "argsort"})
+
+_ALIASES = {"self": "input", "tensor": "other", "p": "ord", "axis": "dim", "a": "input"}
+_IGNORED = frozenset({"inplace", "size_average", "reduce", "stable", "generator"})
+
+
+def bind(form: Form, node: Node) -> list[Any] | None:
+    """The arguments of a node in the order of its form; None where one has no place in it."""
+    if len(node.args) > len(form.parameters):
+        return None
+    bound = dict(zip(form.parameters, node.args, strict=False))
+    for key, argument in node.kwargs.items():
+        name = key if key in form.parameters else _ALIASES.get(key, key)
+        if name in form.parameters:
+            bound[name] = argument
+        elif key not in _IGNORED and argument is not None:
+            return None
+    return [bound.get(name) for name in form.parameters]

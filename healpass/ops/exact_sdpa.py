@@ -1,0 +1,180 @@
+"""`F.scaled_dot_product_attention` in integers: `heal::exact_sdpa`. Imports `exact_attention`.
+
+Q, K and V in FP32 or 16 bits are rounded to integers per (token, head), then `exact_attention`
+does the rest. The gradient is that of attention at the rounded values (straight through the
+rounding), each product by digits and each sum exact, so it has the same bits everywhere too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from healpass.arithmetic.int16 import round_trip
+from healpass.ops import fp64
+from healpass.ops.exact_attention import FORMATS, exponentials, planes, visible_scores
+from healpass.ops.exact_matmul import Adders
+from healpass.ops.matmul import library
+from healpass.ops.numerics import Numerics
+from healpass.ops.pinned import register_opaque
+from healpass.ops.reduce import sum_fp64
+from healpass.ops.sdpa import four_dimensional, leading, mask_four_dimensional
+from healpass.ops.softmax import denominator
+
+heal = torch.ops.heal
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kv: str,
+    numerics: str,
+) -> Tensor:
+    """Attention of `[B, H, L, E]`, `[B, Hkv, S, E]`, `[B, Hkv, S, Ev]` rounded to `kv`, FP32."""
+    digits = [part for x in (query, key, value) for part in planes(x, kv)]
+    return heal.exact_attention(*digits, attn_mask, is_causal, scale, numerics)
+
+
+def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *_rest: Any) -> Tensor:
+    for x in (query, key, value):
+        fp64.checked(x)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+
+
+def _attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kv: str,
+    numerics: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P the probabilities, G what comes in: dV = P^T G, dS = P (G V^T - rowsum(P G V^T)).
+
+    Then dQ = scale dS K and dK = scale dS^T Q, in FP32.
+    """
+    how = Numerics.parse(numerics)
+    rounded = [round_trip(x, FORMATS[kv]) for x in (query, key, value)]
+    scores, visible = visible_scores(
+        *planes(query, kv), *planes(key, kv), attn_mask, is_causal, scale,
+        Adders(how.simulate, how.order),
+    )  # fmt: skip
+    weights = exponentials(scores)
+    probabilities = torch.where(visible, weights / denominator(weights, -1), 0.0)
+    heads, multiply = key.shape[1], how.multiply
+    p, g, q = (_fold(x, heads) for x in (fp64.to_fp32(probabilities), grad, rounded[0]))
+    k, v = rounded[1], rounded[2]
+    grad_p = multiply(g, v.mT).to(torch.float64)
+    p64 = p.to(torch.float64)
+    row = sum_fp64(p64 * grad_p, [3])
+    grad_scores = fp64.to_fp32(p64 * (grad_p - row) * scale)
+    grad_query = multiply(grad_scores, k).reshape(query.shape)
+    return grad_query, multiply(grad_scores.mT, q), multiply(p.mT, g)
+
+
+def _fold(states: Tensor, heads: int) -> Tensor:
+    """`[B, H, L, E]` to `[B, Hkv, G * L, E]`: query heads that share a key head become rows."""
+    batch, all_heads, length, size = states.shape
+    return states.reshape(batch, heads, (all_heads // heads) * length, size)
+
+
+def _attend_backward_fake(
+    grad: Tensor,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape, dtype=torch.float32),
+        key.new_empty(key.shape, dtype=torch.float32),
+        value.new_empty(value.shape, dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, attn_mask = ctx.saved_tensors
+    if attn_mask is not None and ctx.needs_input_grad[3]:
+        raise RuntimeError(
+            "heal::exact_sdpa has no gradient for attn_mask. Detach the mask, or compile with "
+            "precision='heal', which has one."
+        )
+    found = heal.exact_attend_backward(grad, query, key, value, attn_mask, *ctx.rest)
+    states = (query, key, value)
+    return (*(g.to(x.dtype) for g, x in zip(found, states, strict=True)), *[None] * 5)
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, "
+    "str kv, str numerics"
+)
+register_opaque(
+    f"exact_attend_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _attend_backward,
+    _attend_backward_fake,
+)
+register_opaque(f"exact_attend({_ARGUMENTS}) -> Tensor", _attend, _attend_fake, _gradients, _save)
+
+library.define(
+    "exact_sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    'str kv="int16", str numerics="exact5") -> Tensor'
+)
+
+
+@torch.library.impl(library, "exact_sdpa", "CompositeImplicitAutograd")
+def exact_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    kv: str = "int16",
+    numerics: str = "exact5",
+) -> Tensor:
+    """SDPA with any leading dimensions; arguments as `heal::sdpa`, but no dropout.
+
+    Args:
+        query: `[..., H, L, E]`.
+        key: `[..., Hkv, S, E]`.
+        value: `[..., Hkv, S, Ev]`.
+        attn_mask: Bool or float, broadcastable to `[..., H, L, S]`; excludes `is_causal`.
+        dropout_p: 0: random numbers differ between devices.
+        is_causal: Counted from the first query and the first key.
+        scale: Factor of the scores, `1 / sqrt(E)` if None.
+        enable_gqa: Allow `H` to be a multiple of `Hkv`.
+        kv: `int16` or `int24`.
+        numerics: An exact precision.
+    """
+    torch._check(
+        not (is_causal and attn_mask is not None),
+        lambda: "heal::exact_sdpa: attn_mask and is_causal exclude each other, as in torch",
+    )
+    torch._check(
+        dropout_p == 0.0, lambda: "heal::exact_sdpa: dropout_p must be 0, it draws random numbers"
+    )
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    shape = (*leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
+    states = four_dimensional(query, key, value, enable_gqa)
+    mask = None if attn_mask is None else mask_four_dimensional(attn_mask, shape)
+    result = heal.exact_attend(*states, mask, is_causal, factor, kv, numerics)
+    return result.reshape(shape)

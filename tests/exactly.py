@@ -1,0 +1,60 @@
+"""Bit patterns: how the tests of exact arithmetic compare, poison and compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import decomposition
+from torch._inductor.compile_fx import compile_fx
+
+from healpass.backend import PINNED_SETTINGS
+from healpass.ops.pinned import DECOMPOSITIONS
+
+SPECIAL = torch.tensor(
+    [0.0, -0.0, 1.0, -1.0, 2.0**-149, -(2.0**-149), 2.0**-126, 3.4028234663852886e38]
+    + [-3.4028234663852886e38, float("inf"), float("-inf"), float("nan"), -float("nan")]
+)
+
+
+def flat(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def differing(ours: Any, theirs: Any) -> int:
+    """How many FP32 or integer elements of two trees differ in a bit."""
+    total = 0
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if a.is_floating_point():
+            width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+            a, b = a.detach().contiguous().view(width), b.detach().contiguous().view(width)
+        total += int((a != b).sum())
+    return total
+
+
+def any_floats(count: int, seed: int = 0) -> Tensor:
+    """FP32 numbers of every exponent and sign, NaN and infinities among them."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator)
+    return torch.cat([SPECIAL, bits.to(torch.int32).view(torch.float32)])
+
+
+def ordinary(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """What activations look like."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, generator=generator) * scale
+
+
+def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`function` through Inductor as `precision="exact"` compiles, pinned operators opened."""
+    patches = {**PINNED_SETTINGS, **settings}
+    table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS}
+
+    def backend(graph_module: Any, inputs: list[Any]) -> Any:
+        return compile_fx(graph_module, inputs, config_patches=patches, decompositions=table)
+
+    return torch.compile(function, backend=backend, dynamic=False)
