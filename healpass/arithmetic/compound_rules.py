@@ -7,7 +7,7 @@ one, a shift of all scores cancels) is autograd's affair and only roundings are 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,59 +121,98 @@ def _denominator(run: Analysis, numerator: Estimate, dim: int) -> Estimate:
     return masked_fill(run, summed, empty, 1.0)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What `heal::sdpa` takes besides its operands; `ops.sdpa` says what the names mean."""
+
+    attn_mask: Any = None
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Estimate | None = None
+
+    def capped(self, run: Analysis, scores: Estimate) -> Estimate:
+        """`softcap * tanh(scores / softcap)`."""
+        if self.softcap is None:
+            return scores
+        return mul(run, RULES["tanh"](run, div(run, scores, self.softcap)), self.softcap)
+
+    def masked(self, run: Analysis, scores: Estimate) -> Estimate:
+        """Minus infinity where a key is hidden, and the float mask added."""
+        every = torch.ones(scores.value.shape[-2:], dtype=torch.bool)
+        if self.is_causal:
+            scores = masked_fill(run, scores, every.triu(1), -math.inf)
+        if self.window is not None:
+            scores = masked_fill(run, scores, every.tril(-self.window), -math.inf)
+        if self.attn_mask is None:
+            return scores
+        if isinstance(self.attn_mask, Tensor):  # a boolean one: the others are estimates by now
+            return masked_fill(run, scores, ~self.attn_mask, -math.inf)
+        return add(run, scores, operand(self.attn_mask))
+
+    def weights(self, run: Analysis, scores: Estimate) -> Estimate:
+        """Softmax over the keys, and over the sink, whose weight is left out again."""
+        if self.sinks is None:
+            return softmax(run, scores)
+        shape = (*scores.value.shape[:-1], 1)
+        sink = self.sinks.moved(lambda x: x[:, None, None].expand(shape))
+        joined = Estimate(
+            torch.cat([scores.value, sink.value], -1), torch.cat([scores.error, sink.error], -1)
+        )
+        return softmax(run, joined).moved(lambda x: x[..., :-1])
+
+
 def sdpa(
-    run: Analysis, query: Estimate, key: Estimate, value: Estimate, attn_mask: Any = None,
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Estimate:  # fmt: skip
-    """Quantization, scores, softmax and weighted sum; dropout has no error rule."""
+    run: Analysis,
+    query: Estimate,
+    key: Estimate,
+    value: Estimate,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    kv: str | None = None,
+    seed: Any = None,
+    **more: Any,
+) -> Estimate:
+    """Quantization, scores, softmax and weighted sum; dropout has no error rule.
+
+    Takes the arguments of `heal::sdpa`, of which torch's are a part; `kv` None is that of the run.
+    """
+    del seed
     if dropout_p:
         raise ValueError("no error rule for attention with dropout: its result is random.")
-    states = tuple(_quantized(run, x) for x in (query, key, value))
-    scale = 1 / math.sqrt(query.value.shape[-1]) if scale is None else scale
-    return _attention(run, states, scale, lambda s: _masked(run, s, attn_mask, is_causal),
-                      enable_gqa)  # fmt: skip
-
-
-def _attention(
-    run: Analysis, states: tuple[Estimate, ...], scale: float, mask: Any, enable_gqa: bool
-) -> Estimate:
-    query, key, value = states
-    if enable_gqa:
+    scoring = Scoring(attn_mask, is_causal, **more)
+    states = [quantized(run, x, kv or run.how.kv) for x in (query, key, value)]
+    if scoring.enable_gqa:
         groups = query.value.shape[-3] // key.value.shape[-3]
-        key, value = (t.moved(lambda x: x.repeat_interleave(groups, -3)) for t in (key, value))
-    scores = mul(run, matmul(run, query, key.moved(lambda x: x.mT)), scale)
-    return _weighted_mean(run, mask(scores), value)
+        states[1:] = [t.moved(lambda x: x.repeat_interleave(groups, -3)) for t in states[1:]]
+    scale = 1 / math.sqrt(query.value.shape[-1]) if scoring.scale is None else scoring.scale
+    scores = mul(run, matmul(run, states[0], states[1].moved(lambda x: x.mT)), scale)
+    return _weighted_mean(
+        run, scoring.masked(run, scoring.capped(run, scores)), states[2], scoring
+    )
 
 
-def _quantized(run: Analysis, x: Estimate) -> Estimate:
+def quantized(run: Analysis, x: Estimate, kv: str) -> Estimate:
     """`x` as the integers of its row hold it (`int16` derives the step), dequantized in FP32."""
-    if run.how.kv == "fp32":
+    if kv == "fp32":
         return x
     largest = x.magnitude.amax(-1, keepdim=True)
-    step = largest / INTEGER_FORMATS[run.how.kv].limit * (1 + 2.0**-23) + 2.0**-126
+    step = largest / INTEGER_FORMATS[kv].limit * (1 + 2.0**-23) + 2.0**-126
     own = step * (0.5 + 2.0**-26) + U * (largest + step)
     return run.step(x.value, x.error, own.expand_as(x.error))
 
 
-def _masked(run: Analysis, scores: Estimate, attn_mask: Any, is_causal: bool) -> Estimate:
-    if is_causal:
-        hidden = torch.ones(scores.value.shape[-2:], dtype=torch.bool).triu(1)
-        scores = masked_fill(run, scores, hidden, -math.inf)
-    if attn_mask is None:
-        return scores
-    if isinstance(attn_mask, Tensor):  # a boolean one: the others are estimates by now
-        return masked_fill(run, scores, ~attn_mask, -math.inf)
-    return add(run, scores, operand(attn_mask))
-
-
-def _weighted_mean(run: Analysis, scores: Estimate, value: Estimate) -> Estimate:
+def _weighted_mean(run: Analysis, scores: Estimate, value: Estimate, scoring: Scoring) -> Estimate:
     """softmax(scores) V, divided before or after the product, in blocks of keys or at once.
 
     A kernel that goes through blocks multiplies what it has by exp(old maximum - new maximum) at
     each: an exponential and a rounding more. A weighted mean is no larger than the largest value.
     """
-    weights = softmax(run, scores)
+    weights = scoring.weights(run, scores)
     n = scores.value.shape[-1]
     blocks = -(-n // KEY_BLOCK)
     rescaled = _also(run, weights, 2 * blocks * (ELEMENTARY + 2 * U) * weights.magnitude)

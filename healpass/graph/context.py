@@ -45,7 +45,7 @@ class Context:
 
     def builder(self, graph_module: GraphModule, like: Node) -> Builder:
         """A builder of nodes that stand for `like`, and carry the name of its record."""
-        like.meta["heal_record"] = qualified_name(like)
+        like.meta.setdefault("heal_record", qualified_name(like))
         return Builder(graph_module.graph, like, self.fake_mode)
 
     def rewritten(self, node: Node, op: str, heal_op: str, bound: str | None) -> None:
@@ -68,6 +68,7 @@ class Context:
     def _record(
         self, node: Node, op: str, heal_op: str | None, reason: str | None, bound: str | None
     ) -> None:
+        node.meta.setdefault("heal_record", qualified_name(node))
         line, code = user_line(node)
         shapes = ", ".join(describe(t) for t in tensors([value(n) for n in node_inputs(node)]))
         self.report.nodes.append(

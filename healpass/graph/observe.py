@@ -15,17 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from healpass.arithmetic.compound_rules import sdpa
+from healpass.arithmetic.digits import join_digits
+from healpass.arithmetic.estimate import lifted
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name, is_floating, tensors, value
 from healpass.report import GraphReport, OutputRecord
 
-#: The torch function that each operator computes; their last argument, `numerics`, is left out.
+#: The torch function that each operator computes. `propagate` takes our operators' arguments for
+#: them, `numerics` left out.
 MEANING: dict[str, Callable[..., Any]] = {
     "heal::linear": F.linear,
     "heal::matmul": torch.matmul,
     "heal::sdpa": F.scaled_dot_product_attention,
 }
+#: Attention on a cache's integers, which are exact operands here.
+INTEGERS = "heal::integer_attention"
 #: Up to here (elements of all steps) an output's bound is rigorous; above, it is of first order.
 RIGOROUS = 1 << 16
 #: How many elements of an output are bounded to first order: those with the largest errors.
@@ -66,12 +72,20 @@ class Measured(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Run one node, and compare it if it is an operator of ours."""
         result = super().run_node(n)
-        function, record = MEANING.get(heal_name(n) or ""), n.meta.get("heal_record")
-        if function is not None and record is not None:
+        name, record = heal_name(n), n.meta.get("heal_record")
+        if record is not None and (name in MEANING or name == INTEGERS):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            run = Analysis(self.arithmetic)
-            ideal = propagate(function, run, *_meant(args), **_meant(kwargs))
-            self.ratios[record] = worst_ratio(result, ideal.value.detach(), ideal.error)
+            ideal = self.ideal(n, args, kwargs)
+            computed = result[0] if name == INTEGERS else result
+            self.ratios[record] = worst_ratio(computed, ideal.value.detach(), ideal.error)
+        return result
+
+    def ideal(self, n: Node, args: Any, kwargs: Any) -> Estimate:
+        """What exact arithmetic makes of the operands that a node got, and its bound."""
+        run, name = Analysis(self.arithmetic), heal_name(n)
+        if name == INTEGERS:
+            return sdpa(run, **_dequantized(n, args, kwargs), kv="fp32", enable_gqa=True)
+        result: Estimate = propagate(MEANING[str(name)], run, *_meant(args), **_meant(kwargs))
         return result
 
 
@@ -84,11 +98,11 @@ class Propagated(Interpreter):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An input is what it is."""
-        return _lifted(super().placeholder(target, args, kwargs))
+        return lifted(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """So is a constant."""
-        return _lifted(super().get_attr(target, args, kwargs))
+        return lifted(super().get_attr(target, args, kwargs))
 
     def run_node(self, n: Node) -> Any:
         """Integers and masks are computed, everything else is propagated."""
@@ -163,8 +177,15 @@ def _meant(arguments: Any) -> Any:
     return tuple(argument for argument in arguments if not isinstance(argument, str))
 
 
-def _lifted(x: Any) -> Any:
-    return exact(x) if is_floating(x) else x
+def _dequantized(n: Node, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an attention on integers, its operands' values without any rounding."""
+    names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for name in ("query", "key", "value"):
+        digits, scale = given.pop(f"{name}_digits"), given.pop(f"{name}_scale")
+        integers = join_digits(digits.unbind(-3)).double()
+        given[name] = exact(integers * scale.double()[..., None])
+    return {k: lifted(v) for k, v in given.items() if k not in ("numerics", "seed")}
 
 
 def _leaves(*trees: Any) -> list[Any]:

@@ -49,7 +49,6 @@ def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
 
     Raises:
         ConfigError: The model is of another kind, or an option is wrong.
-        UnavailableError: An option is not in this version.
     """
     config = {"outputs": "fp32"} | config
     options = HealConfig.from_options(config, None)

@@ -16,7 +16,7 @@ from transformers import (
     StaticCache,
 )
 
-from healpass.errors import CacheError, ConfigError, UnavailableError
+from healpass.errors import CacheError, ConfigError
 from healpass.integrations.transformers import HealCache, heal_model
 
 PROMPTS = torch.tensor([[0, 0, 0, 5, 9], [11, 3, 7, 8, 2], [0, 4, 6, 20, 31]])
@@ -191,8 +191,8 @@ def test_wrong_use_says_what_to_do(llama):
         heal_model(torch.compile(llama))
     with pytest.raises(ConfigError, match="Did you mean 'precision'"):
         heal_model(llama, precisions="heal")
-    with pytest.raises(UnavailableError, match="exact"):
-        heal_model(llama, precision="exact")
+    with pytest.raises(ConfigError, match="kv='fp32' contradicts"):
+        heal_model(llama, precision="exact", kv="fp32")
     assert llama._compiled_call_impl is None
 
 

@@ -186,13 +186,13 @@ OPTIONS = {"outputs": "fp32", "kv": "fp32"}
 
 
 @examples(60, deep=1000)
-@given(programs(), st.booleans())
-def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic):
+@given(programs(), st.booleans(), st.sampled_from(["fp32", "int16", "int24"]))
+def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic, kv):
     """The whole backend, Inductor included, beside an FP32 run of the original."""
     torch._dynamo.reset()
-    run = partial(program.run, direct)
-    compiled = torch.compile(run, backend="heal", dynamic=dynamic, options=OPTIONS, fullgraph=True)
-    bound = estimate(program)
+    run, options = partial(program.run, direct), OPTIONS | {"kv": kv}
+    compiled = torch.compile(run, backend="heal", dynamic=dynamic, options=options, fullgraph=True)
+    bound = estimate(program, Arithmetic(kv=kv, casts=False))
     y = compiled(*program.tensors())
     assert y.dtype == torch.float32
     ratio = worst_ratio(y, bound)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass import HealConfig, HealError
-from healpass.config import CHOICES, UNAVAILABLE
-from healpass.errors import ConfigError, UnavailableError, suggestion
+from healpass.config import CHOICES
+from healpass.errors import ConfigError, suggestion
 
 FIELDS = {field.name: field for field in dataclasses.fields(HealConfig)}
 VALID = {
@@ -110,14 +110,6 @@ def test_the_mode_may_come_from_torch_or_from_the_options_but_must_agree():
         HealConfig.from_options({"mode": "lite"}, "default")
     with pytest.raises(ConfigError, match="is not one of"):
         HealConfig.from_options(None, "faster")
-
-
-@pytest.mark.parametrize("name", sorted(UNAVAILABLE))
-def test_what_is_not_built_yet_says_so_and_names_the_way_out(name):
-    value = {"simulate": "a100", "order": 3, "exact_products": 6}.get(name, True)
-    with pytest.raises(UnavailableError, match="not in this version") as caught:
-        HealConfig(**{name: value})
-    assert "Leave" in str(caught.value)
 
 
 def test_a_configuration_is_frozen_hashable_and_survives_pickling():

@@ -12,6 +12,8 @@ from torch import nn
 
 import healpass
 from healpass import HealConfig
+from healpass.arithmetic.compound_rules import sdpa
+from healpass.arithmetic.propagate import Analysis, exact
 from healpass.graph import observe
 
 BF16 = torch.bfloat16
@@ -113,6 +115,41 @@ def test_what_has_no_error_rule_says_so():
     assert report.nodes[0].observed is not None
     assert "no error rule for 'cumsum'" in report.outputs[0].reason
     assert "no error rule for 'cumsum'" in str(report)
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+def test_quantized_attention_is_held_to_the_bound_of_its_format(kv):
+    config = HealConfig(outputs="fp32", kv=kv)
+    report = explained(Block(), X, config=config)
+    ratios = {node.heal_op: node.observed for node in report.nodes}
+    print(ratios)
+    assert 0 < ratios["heal::sdpa"] <= 1
+    assert 0 < report.outputs[0].observed <= 1
+
+
+def test_a_coarser_format_breaks_the_bound_of_a_finer_one(monkeypatch):
+    """The inverse: INT16 attention against the bound of INT24."""
+    q = random(1, 2, 5, 8)
+    attended = torch.ops.heal.sdpa(q, q, q, kv="int16")
+    ideal = sdpa(Analysis(), *map(exact, (q, q, q)), kv="int24")
+    assert observe.worst_ratio(attended, ideal.value.detach(), ideal.error) > 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"window": 2}, {"softcap": 0.5}, {"sinks": random(4)}, {"is_causal": True, "softcap": 3.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("kv", ["fp32", "int16"])
+def test_what_current_models_add_to_attention_has_bounds(more, kv):
+    q, k = random(2, 4, 9, 8), random(2, 2, 9, 8)
+
+    def attend(q, k):
+        return torch.ops.heal.sdpa(q, k, k, enable_gqa=True, kv=kv, **more)
+
+    report = explained(attend, q, k, config=HealConfig(outputs="fp32", kv=kv))
+    assert 0 < report.nodes[0].observed <= 1
+    assert 0 < report.outputs[0].observed <= 1
 
 
 def test_masks_and_integers_pass_through():
