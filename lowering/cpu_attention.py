@@ -53,8 +53,8 @@ def lower_attention(
     both = is_causal and attn_mask is not None  # the operator takes both, torch's kernel does not
     if both or not is_ieee("cpu") or not _fits_flash(query, key, value):
         return None
-    states = [fp32(x) for x in (query, key, value)]
-    return _attend_flash(*states, attn_mask, is_causal, scale)[0]
+    query, key, value = map(fp32, (query, key, value))
+    return _attend_flash(query, key, value, attn_mask, is_causal, scale)[0]
 
 
 def lower_integer_attention(
@@ -90,10 +90,10 @@ def lower_integer_attention(
         )
     plain = window is None and softcap is None and sinks is None and dropout_p == 0.0
     both = is_causal and attn_mask is not None
-    states = [lower_dequantize(*x) for x in ((query_digits, query_scale), key, value)]
-    if not plain or both or not is_ieee("cpu") or not _fits_flash(*states):
+    wide = [lower_dequantize(*x) for x in ((query_digits, query_scale), key, value)]
+    if not plain or both or not is_ieee("cpu") or not _fits_flash(*wide):
         return None
-    return _attend_flash(*states, attn_mask, is_causal, scale)
+    return _attend_flash(wide[0], wide[1], wide[2], attn_mask, is_causal, scale)
 
 
 # ------------------------------------------------------------------------------- few queries
