@@ -6,8 +6,8 @@ left. A reproducible model gives each prompt one answer, whatever the batch. Thr
 compared:
 
 - BF16: the model as it is usually served.
-- heal: `heal_model(model, kv="fp32")`, which compiles with `backend="heal"` and keeps an FP32 key/value
-  cache.
+- heal: `heal_model(model, kv="fp32")`, which compiles with `backend="heal"` and keeps an FP32
+  key/value cache.
 - heal, the caller's BF16 cache: `torch.compile` with `backend="heal"` alone. A pass over the graph
   cannot widen a cache that the caller owns, nor the logits it hands out; both are rounded again.
 

@@ -21,6 +21,7 @@ from healpass.graph.attention import rewrite_attention
 from healpass.graph.cache_reads import fold_cache_reads
 from healpass.graph.context import Context, device_reason
 from healpass.graph.expand import expand_composites
+from healpass.graph.flex import rewrite_flex
 from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
 from healpass.graph.promote import promote
@@ -52,6 +53,7 @@ PASSES: dict[str, Pass] = {
     "expand": everywhere(expand_composites),
     "matmul": everywhere(rewrite_matmuls),
     "attention": everywhere(rewrite_attention),
+    "flex": everywhere(rewrite_flex),
     "promote": promote,
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,

@@ -10,10 +10,19 @@ of those and of plain torch, so autograd, fake tensors and tracing see through t
 `matmul`, `sdpa`.
 """
 
-from healpass.ops import attention, integer_attention, integer_gradients, matmul, quantize, sdpa
+from healpass.ops import (
+    attention,
+    flex,
+    integer_attention,
+    integer_gradients,
+    matmul,
+    quantize,
+    sdpa,
+)
 
 __all__ = [
     "attention",
+    "flex",
     "integer_attention",
     "integer_gradients",
     "matmul",

@@ -178,5 +178,5 @@ def test_each_pass_leaves_the_graph_before_and_after_for_tlparse(monkeypatch):
     assert "torch.ops.heal.matmul" in kept["heal_after_matmul"]
     assert [n for n in kept if n.startswith("heal_after")] == [
         f"heal_after_{name}"
-        for name in ("expand", "matmul", "attention", "promote", "cache_reads", "autocast")
+        for name in ("expand", "matmul", "attention", "flex", "promote", "cache_reads", "autocast")
     ]
