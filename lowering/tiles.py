@@ -104,7 +104,7 @@ def attention_tiles(
     if decodes:
         return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
     if 100 <= capability < 120:
-        return [AttentionTile(64, 8, 1 if head_block > 128 else 2)]
+        return [AttentionTile(64, 8 if digits else 4, 1 if head_block > 128 else 2)]
     if head_block > 128:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     if 90 <= capability < 100:

@@ -151,7 +151,7 @@ def test_every_gpu_has_a_tile_for_every_problem(capability):
 @pytest.mark.parametrize("kv", ["int16", "int24", "fp32"])
 @pytest.mark.parametrize("length", [1, 200])
 def test_scaled_dot_product_attention_has_kernels_alone(length, kv):
-    """Quantization is written by Inductor's own kernels, in digits and scales; nothing is called."""
+    """Digits and scales are written by Inductor's own kernels; no operator is called."""
 
     def layer(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         rope = torch.cos(query) * query
