@@ -1,7 +1,7 @@
 """Tile shapes by architecture. Imports nothing of healpass.
 
 A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces) is in
-`matmul.py`, a function of K and the dtypes alone. The shapes come from ahead-of-time compiles: no
+`matmul.py` and `attention.py`, a function of sizes and dtypes alone. The shapes come from ahead-of-time compiles: no
 spills, no serialised tensor-core chain (`python -m tests.sass` prints the table). None was timed.
 """
 

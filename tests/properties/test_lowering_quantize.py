@@ -11,12 +11,11 @@ from tests.attending import random, run
 
 
 @pytest.mark.parametrize("kv", ["int16", "int24"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_digits_and_scales_are_those_of_the_operator(kv, dtype):
     x = random((2, 3, 5, 40), 0)
     x[0, 0, 1], x[0, 1, 2, 3], x[1, 2, 4, 5] = 0.0, math.nan, -math.inf
-    # (The interpreter upcasts subnormal BF16 numbers wrongly.)
-    x[1, 0] *= 2.0 ** (-130 if dtype == torch.float32 else -120)
+    x[1, 0] *= 2.0 ** (-130 if dtype == torch.float32 else -10)
     x = x.to(dtype)
     digits, scale = run(torch.ops.heal.quantize, [x, kv])
     wanted_digits, wanted_scale = torch.ops.heal.quantize(x, kv)
