@@ -1,8 +1,9 @@
 """Tile shapes by architecture. Imports nothing of healpass.
 
-A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces) is in
-`matmul.py` and `attention.py`, a function of sizes and dtypes alone. The shapes come from ahead-of-time compiles: no
-spills, no serialised tensor-core chain (`python -m tests.sass` prints the table). None was timed.
+A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces, keys
+per block) is in `matmul.py` and `attention.py`, a function of sizes and dtypes alone. The shapes
+come from ahead-of-time compiles: no spills, no serialised tensor-core chain (`python -m
+tests.sass` prints the table). None was timed.
 """
 
 from __future__ import annotations
