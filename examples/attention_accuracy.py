@@ -49,6 +49,13 @@ def bf16_cache(module, query, key, value, *args, **kwargs):  # type: ignore[no-u
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
+def text(tokens: int) -> Tensor:
+    """The first tokens of the license, `[1, tokens]`."""
+    _, tokenizer = smollm2.load(torch.bfloat16)
+    ids: Tensor = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"]
+    return ids[:, :tokens]
+
+
 def logits(dtype: torch.dtype, attention: str, ids: Tensor) -> Iterator[Tensor]:
     """The logits of all tokens in FP64, `CHUNK` tokens at a time."""
     model, _ = smollm2.load(dtype)
@@ -60,6 +67,9 @@ def logits(dtype: torch.dtype, attention: str, ids: Tensor) -> Iterator[Tensor]:
 
 def errors(ids: Tensor) -> dict[str, float]:
     """Per run `|logits - exact| / |exact|` in the Frobenius norm over all tokens."""
+    register()
+    ALL_ATTENTION_FUNCTIONS.register("bf16_cache", bf16_cache)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("bf16_cache", sdpa_mask)
     found = {name: logits(dtype, attention, ids) for name, dtype, attention in RUNS}
     squares, size = dict.fromkeys(found, 0.0), 0.0
     with torch.no_grad():
@@ -101,12 +111,7 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
-    register()
-    ALL_ATTENTION_FUNCTIONS.register("bf16_cache", bf16_cache)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("bf16_cache", sdpa_mask)
-    _, tokenizer = smollm2.load(torch.bfloat16)
-    ids = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"]
-    ids = ids[:, : parser.parse_args().tokens]
+    ids = text(parser.parse_args().tokens)
     found = errors(ids)
     table = Table("run", "relative logit error", "/ FP32 model", title=f"{ids.shape[1]} tokens")
     for name, error in found.items():

@@ -1,9 +1,9 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu` (C++ code) or to `matmul`, `attention` and
-`attention_gradients` (Triton templates on CUDA). An operator without a lowering for its device
-runs its own meaning, as one call from the code.
+at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
+`attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
+operator without a lowering for its device runs its own meaning, as one call from the code.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from healpass.lowering.expressions import (
     div,
     equals,
     fp32,
+    fp64,
     is_static,
     mul,
     same_size,
@@ -53,8 +54,8 @@ def lower_attention(
     both = is_causal and attn_mask is not None  # the operator takes both, torch's kernel does not
     if both or not is_ieee("cpu") or not _fits_flash(query, key, value):
         return None
-    states = [fp32(x) for x in (query, key, value)]
-    return _attend_flash(*states, attn_mask, is_causal, scale)[0]
+    query, key, value = map(fp32, (query, key, value))
+    return _attend_flash(query, key, value, attn_mask, is_causal, scale)[0]
 
 
 def lower_integer_attention(
@@ -76,8 +77,9 @@ def lower_integer_attention(
 ) -> Any:
     """`heal::integer_attention` on CPU: sums over digits for few queries, flash for many.
 
-    Both are FP32 arithmetic on the integers' values; `arithmetic.attention_bounds` bounds it. The
-    flash kernel lets a hidden key whose scale is NaN through; the sums do not.
+    Both are FP32 arithmetic on the integers' values; `arithmetic.attention_bounds` bounds it. As
+    any FP32 attention, the flash kernel gives NaN for scores past FP32's range and lets a hidden
+    key that is NaN through; the sums do neither.
     """
     del seed, numerics
     key, value = (key_digits, key_scale), (value_digits, value_scale)
@@ -90,10 +92,10 @@ def lower_integer_attention(
         )
     plain = window is None and softcap is None and sinks is None and dropout_p == 0.0
     both = is_causal and attn_mask is not None
-    states = [lower_dequantize(*x) for x in ((query_digits, query_scale), key, value)]
-    if not plain or both or not is_ieee("cpu") or not _fits_flash(*states):
+    wide = [lower_dequantize(*x) for x in ((query_digits, query_scale), key, value)]
+    if not plain or both or not is_ieee("cpu") or not _fits_flash(*wide):
         return None
-    return _attend_flash(*states, attn_mask, is_causal, scale)
+    return _attend_flash(wide[0], wide[1], wide[2], attn_mask, is_causal, scale)
 
 
 # ------------------------------------------------------------------------------- few queries
@@ -129,8 +131,11 @@ def _scores(query: Operand, key: Operand, groups: Any, scale: float) -> Any:
     keys = _repeat_heads(integers(key[0], torch.float32), groups)
     products = call(aten.sum.dim_IntList, mul(unsqueeze(rows, 3), unsqueeze(keys, 2)), [-1], False)
     key_scale = _repeat_heads(unsqueeze(key[1], -1), groups)
-    scales = mul(unsqueeze(query[1], -1), call(aten.permute.default, key_scale, [0, 1, 3, 2]))
-    return clamp(mul(products, mul(scales, scale)), -FP32.largest, FP32.largest)
+    scales = mul(
+        fp64(unsqueeze(query[1], -1)), fp64(call(aten.permute.default, key_scale, [0, 1, 3, 2]))
+    )  # in FP64, where the product of two scales neither overflows nor vanishes
+    scores = mul(mul(fp64(products), scales), scale)
+    return fp32(clamp(scores, -FP32.largest, FP32.largest))
 
 
 def _softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from healpass.lowering.expressions import (
     mul,
     sub,
     unsqueeze,
+    view,
     where,
 )
 from sympy import Eq
@@ -33,6 +34,8 @@ from torch._inductor.lowering import to_dtype
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX
 from healpass.arithmetic.formats import FP32
 from healpass.ops.quantize import FORMATS
+
+_IOTA = {"start": 0, "step": 1, "dtype": torch.int64, "requires_grad": False}
 
 
 def lower_quantize(x: Any, kv: str) -> tuple[Any, Any]:
@@ -76,7 +79,15 @@ def _digits(payload: Any, count: int) -> Any:
         digit = sub(low, DIGIT_MAX)
         planes.append(unsqueeze(to_dtype(digit, torch.int8), -3))
         rest = call(aten.bitwise_right_shift.Tensor_Scalar, sub(rest, digit), BASE_BITS)
-    return call(aten.cat.default, planes, -3)
+    device = payload.get_device()
+    if device.type == "cpu":
+        return call(aten.cat.default, planes, -3)
+    # Inductor's `cat` for GPUs asks for the size of the graph node's value; ours has two values.
+    index = view(call(torch.ops.prims.iota.default, count, **_IOTA, device=device), [count, 1, 1])
+    stacked = planes[-1]
+    for plane in reversed(range(count - 1)):
+        stacked = where(equals(index, plane), planes[plane], stacked)
+    return stacked
 
 
 LOWERINGS = {

@@ -1,8 +1,9 @@
 """Tile shapes by architecture. Imports nothing of healpass.
 
-A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces) is in
-`matmul.py`, a function of K and the dtypes alone. The shapes come from ahead-of-time compiles: no
-spills, no serialised tensor-core chain (`python -m tests.sass` prints the table). None was timed.
+A tile is tuning: it changes speed and never bits. What changes bits (K tile, chunk, pieces, keys
+per block) is in `matmul.py` and `attention.py`, a function of sizes and dtypes alone. The shapes
+come from ahead-of-time compiles: no spills, no serialised tensor-core chain (`python -m
+tests.sass` prints the table). None was timed.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def attention_tiles(
     if decodes:
         return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
     if 100 <= capability < 120:
-        return [AttentionTile(64, 8, 1 if head_block > 128 else 2)]
+        return [AttentionTile(64, 8 if digits else 4, 1 if head_block > 128 else 2)]
     if head_block > 128:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     if 90 <= capability < 100:

@@ -164,6 +164,12 @@ class _Helpers:
 class _Math:
     """libdevice and tl_math: the functions of `tl` and `tl.math` by the same names."""
 
+    @staticmethod
+    def nearbyint(x: Any) -> Any:
+        """Round half to even, which `tl` has under no name."""
+        handle = interpreter.TensorHandle(np.rint(x.handle.data), x.dtype)
+        return tl.tensor(handle, x.type)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name, None) or getattr(tl.math, name)
 

@@ -17,6 +17,7 @@ from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import SDPA
 from healpass.graph.nodes import heal_name, node_inputs, op_name, set_value, tensors, value
 
+#: The names of SDPA's arguments, in order.
 PARAMETERS = (
     "query",
     "key",
@@ -27,8 +28,7 @@ PARAMETERS = (
     "scale",
     "enable_gqa",
 )
-
-
+#: How reports call it.
 OP = "scaled_dot_product_attention"
 
 

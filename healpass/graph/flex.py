@@ -48,13 +48,23 @@ def rewrite_flex(graph_module: GraphModule, context: Context) -> int:
     return count
 
 
-def _body(function: Node, graph_module: GraphModule) -> GraphModule:
-    body: GraphModule = graph_module.get_submodule(str(function.target))
+def _body(function: Any, graph_module: GraphModule) -> GraphModule:
+    body = graph_module.get_submodule(str(function.target))
+    assert isinstance(body, GraphModule), "Dynamo makes a graph of each function"
     return body
 
 
+def _result(body: GraphModule) -> Any:
+    return body.graph.output_node().args[0]
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """Q, K, V, score_mod, block mask, scale, options, buffers of score_mod, of mask_mod."""
+    return node.args
+
+
 def _why_not(node: Node, graph_module: GraphModule) -> str | None:
-    query, key, states, score, block_mask, *_ = node.args
+    query, key, states, score, block_mask = _arguments(node)[:5]
     operands = [value(x) for x in (query, key, states)]
     reason = why_not(operands) or why_not_here(node)
     if reason:
@@ -71,7 +81,7 @@ def _why_not(node: Node, graph_module: GraphModule) -> str | None:
 def soft_cap(body: GraphModule) -> float | None:
     """The cap of `cap * tanh(score / cap)`, infinity for an unchanged score, else None."""
     score, *_ = body.graph.nodes
-    result = body.graph.output_node().args[0]
+    result = _result(body)
     if result is score:
         return float("inf")
     tanh, cap = _scaled(result, "mul")
@@ -95,7 +105,7 @@ def _foreign(body: GraphModule) -> str | None:
     """What a mask function does that is not elementwise, or None."""
     for node in body.graph.nodes:
         name = op_name(node) if node.op in ("call_function", "call_method") else None
-        if name == "new_ones" and node is body.graph.output_node().args[0]:
+        if name == "new_ones" and node is _result(body):
             continue
         looked_up = name == "getitem" and all(
             isinstance(i, (Node, int))
@@ -112,7 +122,7 @@ def _foreign(body: GraphModule) -> str | None:
 
 
 def _rewrite(node: Node, graph_module: GraphModule, context: Context) -> None:
-    query, key, states, score, block_mask, scale, _, _, buffers = node.args
+    query, key, states, score, block_mask, scale, _, _, buffers = _arguments(node)
     builder = context.builder(graph_module, node)
     cap = soft_cap(_body(score, graph_module))
     config = context.config
@@ -151,7 +161,7 @@ def _mask(
     counts, indices, full_counts, full_indices = block_mask[2:6]
     rows, columns = block_mask[-3:-1]
     body = _body(block_mask[-1], graph_module)
-    everything = op_name(body.graph.output_node().args[0]) == "new_ones"
+    everything = op_name(_result(body)) == "new_ones"
     if everything and rows >= length and columns >= keys:
         return None
     sizes = (rows, columns, length, keys)
@@ -186,5 +196,5 @@ def _inline(body: GraphModule, operands: list[Any], builder: Builder) -> Node:
             args, kwargs = map_arg((inner.args, inner.kwargs), lambda n: copies[n])
             make = builder.call if inner.op == "call_function" else builder.method
             copies[inner] = make(inner.target, *args, **kwargs)
-    result: Node = copies[body.graph.output_node().args[0]]
+    result: Node = copies[_result(body)]
     return result

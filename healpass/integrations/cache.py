@@ -152,7 +152,8 @@ class HealCache(Cache):
         for name, store in self._stores():
             _restore(store, name, tensors)
         for layer in self.layers:
-            layer.is_initialized = any(store.is_initialized for store in stores_of(layer))
+            if isinstance(layer, HealIntegerLayer):
+                layer.is_initialized = layer.digits.is_initialized
 
     def _stores(self) -> Iterator[tuple[str, Any]]:
         for index, layer in enumerate(self.layers):

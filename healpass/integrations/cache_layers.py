@@ -84,10 +84,15 @@ class HealIntegerLayer(CacheLayerMixin):
         kv: `int16` or `int24`.
     """
 
+    keys: Any = property(lambda self: self._joined("keys"))
+    values: Any = property(lambda self: self._joined("values"))
+    """What is stored, dequantized: for models that read a layer's tensors themselves (T5)."""
+
     def __init__(self, make: Callable[[], Any], kv: str) -> None:
-        super().__init__()
         self.kv = kv
         self.digits, self.scales = make(), make()
+        self.is_initialized = False
+        self.dtype = torch.float32
         self.is_compileable = self.digits.is_compileable
         self.is_croppable = self.digits.is_croppable
         self.is_sliding = self.digits.is_sliding
@@ -102,7 +107,7 @@ class HealIntegerLayer(CacheLayerMixin):
         (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
         self.digits.lazy_initialization(keys, values)
         self.scales.lazy_initialization(key_scales, value_scales)
-        self.is_initialized = True
+        self.is_initialized, self.dtype = True, key_states.dtype
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -120,13 +125,25 @@ class HealIntegerLayer(CacheLayerMixin):
         (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
         digits = self.digits.update(keys, values, *args, **kwargs)
         scales = self.scales.update(key_scales, value_scales, *args, **kwargs)
-        self.is_initialized = True
-        shape = (key_states.shape[1], FORMATS[self.kv].digits)
-        all_keys, all_values = (
-            torch.ops.heal.dequantize(part.unflatten(1, shape), scale.squeeze(-1))
-            for part, scale in zip(digits, scales, strict=True)
-        )
-        return all_keys.to(key_states.dtype), all_values.to(value_states.dtype)
+        self.is_initialized, self.dtype = True, key_states.dtype
+        return self._join(digits[0], scales[0]), self._join(digits[1], scales[1])
+
+    def _join(self, digits: Tensor, scales: Tensor) -> Tensor:
+        """The values of digits `[B, H * D, S, E]` and scales `[B, H, S, 1]`, `[B, H, S, E]`."""
+        planes = digits.unflatten(1, (scales.shape[1], FORMATS[self.kv].digits))
+        values: Tensor = torch.ops.heal.dequantize(planes, scales.squeeze(-1))
+        return values.to(self.dtype)
+
+    def _joined(self, name: str) -> Tensor | None:
+        if self.held() is None:
+            return None
+        return self._join(getattr(self.digits, name), getattr(self.scales, name))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a static layer's batch; a growing layer of transformers does not know it."""
+        size: int = self.digits.batch_size
+        return size
 
     def _split(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Digits `[B, H * D, L, E]` and scales `[B, H, L, 1]`."""

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -305,6 +305,23 @@ def test_prefill_and_decode_in_chunks_equal_one_long_forward(model, kind):
         assert error <= 4 * single
     alone = ours(IDS[:1, 3:]).logits
     assert distance(alone, twin(IDS[:1, 3:]).logits, slice(None)) <= 4 * single
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_decoder_reads_the_cross_attention_from_the_layer(kind):
+    config = hf.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.T5ForConditionalGeneration(config).eval()
+    search = {"do_sample": False, "max_new_tokens": 6, "attention_mask": MASK}
+    expected = model.generate(IDS, **search)
+    room = 16 if kind == "static" else None
+    parts = [HealCache(config, room, "int24"), HealCache(config, 8 if room else None, "int24")]
+    found = model.generate(IDS, **search, past_key_values=EncoderDecoderCache(*parts))
+    assert torch.equal(found, expected)
+    assert parts[1].layers[1].keys.shape == (2, 4, 8, 8)
 
 
 def test_generate_with_beams_gives_the_same_text_with_int24_as_with_fp32(llama_fp32):

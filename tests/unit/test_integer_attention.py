@@ -241,6 +241,24 @@ def test_compiled_training_and_checkpointing_agree_with_eager():
     assert (found - exact).norm() <= 4 * theirs
 
 
+def test_compiled_dropout_drops_the_same_weights_forward_and_backward():
+    """The output is linear in V: <dV, V> is <G, O> if, and only if, both drop the same."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 9, 8)
+    value = torch.randn(1, 2, 9, 8, requires_grad=True)
+
+    def function(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+
+    options = {"kv": "int24", "outputs": "fp32"}
+    output = torch.compile(function, backend="heal", options=options)(query, key, value)
+    grad = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, value, grad)
+    size = (found * value).abs().sum()
+    assert (output == 0).sum() < output.numel()
+    assert ((found * value).sum() - (grad * output).sum()).abs() <= 2.0**-18 * size
+
+
 def test_wrong_operands_are_refused_by_name():
     digits = operands()
     with pytest.raises(RuntimeError, match="INT8 key digits"):

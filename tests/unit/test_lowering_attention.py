@@ -146,3 +146,21 @@ def test_every_gpu_has_a_tile_for_every_problem(capability):
         for digits in (0, 2, 3):
             for decodes in (False, True):
                 assert tiles.attention_tiles(capability, head_block, digits, decodes)
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24", "fp32"])
+@pytest.mark.parametrize("length", [1, 200])
+def test_scaled_dot_product_attention_has_kernels_alone(length, kv):
+    """Digits and scales are written by Inductor's own kernels; no operator is called."""
+
+    def layer(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        rope = torch.cos(query) * query
+        return (torch.ops.heal.sdpa(rope, key, value, is_causal=True, enable_gqa=True, kv=kv),)
+
+    shapes = ((1, 32, length, 128), (1, 8, 300, 128), (1, 8, 300, 128))
+    source = generated_source(layer, [torch.empty(shape, device="meta") for shape in shapes])
+    found = kernels(source)
+    assert "torch.ops" not in source[source.index("def call(") :]
+    assert sum(kernel.is_template for kernel in found) == (2 if length == 1 else 1)
+    producer = next(kernel for kernel in found if "cos" in kernel.source)
+    assert ("int8" in producer.source) == (kv != "fp32")
