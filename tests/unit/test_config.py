@@ -142,3 +142,17 @@ def test_only_the_baselines_leave_the_graph_alone():
 def test_a_suggestion_is_one_of_the_known_names(name, known):
     text = suggestion(name, known)
     assert text == "" or any(repr(candidate) in text for candidate in known)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "int16"),
+        ({"precision": "layercast"}, "fp32"),
+        ({"kv": "int24"}, "int24"),
+        ({"precision": "layercast", "kv": "int16"}, "int16"),
+        ({"kv": "fp32"}, "fp32"),
+    ],
+)
+def test_the_format_of_attention_follows_the_precision_unless_it_is_given(options, found):
+    assert HealConfig(**options).attention_format == found

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import healpass.ops  # noqa: F401
 from healpass.ops import integer_attention as module
+from healpass.ops import integer_gradients
 from healpass.ops.quantize import integers
 from healpass.ops.scores import dropout_words
 
@@ -118,6 +122,59 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 7)
     for ours, theirs in zip(attend(digits, causal=True, window=40), expected, strict=True):
         assert (ours - theirs).abs().max() <= 2**-20
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_grows_linearly_with_the_length(backward):
+    """Twice the length is twice the largest tensor; the inverse, FP32 with a cap, has its square.
+
+    The operator's function is called itself: inside the operator a mode sees nothing.
+    """
+    sizes = []
+    for length in (512, 1024):
+        call = (*operands(length=length, keys=length), None, None, None, True, 0.25, None, 2.0)
+        call = (*call, 0.0, "heal")
+        with LargestTensor() as forward:
+            output, logsumexp = module.integer_attention._init_fn(*call)
+        with LargestTensor() as mode:
+            if backward:
+                integer_gradients.integer_attention_backward._init_fn(
+                    output, *call, output, logsumexp
+                )
+        sizes.append((mode if backward else forward).elements)
+    assert sizes[1] <= 2 * sizes[0]
+    assert sizes[1] < 8 * 1024 * 1024 / 4
+    query = torch.randn(1, 2, 1024, 8)
+    with LargestTensor() as whole:
+        heal.sdpa(query, query, query, softcap=2.0, kv="fp32")
+    assert whole.elements >= 2 * 1024 * 1024
+
+
+def test_compiled_prefill_stores_no_score_matrix():
+    query = torch.randn(1, 2, 1100, 16)
+    compiled = torch.compile(
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True),
+        backend="heal",
+    )
+    with torch.no_grad():
+        found, sources = run_and_get_code(compiled, query)
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", "".join(sources))
+    largest = max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes)
+    assert largest < 1100 * 1100
+    eager = heal.sdpa(query, query, query, is_causal=True, kv="int16")
+    assert (found - eager).abs().max() <= 2.0**-18 * eager.abs().max()
 
 
 # -------------------------------------------------------------------------------------- dropout
