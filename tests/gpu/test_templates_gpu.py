@@ -87,6 +87,21 @@ def test_the_copy_engine_gives_the_same_bits(right, monkeypatch):
     assert torch.equal(fetched, multiply(a, b))
 
 
+def test_routed_rows_are_within_their_bound():
+    torch._dynamo.reset()
+    a, b = values(300, 576), values(4, 256, 576, dtype=BF16, seed=1).mT
+    ends = torch.tensor([40, 40, 171, 290], dtype=torch.int32, device="cuda")
+    routed = torch.compile(lambda x: torch.ops.heal.grouped_mm(x, b, ends, "heal"), backend="heal")
+    result, start = routed(a), 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            error = (result[start:end].double() - a[start:end].double() @ b[group].double()).abs()
+            bound = template_bound(a[start:end].cpu(), b[group].cpu(), decode=False)
+            assert (error.cpu() <= bound).all()
+        start = end
+    assert not result[start:].any()
+
+
 def test_a_packed_weight_is_within_its_bound():
     torch._dynamo.reset()
     layer = torch.nn.Linear(576, 1536, bias=False, dtype=BF16, device="cuda").requires_grad_(False)
