@@ -69,13 +69,14 @@ def test_a_row_does_not_depend_on_the_number_of_rows(counts, numerics):
         assert torch.equal(multiply(a[:count], b, numerics), whole[:count]), count
 
 
-@pytest.mark.parametrize("precision", ["heal", "layercast"])
-@pytest.mark.parametrize("right", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("precision", "right"), [("heal", BF16), ("heal", FP32), ("layercast", BF16)]
+)
 def test_m_invariant_rows_are_equal_for_every_number_of_rows(right, precision):
     a, b = values(1000, 576), values(1536, 576, dtype=right, seed=1).t()
     numerics = f"{precision}:::m_invariant"
     whole = multiply(a, b, numerics)
-    for count in (1, 2, 16, 17, 64, 129):
+    for count in (1, 16, 17, 129):
         assert torch.equal(multiply(a[:count], b, numerics), whole[:count]), count
 
 
