@@ -8,8 +8,8 @@ kernel for many rows, which otherwise reads a BF16 weight twice (once for its sc
 The graph then takes `packed` where it took the weight, and `scale` as a further input; the
 callable that Dynamo gets converts each weight once and hands both over. The model's own weight
 stays as it is, so the conversion costs memory: as much again as the converted weights, said in a
-warning.
-Sums beyond 2^112 overflow, because a packed weight is up to 2^16 larger than its channel's unit.
+warning. A packed channel's maximum is 2^16, so a row of `x` whose magnitudes add up to 2^112 or
+more overflows, whatever the weight.
 """
 
 from __future__ import annotations

@@ -200,8 +200,9 @@ SPECIAL = (0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan, 2.0**100, 2.0
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
     st.booleans(),
+    st.sampled_from(["heal", "heal", "heal:::m_invariant"]),
 )
-def test_infinities_and_nans_are_those_of_fp32(seed, m, left, right, in_weight):
+def test_infinities_and_nans_are_those_of_fp32(seed, m, left, right, in_weight, numerics):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(m, 40, generator=generator), torch.randn(40, 12, generator=generator)
     target = b if in_weight else a
@@ -210,7 +211,7 @@ def test_infinities_and_nans_are_those_of_fp32(seed, m, left, right, in_weight):
     target.view(-1)[places] = torch.tensor(SPECIAL)[picks]
     a, b = a.to(left), b.to(right)
     expected = a.float() @ b.float()
-    result = multiply(a, b)
+    result = multiply(a, b, numerics)
     same = (result.isnan() == expected.isnan()) & (result.isinf() == expected.isinf())
     signs = ~expected.isinf() | (result == expected)
     assert (same & signs).all()
