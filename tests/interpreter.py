@@ -46,7 +46,10 @@ _cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
     _Builder.create_masked_load,
     _Builder.create_masked_store,
 )
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int32, torch.int64, torch.bool),
+)
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -147,8 +150,15 @@ class _Helpers:
         return getattr(triton_helpers, name)
 
 
+def _nearbyint(x: Any) -> Any:
+    """The nearest whole number, ties to even, as libdevice's."""
+    return tl.tensor(interpreter.TensorHandle(np.rint(x.handle.data), x.dtype), x.type)
+
+
 class _Math:
     """libdevice and tl_math: the functions of `tl` and `tl.math` by the same names."""
+
+    nearbyint = staticmethod(_nearbyint)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name, None) or getattr(tl.math, name)
