@@ -177,5 +177,6 @@ def test_each_pass_leaves_the_graph_before_and_after_for_tlparse(monkeypatch):
     assert "torch.ops.heal" not in kept["heal_before_matmul"]
     assert "torch.ops.heal.matmul" in kept["heal_after_matmul"]
     assert [n for n in kept if n.startswith("heal_after")] == [
-        f"heal_after_{name}" for name in ("expand", "matmul", "attention", "promote", "autocast")
+        f"heal_after_{name}"
+        for name in ("expand", "matmul", "attention", "promote", "exact", "autocast")
     ]
