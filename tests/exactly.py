@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from comparing import flat
 from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
@@ -17,10 +18,6 @@ SPECIAL = torch.tensor(
     [0.0, -0.0, 1.0, -1.0, 2.0**-149, -(2.0**-149), 2.0**-126, 3.4028234663852886e38]
     + [-3.4028234663852886e38, float("inf"), float("-inf"), float("nan"), -float("nan")]
 )
-
-
-def flat(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def differing(ours: Any, theirs: Any) -> int:

@@ -47,8 +47,9 @@ _cast, _fp_to_fp, _binary, _masked_load, _masked_store = (
     _Builder.create_masked_store,
 )
 _DTYPES = (
-    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64, torch.bool,
-)  # fmt: skip
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.int32, torch.int64, torch.bool),
+)
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -161,14 +162,15 @@ class _Helpers:
         return getattr(triton_helpers, name)
 
 
+def _nearbyint(x: Any) -> Any:
+    """The nearest whole number, ties to even, as libdevice's."""
+    return tl.tensor(interpreter.TensorHandle(np.rint(x.handle.data), x.dtype), x.type)
+
+
 class _Math:
     """libdevice and tl_math: the functions of `tl` and `tl.math` by the same names."""
 
-    @staticmethod
-    def nearbyint(x: Any) -> Any:
-        """Round half to even, which `tl` has under no name."""
-        handle = interpreter.TensorHandle(np.rint(x.handle.data), x.dtype)
-        return tl.tensor(handle, x.type)
+    nearbyint = staticmethod(_nearbyint)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name, None) or getattr(tl.math, name)

@@ -205,7 +205,7 @@ def _std(b: Builder, *arguments: Any) -> Node:
 def _vector_norm(
     b: Builder, x: Any, order: Any, dim: Any, keepdim: Any, dtype: Any
 ) -> Node | None:
-    if order not in (None, 2, 2.0, "fro"):
+    if order not in (None, 2, 2.0):
         return None
     squares = b.call(heal.pow_scalar.default, _tensor(b, x), 2.0)
     total = b.call(heal.sum.default, squares, _dims(dim), bool(keepdim))

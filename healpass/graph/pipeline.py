@@ -103,7 +103,7 @@ def _unsafe_passes(graph_module: GraphModule, disabled: tuple[str, ...]) -> tupl
     devices = {t.device.type for n in graph_module.graph.nodes for t in tensors([value(n)])}
     supported = all(device_reason(device, torch.version.hip) is None for device in devices)
     promoted = supported and "promote" not in disabled
-    return () if promoted else ("promote", "autocast")
+    return () if promoted else ("promote", "exact", "autocast")
 
 
 def _run(

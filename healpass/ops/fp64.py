@@ -219,9 +219,9 @@ def erfc(x: Tensor) -> Tensor:
     z = x.abs()
     inner = x.clamp(-1.0, 1.0)
     near = 1.0 - inner * polynomial(coefficients.ERF, inner * inner)
-    far = torch.where(z <= 10.25, _erfc_tail(z.clamp(max=10.25)), 0.0)
+    far = torch.where(z > 10.25, 0.0, _erfc_tail(z.clamp(max=10.25)))
     far = torch.where(x < 0.0, 2.0 - far, far)
-    return torch.where(x.isnan(), x, torch.where(z <= 1.0, near, far))
+    return torch.where(z <= 1.0, near, far)
 
 
 def _erfc_tail(z: Tensor) -> Tensor:

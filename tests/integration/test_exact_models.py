@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +176,61 @@ def test_chunked_prefill_and_decode_give_the_bits_of_one_pass(name):
     whole = call(input_ids=ids).logits
     for chunk in (1, 5, 7):
         assert differing(in_chunks(call, model.config, ids, chunk), whole) == 0
+
+
+# ---------------------------------------------------------------------------- other processors
+
+DIGEST = """
+import hashlib, sys
+import torch
+sys.path.insert(0, {tests!r})
+from rewriting import Rewritten
+import healpass
+from healpass.ops.exact_matmul import fastest_route
+model, inputs = torch.load({saved!r}, weights_only=False)
+with torch.no_grad():
+    logits = Rewritten(model, healpass.HealConfig(**{options!r}))(**inputs).logits
+digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+print(digest, torch.backends.cpu.get_cpu_capability(), fastest_route("cpu"))
+"""
+ISAS = {
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX512_CORE": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "AVX512_CORE_VNNI": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+}
+
+
+def digest(saved: Path, variables: dict[str, str]) -> list[str]:
+    """Digest of the logits, ATen's capability and the route of products, in a new process.
+
+    Model and inputs are read, not made: torch's random numbers differ between capabilities.
+    """
+    tests = str(Path(__file__).parents[1])
+    code = DIGEST.format(tests=tests, saved=str(saved), options=OPTIONS)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | variables,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-3:]
+
+
+@pytest.mark.parametrize("isa", [
+    "AVX2", *(pytest.param(isa, marks=pytest.mark.deep) for isa in ISAS if isa != "AVX2")
+])  # fmt: skip
+def test_other_instruction_sets_give_the_same_bits(isa, tmp_path):
+    """Where oneDNN saturates, the self-test finds it and the products take the FP64 route."""
+    model, inputs = tiny("llama")
+    logits = rewritten(model)(**inputs).logits
+    here = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    torch.save((model, inputs), tmp_path / "model")
+    there, capability, route = digest(tmp_path / "model", ISAS[isa])
+    print(f"{isa}: ATen at {capability}, products by {route}")
+    assert there == here
 
 
 # ------------------------------------------------------------------------------------- SmolLM2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from exactly import differing, flat
+from comparing import flat
+from exactly import differing
 from rewriting import Rewritten, to
 from torch._dynamo.exc import BackendCompilerFailed
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exactly import compiled, differing, flat, ordinary
+from comparing import flat
+from exactly import compiled, differing, ordinary
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -270,8 +272,6 @@ def test_arithmetic_is_ieee(name):
     """Against NumPy's FP32, which is the processor's; zeros and NaN canonical."""
     a, b = heavy(5000), heavy(5000, seed=1)
     function = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide"}[name]
-    import numpy as np
-
     expected = torch.from_numpy(getattr(np, function)(a.numpy(), b.numpy()))
     assert differing(getattr(heal, name)(a, b), expected) == 0
 
