@@ -16,6 +16,7 @@ from healpass.config import HealConfig
 from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import SDPA
 from healpass.graph.nodes import heal_name, node_inputs, op_name, set_value, tensors, value
+from healpass.ops.exact_attention import bound_text
 
 #: The names of SDPA's arguments, in order.
 PARAMETERS = (
@@ -84,6 +85,8 @@ def bound_of_attention(operator: Node, config: HealConfig) -> str:
     """The worst-case error of `heal::sdpa` in one line (`arithmetic.attention_bounds`)."""
     query, key = (value(argument) for argument in node_inputs(operator)[:2])
     kv = str(operator.kwargs["kv"])
+    if config.precision == "exact":
+        return bound_text(kv)
     sizes = (query.shape[-1], key.shape[-2])
     return describe_attention(config.precision, *sizes, kv, config.simulate)
 

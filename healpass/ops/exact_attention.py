@@ -45,6 +45,11 @@ MOST_KEYS = {2: 25, 3: 17}
 LARGEST_HEAD = 1 << 16
 
 
+def bound_text(kv: str) -> str:
+    """The error in one line, beside that of the quantization."""
+    return f"2^-21 S / sum(p) max|v| + u |y|, Q, K and V as {kv} holds them"
+
+
 def planes(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
     """`[B, H, S, E]` as digits `[B, H, D, S, E]` and scales `[B, H, S]`.
 
