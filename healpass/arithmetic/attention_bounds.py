@@ -36,7 +36,20 @@ from torch import Tensor
 from healpass.arithmetic.bounds import matmul_bound
 from healpass.arithmetic.int16 import INT16, INT24
 from healpass.arithmetic.pieces import row_scale
-from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, Term, U, describe, gamma
+from healpass.arithmetic.symbols import (
+    LAMBDA,
+    SA,
+    SB,
+    A,
+    B,
+    Bound,
+    Q,
+    S,
+    Term,
+    U,
+    describe,
+    gamma,
+)
 
 #: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
 EXP_ULPS = 2
@@ -45,6 +58,10 @@ EXP_ULPS = 2
 QK_S, QK_A, QK_B, QK_SA, QK_SB = sympy.symbols("QK_S QK_A QK_B QK_SA QK_SB", nonnegative=True)
 #: |scale|, the largest finite |mask|, and the spread of the visible scores of a row.
 SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
+#: For the square-root companion: maxima over the keys of sqrt(sum (q k)^2), and of the size
+#: sqrt(|q|^2 max k^2 + |k|^2 max q^2) that the steps of q and k are relative to; sqrt(sum (w v)^2),
+#: sqrt(sum w^2 (v - o)^2) with o the output, sqrt(sum w^2).
+QK_Q, QK_N, V_Q, V_D, W_N = sympy.symbols("QK_Q QK_N V_Q V_D W_N", nonnegative=True)
 #: sum_j w_j |v_j|; max and sum of w_j t_j; sum of |v_j| / t_j over visible keys; and the largest
 # |v|.
 V_S, W_MAX, W_SUM, V_SB, V_MAX = sympy.symbols("V_S W_MAX W_SUM V_SB V_MAX", nonnegative=True)
@@ -105,7 +122,34 @@ def attention_bound(shape: AttentionShape) -> Bound:
     if shape.kv != "fp32":
         step = _step(shape.kv)
         terms.append(Term("quantize", (1 + theta) * (step * V_MAX + U * (V_S + step * V_MAX))))
-    return Bound(f"attention, {shape}", tuple(terms))
+    return Bound(f"attention, {shape}", tuple(terms), _companion(shape))
+
+
+def _companion(shape: AttentionShape) -> Expr:
+    """LAMBDA standard deviations, roundings being independent and uniform (Higham and Mary 2019).
+
+    To first order the error d_j of the logarithm of a weight moves the output by w_j (v_j - o)
+    d_j, so those of all keys together have the deviation V_D times one's. An error of the
+    denominator moves it by its own share of the output, which is at most V_S.
+    """
+    product = matmul_bound(
+        shape.precision, shape.head_size, left="fp32", right="fp32", rule=shape.rule
+    ).probabilistic
+    values = _product_bound(shape).probabilistic
+    assert product is not None
+    assert values is not None
+    step = Integer(0) if shape.kv == "fp32" else _step(shape.kv)
+    qk = {Q: QK_Q, A: QK_A, B: QK_B, SA: QK_SA, SB: QK_SB, LAMBDA: Integer(1)}
+    score = SCALE**2 * (
+        product.subs(qk, simultaneous=True) ** 2 + (step * QK_N) ** 2 / 3 + 4 * (U * QK_Q) ** 2 / 3
+    )
+    logarithm = score + U**2 / 3 * ((MASK + SPREAD) ** 2 + EXP_ULPS**2)
+    common = U**2 * Rational(shape.keys + 5, 6) * V_S**2
+    rounded = (step * V_MAX * W_N) ** 2 / 3 + (U * V_Q) ** 2 / 3
+    weights = {Q: V_Q, A: W_MAX, B: Integer(2**16), SA: W_SUM, SB: V_SB}
+    deviation = sympy.sqrt(V_D**2 * logarithm + common + rounded)
+    lost = shape.keys * Rational(1, 2**126) * V_MAX
+    return LAMBDA * deviation + values.subs(weights, simultaneous=True) + lost
 
 
 @functools.cache
@@ -230,7 +274,7 @@ def attention_magnitudes(
     weights = torch.softmax(logits, -1)[..., 1:].nan_to_num(0.0)
     token_scale = row_scale(value).to(torch.float64)
     folded = weights * token_scale.mT
-    return {
+    return _deviations(q, k, visible, weights, value.to(torch.float64)) | {
         "QK_S": product.amax(-1, keepdim=True),
         "QK_A": q.amax(-1, keepdim=True),
         "QK_B": k.amax((-2, -1), keepdim=True),
@@ -244,4 +288,25 @@ def attention_magnitudes(
         "W_SUM": folded.sum(-1, keepdim=True),
         "V_SB": visible.to(torch.float64) @ (v / token_scale),
         "V_MAX": v.amax((-2, -1), keepdim=True),
+    }
+
+
+def _deviations(
+    q: Tensor, k: Tensor, visible: Tensor, weights: Tensor, value: Tensor
+) -> dict[str, Tensor | float]:
+    """The magnitudes of the square-root companion; `q` and `k` are absolute values."""
+    squares = (q.square() @ k.square().mT).masked_fill(~visible, 0.0)
+    norms = q.square().sum(-1, keepdim=True) * k.amax((-2, -1), keepdim=True).square()
+    norms = (
+        norms + q.amax(-1, keepdim=True).square() * k.square().sum(-1).amax(-1)[..., None, None]
+    )
+    output, squared = weights @ value, weights.square()
+    total = squared.sum(-1, keepdim=True)
+    around = squared @ value.square() - 2 * output * (squared @ value) + output.square() * total
+    return {
+        "QK_Q": squares.amax(-1, keepdim=True).sqrt(),
+        "QK_N": norms.sqrt(),
+        "V_Q": (squared @ value.square()).sqrt(),
+        "V_D": around.clamp_min(0.0).sqrt(),
+        "W_N": total.sqrt(),
     }

@@ -9,7 +9,7 @@ from healpass.arithmetic import unit_roundoff
 from healpass.arithmetic.attention_bounds import AttentionShape, attention_bound
 from healpass.arithmetic.bounds import HARDWARE, matmul_bound, matmul_magnitudes
 from healpass.arithmetic.formats import FORMATS
-from healpass.arithmetic.symbols import SA, SB, A, B, S, U
+from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, U
 from healpass.tensorcore import RULES, heal_matmul
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
@@ -147,7 +147,7 @@ def test_what_has_no_bound_is_refused():
     with pytest.raises(ValueError, match="kv='int8'"):
         attention_bound(AttentionShape(64, 10, kv="int8"))
     with pytest.raises(ValueError, match="no probabilistic companion"):
-        attention_bound(AttentionShape(4, 4)).evaluate_probabilistic()
+        Bound("none", ()).evaluate_probabilistic()
 
 
 @pytest.mark.parametrize("dtype", list(FORMATS))
