@@ -239,23 +239,27 @@ def _shape(shape: Any) -> list[int]:
     return [shape] if isinstance(shape, int) else list(shape)
 
 
-def _cross_entropy(
-    b: Builder, x: Any, target: Any, weight: Any, ignore: Any, reduction: Any, smoothing: Any
-) -> Node:
-    return b.call(
-        heal.cross_entropy.default,
-        *(_tensor(b, x), target, weight, -100 if ignore is None else ignore),
-        *(reduction or "mean", smoothing or 0.0),
-    )
+def _loss(operator: Any) -> Rule:
+    """The two losses; their old switches `size_average` and `reduce` have no meaning here."""
 
+    def rule(
+        b: Builder,
+        x: Any,
+        target: Any,
+        weight: Any,
+        size_average: Any,
+        ignore_index: Any,
+        reduce: Any,
+        reduction: Any,
+        *smoothing: Any,
+    ) -> Node | None:
+        if size_average is not None or reduce is not None:
+            return None
+        ignore_index = -100 if ignore_index is None else ignore_index
+        options = (weight, ignore_index, reduction or "mean", *(s or 0.0 for s in smoothing))
+        return b.call(operator.default, _tensor(b, x), target, *options)
 
-def _nll_loss(
-    b: Builder, x: Any, target: Any, weight: Any, ignore: Any, reduction: Any
-) -> Node | None:
-    ignore = -100 if ignore is None else ignore
-    return b.call(
-        heal.nll_loss.default, _tensor(b, x), target, weight, ignore, reduction or "mean"
-    )
+    return rule
 
 
 # -------------------------------------------------------------------------------------- ties
@@ -288,6 +292,7 @@ _UNARY = (
     "exp exp2 expm1 log log2 log10 log1p sin cos tanh erf erfc sigmoid silu sqrt rsqrt reciprocal"
 )
 _NORM_DIMS = "input ord dim keepdim dtype"
+_LOSS = "input target weight size_average ignore_index reduce reduction"
 
 FORMS: dict[str, Form] = {
     **{name: _form(_unary(getattr(heal, name)), "input") for name in _UNARY.split()},
@@ -325,10 +330,8 @@ FORMS: dict[str, Form] = {
     "log_softmax": _form(_softmax(heal.log_softmax), "input dim _stacklevel dtype"),
     "layer_norm": _form(_layer_norm, "input normalized_shape weight bias eps"),
     "rms_norm": _form(_rms_norm, "input normalized_shape weight eps"),
-    "cross_entropy": _form(
-        _cross_entropy, "input target weight ignore_index reduction label_smoothing"
-    ),
-    "nll_loss": _form(_nll_loss, "input target weight ignore_index reduction"),
+    "cross_entropy": _form(_loss(heal.cross_entropy), _LOSS + " label_smoothing"),
+    "nll_loss": _form(_loss(heal.nll_loss), _LOSS),
     "argmax": _form(_argmax, "input dim keepdim"),
     "argmin": _form(_argmin, "input dim keepdim"),
     "topk": _form(_topk, "input k dim largest sorted"),
@@ -339,7 +342,7 @@ FORMS: dict[str, Form] = {
 TIES = frozenset({"argmax", "argmin", "topk", "sort", "argsort"})
 
 _ALIASES = {"self": "input", "tensor": "other", "p": "ord", "axis": "dim", "a": "input"}
-_IGNORED = frozenset({"inplace", "size_average", "reduce", "stable", "generator"})
+_IGNORED = frozenset({"inplace", "stable", "generator"})
 
 
 def bind(form: Form, node: Node) -> list[Any] | None:

@@ -53,6 +53,11 @@ REWRITTEN = {
     "layer norm": (lambda a, w: F.layer_norm(a, (6,), w, w), (A, W), {"layer_norm"}),
     "rms norm": (lambda a, w: F.rms_norm(a, (6,), w, 1e-6), (A, W), {"rms_norm"}),
     "cross entropy": (F.cross_entropy, (A, CLASSES), {"cross_entropy"}),
+    "cross entropy by position": (
+        lambda a, t: F.cross_entropy(a, t, None, None, 3, None, "sum", 0.1),
+        (A, CLASSES.clamp(min=0)),
+        {"cross_entropy"},
+    ),
     "nll": (lambda a, t: F.nll_loss(a, t), (A, CLASSES), {"nll_loss"}),
     "rotary": (lambda a, b: a * b.cos() + a.flip(-1) * b.sin(), (A, B), {"sin", "cos"}),
     "linear": (F.linear, (A, x(5, 6)), {"linear"}),
