@@ -58,9 +58,9 @@ EXP_ULPS = 2
 QK_S, QK_A, QK_B, QK_SA, QK_SB = sympy.symbols("QK_S QK_A QK_B QK_SA QK_SB", nonnegative=True)
 #: |scale|, the largest finite |mask|, and the spread of the visible scores of a row.
 SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
-#: For the square-root companion: maxima over the keys of sqrt(sum (q k)^2), and of the size
-#: sqrt(|q|^2 max k^2 + |k|^2 max q^2) that the steps of q and k are relative to; sqrt(sum (w v)^2),
-#: sqrt(sum w^2 (v - o)^2) with o the output, sqrt(sum w^2).
+#: For the square-root companion: maxima over the keys of sqrt(sum (q k)^2) and of what the steps
+#: of q and k are relative to, sqrt(|q|^2 max k^2 + |k|^2 max q^2); then sqrt(sum (w v)^2), with o
+#: the output sqrt(sum w^2 (v - o)^2), and sqrt(sum w^2).
 QK_Q, QK_N, V_Q, V_D, W_N = sympy.symbols("QK_Q QK_N V_Q V_D W_N", nonnegative=True)
 #: sum_j w_j |v_j|; max and sum of w_j t_j; sum of |v_j| / t_j over visible keys; and the largest
 # |v|.
