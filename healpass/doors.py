@@ -33,9 +33,9 @@ def explain(
         model: A module or a function.
         *args: What it is called with.
         config: The options to explain; the default ones if None.
-        observe: Compare every rewritten node with FP64 on the given inputs, and propagate the
-            nodes' errors to the outputs. Takes the memory of the model in FP64, and a few times
-            the time of a forward pass.
+        observe: Compare the rewritten nodes with FP64 on the given inputs, and propagate all
+            errors to the outputs. Takes the memory of the model and of its activations in FP64,
+            as training would, and some ten times the time of a forward pass.
         **kwargs: What it is called with.
 
     Returns:

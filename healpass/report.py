@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -156,7 +157,7 @@ class HealReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False)
 
     def print(self, file: Any = None) -> None:
         """Print the report as tables."""
@@ -178,7 +179,8 @@ class HealReport:
             yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
             yield "bound: S = sum |x||w|, A = max |x|, B = max |w|, SA, SB their sums, u = 2^-24"
         if self.outputs:
-            yield _table("Outputs, errors of all nodes propagated", *_output_rows(self.outputs))
+            rows = _output_rows(self.graphs)
+            yield _table("Outputs, errors of all nodes propagated", _OUTPUT_COLUMNS, rows)
         if self.boundaries:
             yield _table(
                 "Kernel boundaries that are still 16-bit",
@@ -190,11 +192,9 @@ class HealReport:
 
     def _repr_html_(self) -> str:
         """Tables for a notebook; every text is escaped."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in _NODE_COLUMNS)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in _grouped(self.nodes)
-        )
+        tables = [_html_table(_NODE_COLUMNS, _grouped(self.nodes))]
+        if self.outputs:
+            tables.append(_html_table(_OUTPUT_COLUMNS, _output_rows(self.graphs)))
         boundaries = "".join(
             f"<li><code>{html.escape(b.name)}</code> {html.escape(b.kind)}, "
             f"{html.escape(b.dtype)}: {html.escape(b.detail)}</li>"
@@ -202,9 +202,17 @@ class HealReport:
         )
         title = html.escape(next(iter(self._tables())))
         return (
-            f"<p>{title}</p><table><tr>{head}</tr>{rows}</table>"
+            f"<p>{title}</p>{''.join(tables)}"
             f"<p>16-bit kernel boundaries:</p><ul>{boundaries or '<li>none</li>'}</ul>"
         )
+
+
+def _html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 _NODE_COLUMNS = (
@@ -228,23 +236,44 @@ def _grouped(nodes: list[NodeRecord]) -> list[tuple[str, ...]]:
 
 def _worst(ratios: list[float | None]) -> str:
     found = [ratio for ratio in ratios if ratio is not None]
-    return f"{max(found):.3g}" if found else ""
+    worst = math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+    return f"{worst:.3g}" if found else ""
 
 
-def _output_rows(outputs: list[OutputRecord]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    columns = ("output", "elements", "bound", "observed/bound", "4 sigma", "how")
-    rows: list[tuple[str, ...]] = [
+_OUTPUT_COLUMNS = ("output", "elements", "bound", "observed/bound", "4 sigma", "how")
+
+
+def _output_rows(graphs: list[GraphReport]) -> list[tuple[str, ...]]:
+    """A row per output, called `graph.output` where there are several graphs."""
+    return [
         (
-            str(output.index),
+            f"{number}.{output.index}" if len(graphs) > 1 else str(output.index),
             output.shape,
-            "" if output.bound is None else f"{output.bound:.3g}",
-            _worst([output.observed]),
-            _worst([output.expected]),
-            output.reason or ("first order, worst elements" if output.first_order else "proved"),
+            *(_worst([size]) for size in (output.bound, output.observed, output.expected)),
+            _verdict(output),
         )
-        for output in outputs
+        for number, graph in enumerate(graphs)
+        for output in graph.outputs
     ]
-    return columns, rows
+
+
+def _verdict(output: OutputRecord) -> str:
+    if output.reason is not None or output.bound is None:
+        return output.reason or ""
+    if math.isinf(output.bound):
+        return "unbounded"
+    if output.observed is not None and not output.observed <= 1:
+        return "EXCEEDED"
+    return "first order, worst elements" if output.first_order else "proved"
+
+
+def _finite(tree: Any) -> Any:
+    """Plain data without NaN and infinities, which JSON does not have: their names instead."""
+    if isinstance(tree, dict):
+        return {key: _finite(item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(item) for item in tree]
+    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def short_line(line: str) -> str:

@@ -28,6 +28,7 @@ from healpass.arithmetic.error_rules import (
     total,
 )
 from healpass.arithmetic.estimate import ELEMENTARY, Analysis, Estimate, U, lifted, within
+from healpass.arithmetic.formats import FP32
 from healpass.arithmetic.int16 import INTEGER_FORMATS
 
 #: Keys that a flash-style kernel handles between two rescalings of what it has summed, at least.
@@ -44,15 +45,11 @@ def rms_norm(
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     mean_square = add(run, mean(run, mul(run, x, x), dims, True), eps)
-    return _normalized(run, x, mean_square, shape, weight)
-
-
-def _normalized(
-    run: Analysis, x: Estimate, variance: Estimate, shape: Any, weight: Any
-) -> Estimate:
-    """No element of a normalized row is larger than the square root of the row's length."""
-    n = math.prod(shape)
-    y = within(mul(run, x, rsqrt(run, variance)), math.sqrt(n) * (1 + 2 * n * U))
+    y, n = mul(run, x, rsqrt(run, mean_square)), math.prod(shape)
+    if eps >= FP32.smallest_normal:
+        # The computed mean is of the computed squares (an underflow is below eps), so that no
+        # element is larger than the square root of the row's length.
+        y = within(y, math.sqrt(n) * (1 + (2 * n + 16) * U))
     return y if weight is None else mul(run, y, lifted(weight))
 
 
@@ -66,8 +63,9 @@ def layer_norm(
 ) -> Estimate:
     """The same of `x - mean(x)`, whose moments may be updated element by element.
 
-    Welford's update errs by n u max|x| in the mean and n u sqrt(1 + mean^2 / variance) relative in
-    the variance (Chan, Golub and LeVeque 1983, table 1), two passes by less.
+    Welford's update errs by n u max|x| in the mean and n u k relative in the variance, with k^2 =
+    1 + mean^2 / variance, to first order (Chan, Golub and LeVeque 1983, table 1), two passes by
+    less. Taken four times, for constants that the table drops, and with the square of it.
     """
     dims, n = tuple(range(-len(shape), 0)), math.prod(shape)
     middle = mean(run, x, dims, True)
@@ -75,8 +73,10 @@ def layer_norm(
     centred = sub(run, x, middle)
     variance = mean(run, mul(run, centred, centred), dims, True)
     spread = (variance.magnitude * (variance.magnitude + middle.magnitude.square())).sqrt()
-    variance = _also(run, variance, n * U * spread)
-    y = _normalized(run, centred, add(run, variance, eps), shape, weight)
+    size = variance.magnitude + middle.magnitude.square()
+    variance = _also(run, variance, 4 * n * U * spread + (4 * n * U) ** 2 * size)
+    y = mul(run, centred, rsqrt(run, add(run, variance, eps)))
+    y = y if weight is None else mul(run, y, lifted(weight))
     return y if bias is None else add(run, y, lifted(bias))
 
 
@@ -108,7 +108,9 @@ def _exponentials(run: Analysis, x: Estimate, dim: int) -> Estimate:
     top = torch.where(top.isfinite(), top, 0.0)
     error = torch.where(visible, x.error, 0.0)
     below = torch.where(visible, top - x.value.detach(), 0.0)
-    rounding = U * (below + error + error.amax(dim, keepdim=True))
+    highest, lowest = ((x.value.detach() + e).amax(dim, keepdim=True) for e in (error, -error))
+    shift = torch.where(visible, torch.maximum(highest - top, top - lowest), 0.0)
+    rounding = U * (below + error + shift)
     shifted = run.step(x.value - top, error, rounding)
     powers = exp(run, replace(shifted, error=torch.where(visible, shifted.error, 0.0)))
     return _also(run, powers, visible.double() * 2.0**-126)
@@ -141,7 +143,8 @@ class Scoring:
 
     def masked(self, run: Analysis, scores: Estimate) -> Estimate:
         """Minus infinity where a key is hidden, and the float mask added."""
-        every = torch.ones(scores.value.shape[-2:], dtype=torch.bool)
+        size = scores.value.shape[-2:]
+        every = torch.ones(size, dtype=torch.bool, device=scores.value.device)
         if self.is_causal:
             scores = masked_fill(run, scores, every.triu(1), -math.inf)
         if self.window is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,18 +25,23 @@ from healpass.arithmetic.estimate import (
     exact,
     within,
 )
-from healpass.arithmetic.formats import FORMATS, FP32
+from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
 from healpass.arithmetic.symbols import matmul_magnitudes
 
 Rule = Callable[..., Any]
+FORMATS_BY_NAME = {fmt.name: fmt for fmt in FORMATS.values()}
 
 
 # ------------------------------------------------------------------------------ sums and products
 
 
 def operand(x: Any) -> Estimate:
-    """An estimate of a Python number, too."""
-    return x if isinstance(x, Estimate) else exact(torch.tensor(float(x), dtype=torch.float32))
+    """An estimate of a Python number, an integer tensor or a mask, too."""
+    if isinstance(x, Estimate):
+        return x
+    if isinstance(x, Tensor):
+        return Estimate(x.double(), torch.zeros_like(x, dtype=torch.float64))
+    return exact(torch.tensor(float(x), dtype=torch.float32))
 
 
 def add(run: Analysis, a: Any, b: Any, *, alpha: float = 1) -> Estimate:
@@ -63,13 +69,15 @@ def div(run: Analysis, a: Any, b: Any) -> Estimate:
     """`a / b`; unbounded where b may be 0.
 
     With r = db / b: (a + da) / (b + db) - a/b - da/b + r a/b = -r da/b + r^2 / (1 + r) (a + da)/b.
+    By a number, CUDA multiplies by its reciprocal: three roundings of half an ulp instead of one.
     """
+    roundings = 1 if isinstance(b, Estimate) else 3
     a, b = operand(a), operand(b)
     r = torch.where(b.error == 0, 0.0, b.error / b.size)
     room = (1 - r).clamp_min(0)
     inherited = (a.error + a.size * r) / b.size
     remainder = (r * a.error + torch.where(r == 0, 0.0, r.square() / room) * a.magnitude) / b.size
-    return run.rounded(a.value / b.value, inherited, remainder)
+    return run.rounded(a.value / b.value, inherited, remainder, roundings * U)
 
 
 def total(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) -> Estimate:
@@ -98,8 +106,13 @@ def matmul(run: Analysis, a: Estimate, b: Estimate) -> Estimate:
         how.precision, a.value.shape[-1], left=a.format, right=b.format, rule=how.rule
     )
     sizes = matmul_magnitudes(a.magnitude, b.magnitude)
-    own = torch.as_tensor(bound.evaluate(**sizes))
-    spread = torch.as_tensor(bound.evaluate_probabilistic(**sizes, **{"lambda": 1.0}))
+    own, spread = (
+        torch.as_tensor(limit, dtype=torch.float64, device=a.value.device)
+        for limit in (
+            bound.evaluate(**sizes),
+            bound.evaluate_probabilistic(**sizes, **{"lambda": 1.0}),
+        )
+    )
     return run.step(a.value @ b.value, inherited, own, a.error @ b.error, spread)
 
 
@@ -141,7 +154,7 @@ def _slope(function: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -
 
 def relu(run: Analysis, x: Estimate, inplace: bool = False) -> Estimate:
     """Exact; its slope is wrong where the error may change the sign."""
-    del inplace
+    refuse_in_place(inplace)
     unsure = torch.where(x.size <= x.error, x.error, 0.0)
     inherited = torch.where(x.value.detach() > 0, x.error, 0.0)
     return run.step(x.value.relu(), inherited, torch.zeros_like(unsure), unsure)
@@ -188,37 +201,53 @@ def power(run: Analysis, x: Estimate, exponent: float) -> Estimate:
     )
 
 
+def refuse_in_place(inplace: bool) -> None:
+    """Refuse to write into an operand: other names of its memory would not know.
+
+    Raises:
+        ValueError: `inplace` is set.
+    """
+    if inplace:
+        raise ValueError("no error rule for inplace=True: it writes into its operand.")
+
+
 def masked_fill(_run: Analysis, x: Estimate, mask: Tensor, value: float) -> Estimate:
     """Constants in some places."""
-    return Estimate(x.value.masked_fill(mask, value), x.error.masked_fill(mask, 0.0), x.format)
+    return Estimate(x.value.masked_fill(mask, value), x.error.masked_fill(mask, 0.0))
 
 
 def cast(dtype: torch.dtype | None) -> Rule:
-    """A cast to 16 bits rounds once, unless a pass drops it; counting it covers both."""
+    """A cast to fewer bits rounds once, unless a pass drops it; one to more bits is exact."""
 
     def rule(run: Analysis, x: Any, *args: Any, **kwargs: Any) -> Any:
-        target = dtype or next(
-            (a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), torch.float32
-        )
-        if not isinstance(x, Estimate) or not run.how.casts:
-            return x
-        fmt = FORMATS[target]
-        if fmt.precision >= FP32.precision or fmt.name == x.format:
-            return x
-        lost = fmt.smallest_subnormal + TINY
-        return run.rounded(x.value, x.error, None, fmt.unit_roundoff, lost)
+        source, target = FORMATS_BY_NAME[x.format], _target(dtype, (*args, *kwargs.values()))
+        narrow = target.precision < FP32.precision
+        if target.precision >= source.precision or (narrow and not run.how.casts):
+            return replace(x, format=FP32.name) if target is FP32 else x
+        lost = target.smallest_subnormal + TINY
+        rounded = run.rounded(x.value, x.error, None, target.unit_roundoff, lost)
+        return replace(rounded, format=target.name)
 
     return rule
+
+
+def _target(dtype: torch.dtype | None, given: tuple[Any, ...]) -> FloatFormat:
+    """The format that a cast's arguments name: by a dtype, or by a tensor that has one."""
+    for argument in (dtype, *given):
+        if isinstance(argument, Estimate):
+            return FORMATS_BY_NAME[argument.format]
+        found = argument.dtype if isinstance(argument, Tensor) else argument
+        if isinstance(found, torch.dtype):
+            return FORMATS[found]
+    return FP32
 
 
 #: Rules by the name of the function. Curvatures are the largest |f''|: 4 / (3 sqrt(3)) of tanh,
 #: 1 / (6 sqrt(3)) of sigmoid, 1/2 of SiLU and sqrt(2 / pi) of GELU, both at 0.
 RULES: dict[str, Rule] = {
     "add": add,
-    "iadd": add,
     "sub": sub,
     "mul": mul,
-    "imul": mul,
     "truediv": div,
     "div": div,
     "sum": total,

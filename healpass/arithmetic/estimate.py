@@ -15,7 +15,8 @@ then what autograd gives for that noise. The remainder needs a bound of |d| firs
 before, (adjoint) again, or the running error analysis |F'| |d| + fresh (Wilkinson 1986; Higham,
 section 3.3), whichever is less. Because J_k belongs to the whole way from step k to the output,
 the factor sqrt(K) that a running analysis loses in every matmul is lost once (compare affine
-arithmetic, Stolfi and de Figueiredo 1997). FP64's own roundings are not counted.
+arithmetic, Stolfi and de Figueiredo 1997). FP64's own roundings are not counted, and nothing is
+said of results that overflow FP32.
 
 If the steps' own errors are independent and of mean zero with the deviation s_k (Higham and Mary
 2019), that of the output is sqrt(sum_k J_k^2 s_k^2): the square-root companion of the bound.
@@ -89,7 +90,7 @@ class Estimate:
 
 def exact(x: Tensor) -> Estimate:
     """A tensor that is what it is: an input or a weight."""
-    value = x.detach().double()
+    value = x.detach().to(torch.float64, copy=True)  # of its own, whoever writes to `x` later
     return Estimate(value, torch.zeros_like(value), FORMATS[x.dtype].name)
 
 
@@ -189,14 +190,15 @@ class Analysis:
 
     def _over_all_steps(self, y: Tensor, weigh: Weigh) -> Tensor:
         """The sum over the steps of weighted derivatives, for each element of `y`."""
-        flat = y.reshape(-1)
+        with torch.enable_grad():
+            flat = y.reshape(-1)
         rows = [self._rows(flat, start, weigh) for start in range(0, flat.numel(), ROWS)]
         return torch.cat(rows).reshape(y.shape) if rows else torch.zeros_like(y)
 
     def _rows(self, flat: Tensor, start: int, weigh: Weigh) -> Tensor:
         """The same for up to `ROWS` elements of `flat`."""
-        chosen = torch.arange(start, min(start + ROWS, flat.numel()))
-        total = torch.zeros(len(chosen), dtype=torch.float64)
+        chosen = torch.arange(start, min(start + ROWS, flat.numel()), device=flat.device)
+        total = torch.zeros(len(chosen), dtype=torch.float64, device=flat.device)
         if not flat.requires_grad:
             return total
         noises = [step.noise for step in self.steps]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from healpass.arithmetic.compound_rules import RULES
+from healpass.arithmetic.error_rules import operand, refuse_in_place
 from healpass.arithmetic.estimate import Analysis, Arithmetic, Estimate, exact, lifted
 
 __all__ = ["Analysis", "Arithmetic", "Estimate", "exact", "propagate"]
@@ -37,29 +38,46 @@ def propagate(function: Callable[..., Any], run: Analysis, *args: Any, **kwargs:
         are running bounds; `run.bound` gives smaller ones.
 
     Raises:
-        ValueError: There is no rule for the function.
+        ValueError: There is no rule for the function, or not for these arguments.
     """
-    name = getattr(function, "__name__", str(function)).strip("_")
-    with torch.enable_grad():
-        if name in _MOVES:
-            return _move(function, args, kwargs)
-        if name not in RULES:
-            raise ValueError(
-                f"no error rule for {name!r}: rules cover {', '.join(sorted((*RULES, *_MOVES)))}."
-            )
-        args, kwargs = tuple(map(lifted, args)), {k: lifted(v) for k, v in kwargs.items()}
-        if name not in _LINEAR:
-            args = tuple(run.refined(x) if isinstance(x, Estimate) else x for x in args)
-        return RULES[name](run, *args, **kwargs)
+    raw = getattr(function, "__name__", str(function))
+    name = raw.strip("_")
+    if raw.endswith("_") and not raw.startswith("_"):
+        raise ValueError(f"no error rule for {raw!r}: it writes into its operand.")
+    if name not in _MOVES and name not in _SAME and name not in RULES:
+        raise ValueError(
+            f"no error rule for {name!r}: rules cover {', '.join(sorted((*RULES, *_MOVES)))}."
+        )
+    try:
+        with torch.enable_grad():
+            return _apply(function, name, run, args, kwargs)
+    except (TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"no error rule for {name!r} with these arguments: {error}") from error
+
+
+def _apply(function: Callable[..., Any], name: str, run: Analysis, args: Any, kwargs: Any) -> Any:
+    if name in _SAME:
+        return lifted(args[0])
+    if name in _MOVES:
+        return _move(function, args, kwargs)
+    args, kwargs = tuple(map(lifted, args)), {k: lifted(v) for k, v in kwargs.items()}
+    if kwargs.get("inplace") is not None:
+        refuse_in_place(kwargs.pop("inplace"))
+    if name not in _LINEAR:
+        args = tuple(run.refined(x) if isinstance(x, Estimate) else x for x in args)
+    return RULES[name](run, *args, **kwargs)
 
 
 #: Functions whose remainder is zero where one operand is exact: the errors of their operands need
 #: not be as small as they can be made.
-_LINEAR = frozenset(["add", "iadd", "sub", "sum", "mean", "linear", "masked_fill", "to", "float"])
+_LINEAR = frozenset(["add", "sub", "sum", "mean", "linear", "masked_fill", "to", "float"])
 
 # ------------------------------------------------------------------------------------------- moves
 
-#: Functions that move elements and compute nothing.
+#: Functions that return what they got, for autograd too: an error does not end at a `detach`.
+_SAME = frozenset(["contiguous", "clone", "detach", "alias"])
+
+#: Functions that move elements, or change their signs, and round nothing.
 _MOVES = frozenset(
     [
         "view",
@@ -69,7 +87,6 @@ _MOVES = frozenset(
         "expand",
         "unsqueeze",
         "squeeze",
-        "contiguous",
         "flatten",
         "cat",
         "stack",
@@ -77,8 +94,6 @@ _MOVES = frozenset(
         "chunk",
         "split",
         "narrow",
-        "clone",
-        "detach",
         "repeat_interleave",
         "t",
         "mT",
@@ -108,16 +123,24 @@ _MOVES = frozenset(
 def _move(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if function is operator.getitem and isinstance(args[0], tuple):
         return args[0][args[1]]  # what chunk, split or unbind returned
-    formats = {leaf.format for leaf in _leaves(args) if isinstance(leaf, Estimate)}
-    fmt = formats.pop() if len(formats) == 1 else "fp32"
-    values = function(*_mapped(args, "value"), **kwargs)
-    errors = function(*_mapped(args, "error"), **kwargs)
+    if any(isinstance(leaf, torch.dtype) for leaf in _leaves(args)):
+        raise TypeError("the bits themselves matter")
+    name = getattr(function, "__name__", "")
+    if name == "embedding" and (kwargs.get("max_norm") or (len(args) > 3 and args[3])):
+        raise TypeError("max_norm computes")
+    if name == "where":  # numbers among the two choices are values without an error
+        args = (args[0], *map(operand, args[1:]))
+    formats = {leaf.format for leaf in _leaves((args, kwargs)) if isinstance(leaf, Estimate)}
+    fmt = formats.pop() if len(formats) == 1 and name != "where" else "fp32"
+    values = function(*_mapped(args, "value"), **_mapped(kwargs, "value"))
+    errors = function(*_mapped(args, "error"), **_mapped(kwargs, "error"))
     if isinstance(values, Tensor):
         return Estimate(values, errors.abs(), fmt)
     return tuple(Estimate(v, e.abs(), fmt) for v, e in zip(values, errors, strict=True))
 
 
 def _leaves(x: Any) -> list[Any]:
+    x = list(x.values()) if isinstance(x, dict) else x
     return [leaf for item in x for leaf in _leaves(item)] if isinstance(x, (list, tuple)) else [x]
 
 
@@ -125,4 +148,6 @@ def _mapped(x: Any, field: str) -> Any:
     """Arguments with each estimate's value or error, and each plain tensor's value or 0."""
     if isinstance(x, (list, tuple)):
         return type(x)(_mapped(item, field) for item in x)
+    if isinstance(x, dict):
+        return {key: _mapped(item, field) for key, item in x.items()}
     return getattr(lifted(x), field) if isinstance(lifted(x), Estimate) else x

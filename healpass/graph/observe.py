@@ -1,12 +1,14 @@
 """Observed errors beside their bounds, on given inputs. May import `arithmetic` and `graph.nodes`.
 
-`observe` runs a rewritten graph twice: as it is, where every `heal::` operator is compared with
-FP64 on the operands it got; and in FP64 with propagated errors, which bounds the graph's outputs.
+`observe` runs a rewritten graph twice: as it is, where `heal::` operators are compared with FP64
+on the operands they got; and in FP64 with propagated errors, which bounds the graph's outputs.
+What has no rule (a subgraph, an operator that writes in place, 16-bit arithmetic) gets no number.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,9 @@ from healpass.arithmetic.digits import join_digits
 from healpass.arithmetic.estimate import lifted
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
 from healpass.config import HealConfig
-from healpass.graph.nodes import heal_name, is_floating, tensors, value
+from healpass.graph.classes import classify
+from healpass.graph.exact_rules import RANDOM
+from healpass.graph.nodes import heal_name, is_floating, is_half, op_name, tensors, value
 from healpass.report import GraphReport, OutputRecord
 
 #: The torch function that each operator computes. `propagate` takes our operators' arguments for
@@ -58,7 +62,8 @@ def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, 
     report.nodes = [
         replace(record, observed=measured.ratios.get(record.name)) for record in report.nodes
     ]
-    report.outputs += _outputs(graph_module, arithmetic, args, result)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        report.outputs += _outputs(graph_module, arithmetic, args, result)
     return result
 
 
@@ -110,16 +115,29 @@ class Propagated(Interpreter):
         """Integers and masks are computed, everything else is propagated."""
         if n.op not in ("call_function", "call_method"):
             return super().run_node(n)
+        kind = classify(n)
+        if kind == "scope":
+            return None  # autograd and autocast are settled here
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if not any(
-            isinstance(leaf, Estimate) or is_floating(leaf) for leaf in _leaves(args, kwargs)
-        ):
-            return super().run_node(n)
+        floating = [x for x in _leaves(args, kwargs) if isinstance(x, Estimate) or is_floating(x)]
+        if not floating:
+            return self.made(n, kind)
         function = MEANING.get(heal_name(n) or "")
         if function is not None:
             return propagate(function, self.analysis, *_meant(args), **_meant(kwargs))
+        if is_half(value(n)) and kind not in ("cast", "move", "embedding"):
+            raise ValueError(f"{n.target} runs in 16 bits: its roundings have no rule.")
         target: Any = getattr(Tensor, str(n.target)) if n.op == "call_method" else n.target
         return propagate(target, self.analysis, *args, **kwargs)
+
+    def made(self, n: Node, kind: str) -> Any:
+        """A tensor made of integers or of nothing: exact, if nothing was rounded or drawn."""
+        result = super().run_node(n)
+        if op_name(n) in RANDOM or (
+            is_floating(result) and kind not in ("cast", "factory", "move")
+        ):
+            raise ValueError(f"no error rule for {op_name(n)!r} of integers, or at random.")
+        return lifted(result)
 
 
 def _outputs(
@@ -129,43 +147,46 @@ def _outputs(
     sizes = [t.numel() for n in graph_module.graph.nodes for t in tensors([value(n)])
              if n.op.startswith("call") and is_floating(t)]  # fmt: skip
     analysis = Analysis(arithmetic, first_order=sum(map(int, sizes)) > RIGOROUS)
-    computed = [leaf for leaf in _leaves(result) if is_floating(leaf)]
+    computed = _leaves(result)
     try:
-        estimates = Propagated(graph_module, analysis).run(*args)
-    except ValueError as error:
-        reason = str(error).split(":")[0]
-        return [OutputRecord(i, str(list(y.shape)), None, None, None, False, reason)
-                for i, y in enumerate(computed)]  # fmt: skip
-    ideal = [leaf for leaf in _leaves(estimates) if isinstance(leaf, Estimate)]
-    return [
-        _output(i, *pair, analysis) for i, pair in enumerate(zip(computed, ideal, strict=True))
-    ]
+        ideal = _leaves(Propagated(graph_module, analysis).run(*args))
+        pairs = [(y, lifted(e)) for y, e in zip(computed, ideal, strict=True) if is_floating(y)]
+        return [_output(i, *pair, analysis) for i, pair in enumerate(pairs)]
+    except ValueError as error:  # a function without a rule
+        reason = re.split(r"[:\n]", str(error))[0]
+        shapes = [str(list(y.shape)) for y in computed if is_floating(y)]
+        return [OutputRecord(i, shape, None, None, None, False, reason)
+                for i, shape in enumerate(shapes)]  # fmt: skip
 
 
 def _output(index: int, y: Tensor, ideal: Estimate, analysis: Analysis) -> OutputRecord:
     exact_value = ideal.value.detach().reshape(-1)
-    error = (y.double().reshape(-1) - exact_value).abs()
+    error = (y.detach().double().reshape(-1) - exact_value).abs()
     if analysis.first_order:
         chosen = error.topk(min(CHOSEN, error.numel())).indices
         ideal = Estimate(ideal.value.reshape(-1)[chosen], ideal.error.reshape(-1)[chosen])
         y, exact_value = y.reshape(-1)[chosen], exact_value[chosen]
-    bound, expected = (limit.detach().reshape(-1) for limit in (
-        analysis.bound(ideal), 4 * analysis.deviation(ideal)
-    ))  # fmt: skip
+    bound = analysis.bound(ideal) if analysis.first_order else analysis.refined(ideal).error
+    bound, expected = bound.detach().reshape(-1), 4 * analysis.deviation(ideal)
     return OutputRecord(
         index,
         str(list(ideal.value.shape)),
         _largest(bound),
-        worst_ratio(y.reshape(-1), exact_value, bound),
+        worst_ratio(y.detach().reshape(-1), exact_value, bound),
         _largest(expected),
         analysis.first_order,
     )
 
 
 def worst_ratio(y: Tensor, exact_value: Tensor, bound: Tensor) -> float:
-    """The largest observed / bound; 0 where nothing is wrong, NaN and infinities agreeing."""
-    same = (y.double() == exact_value) | (y.isnan() & exact_value.isnan())
-    return _largest(torch.where(same, 0.0, (y.double() - exact_value).abs() / bound.detach()))
+    """The largest observed / bound; 0 where nothing is wrong or nothing is promised.
+
+    A NaN that exact arithmetic does not give is an infinite error.
+    """
+    y, bound = y.double(), bound.detach()
+    fine = (y == exact_value) | (y.isnan() & exact_value.isnan()) | bound.isinf()
+    ratio = ((y - exact_value).abs() / bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return _largest(torch.where(fine, 0.0, ratio))
 
 
 def _largest(x: Tensor) -> float:

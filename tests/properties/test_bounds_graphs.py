@@ -170,7 +170,7 @@ def estimate(program: Program, how: Arithmetic | None = None) -> Estimate:
     """Exact values, and the propagated bound as their error."""
     run = Analysis(how or Arithmetic(casts=False))
     y = program.run(partial(propagated, run), *(exact(t) for t in program.tensors()))
-    return Estimate(y.value.detach(), run.bound(y))
+    return Estimate(y.value.detach(), run.refined(y).error)
 
 
 def propagated(run, function, *args, **kwargs):
@@ -179,7 +179,8 @@ def propagated(run, function, *args, **kwargs):
 
 def worst_ratio(y: torch.Tensor, bound: Estimate) -> float:
     assert bound.error.isfinite().all(), "the bound says nothing"
-    return ((y.double() - bound.value).abs() / bound.error).max().item()
+    error = (y.double() - bound.value).abs()
+    return torch.where(error == 0, 0.0, error / bound.error).max().item()
 
 
 OPTIONS = {"outputs": "fp32", "kv": "fp32"}
@@ -194,7 +195,7 @@ def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic, kv):
     compiled = torch.compile(run, backend="heal", dynamic=dynamic, options=options, fullgraph=True)
     bound = estimate(program, Arithmetic(kv=kv, casts=False))
     y = compiled(*program.tensors())
-    assert y.dtype == torch.float32
+    assert y.dtype == torch.float32 or set(program.steps) == {"cast"}
     ratio = worst_ratio(y, bound)
     fp32 = worst_ratio(run(*(t.float() for t in program.tensors())), bound)
     event(f"observed / bound about 2^{math.frexp(ratio)[1]}")
