@@ -1,4 +1,4 @@
-"""Pinned norms: `heal::rms_norm`, `layer_norm`, `group_norm`. Imports `ops.reduce`.
+"""Pinned norms: `heal::rms_norm` and `heal::layer_norm`. Imports `ops.reduce`.
 
 Everything between the FP32 (or 16-bit) operands and the FP32 result is FP64, the sums are exact
 integers (`ops.reduce`), and the result is rounded once: it is within (1/2 + 2^-10) ulp of the norm

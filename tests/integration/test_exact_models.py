@@ -57,8 +57,8 @@ def test_logits_do_not_depend_on_who_adds(family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_logits_are_close_to_fp64(family):
-    """Five products and INT16, eight and INT24: both within ten times what issue 6 asks of
-    SmolLM2, since tiny random models have small sums."""
+    """Five products and INT16, eight and INT24: both within what is promised for SmolLM2,
+    which holds for tiny random models too."""
     model, exact = family.pair(0, BF16)
     truth = exact(**family.inputs(torch.float64)).logits
     for options, worst in (
