@@ -152,6 +152,107 @@ def test_what_current_models_add_to_attention_has_bounds(more, kv):
     assert 0 < report.outputs[0].observed <= 1
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_callers_grad_mode_does_not_matter(mode):
+    with mode():
+        before = torch.is_grad_enabled()
+        (output,) = explained(Block(), random(2, 5, 32)).outputs
+        assert torch.is_grad_enabled() == before
+    assert output.reason is None
+    assert 0 < output.observed <= 1
+
+
+X4, W4 = random(4, 32).float(), random(32, 4).float()
+
+
+def written(x, w):
+    y = x @ w
+    y.mul_(2)
+    return y
+
+
+def seen_through_a_view(x, w):
+    y = x @ w
+    y[0].mul_(2)
+    return y
+
+
+def augmented(x, w):
+    y = x @ w
+    z = y[0]
+    y += 1
+    return z
+
+
+def inputs_written(x, w):
+    return x.add_(1) @ w
+
+
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [
+        (written, "mul_"),
+        (seen_through_a_view, "mul_"),
+        (augmented, "iadd"),
+        (inputs_written, "add_"),
+        (lambda x, w: F.relu(x @ w, inplace=True), "inplace"),
+        (lambda x, w: F.silu(x @ w, inplace=True), "inplace"),
+        (lambda x, w: x @ w + torch.rand(4), "rand"),
+        (lambda x, w: (x @ w).sum(dtype=torch.float64), "sum"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_followed_gets_no_number(function, word):
+    (output,) = explained(function, X4.clone(), W4).outputs
+    assert output.bound is None
+    assert word in output.reason
+
+
+def test_16_bit_arithmetic_gets_no_number():
+    config = HealConfig(precision="bf16")
+    report = explained(lambda x, w: F.silu(x @ w) + 3, X4.bfloat16(), W4.bfloat16(), config=config)
+    assert "runs in 16 bits" in report.outputs[0].reason
+
+
+def test_an_error_does_not_end_at_a_detach():
+    (output,) = explained(lambda x, w: (x @ w).detach() * 2, X4, W4).outputs
+    assert 0 < output.observed <= 1
+
+
+def test_a_widened_operand_is_bounded_as_the_operator_takes_it():
+    """BF16 made FP32 is split under a row scale, where tiny elements are lost."""
+    x, w = torch.tensor([[1.0, 2.0**-60]]).bfloat16(), torch.tensor([[0.0], [1.0]]).bfloat16()
+    config = HealConfig(simulate="a100", outputs="fp32")
+    (output,) = explained(lambda x, w: x.float() @ w.float(), x, w, config=config).outputs
+    assert output.observed <= 1
+
+
+def test_a_hidden_key_of_a_finite_mask_does_not_unbind_its_row():
+    q, mask = random(1, 2, 5, 8).float(), torch.zeros(5, 5)
+    mask[:, 3:] = torch.finfo(torch.float32).min
+    report = explained(lambda q, m: F.scaled_dot_product_attention(q, q, q, attn_mask=m), q, mask)
+    assert report.outputs[0].bound < 1e-3
+    assert 0 < report.outputs[0].observed <= 1
+
+
+def test_a_row_without_variance_is_within_its_bound_or_unbounded():
+    x = torch.tensor([[2.0**25 + 4, 2.0**25, 2.0**25, 2.0**25]])
+    for function in (
+        lambda x: F.layer_norm(x, (4,)),
+        lambda x: F.rms_norm(x * 1e-30, (4,), eps=0),
+    ):
+        (output,) = explained(function, x).outputs
+        assert not output.observed > 1
+
+
+def test_a_report_with_infinities_is_json_and_says_unbounded():
+    (output,) = (report := explained(lambda x: x.sum().rsqrt(), torch.zeros(3))).outputs
+    assert output.bound == float("inf")
+    assert "unbounded" in str(report)
+    assert json.loads(report.to_json())["graphs"][0]["outputs"][0]["bound"] == "inf"
+    assert "unbounded" in report._repr_html_()
+
+
 def test_masks_and_integers_pass_through():
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     q = random(1, 2, 5, 8)
