@@ -26,10 +26,14 @@ _REFUSAL = re.compile(
     r"|\bcannot (?:help|assist|provide|answer|determine|be determined)\b",
     re.IGNORECASE,
 )
+#: Line ends, emphasis and mathematics mode between a sign of an answer and the answer.
+_OPENING = r"(?:[\s*_$]|\\[\[(])*"
 #: From the strongest sign of an answer to the weakest.
 _MARKERS = (
-    re.compile(r"\\boxed\s*\{|\banswer[*_]*\s*:[\s*_]*", re.IGNORECASE),
-    re.compile(r"\banswer[*_]*\s+is\b[\s*_:]*", re.IGNORECASE),
+    re.compile(
+        rf"\\boxed\s*\{{|\banswer[*_]*(?:\s\([^()\n]{{0,40}}\))?\s*:{_OPENING}", re.IGNORECASE
+    ),
+    re.compile(rf"\banswer[*_]*\s+is\b:?{_OPENING}", re.IGNORECASE),
 )
 #: What stands between two answers when a reply gives both.
 _HEDGE = re.compile(

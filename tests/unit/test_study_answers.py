@@ -299,6 +299,16 @@ def test_the_suite_has_its_size_and_is_balanced():
     assert max(letters.values()) <= 0.4 * len(CHOICES), "always one letter must not do well"
 
 
+def test_the_datasheet_counts_what_there_is():
+    datasheet = (Path(__file__).parents[2] / "docs/professional-short-answers.md").read_text()
+    kinds = Counter((task.domain, task.kind) for task in TASKS.values())
+    for domain in DOMAINS:
+        counts = [kinds[domain, kind] for kind in ("number", "choice", "label")]
+        assert f"| {domain} | {' | '.join(map(str, [*counts, sum(counts)]))} |" in datasheet
+    assert f"\n{len(TASKS)} short tasks" in datasheet
+    assert f"of the {len(NUMBERS)} numbers" in datasheet
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.id)
 def test_a_task_is_whole_and_says_why_its_answer_is_right(task):
     assert task.id.startswith(f"{task.domain}-")

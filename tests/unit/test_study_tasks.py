@@ -47,6 +47,9 @@ LABEL = Task(
         "**Answer:** **$1,234.50**",
         "**Answer**: 1234.50",
         "Answer:\n\n1234.50",
+        "Answer (in USD): 1234.50",
+        "Answer:\n$$\n1234.50\n$$",
+        "Answer:\n\\[ 1234.50 \\]",
         "The answer is **1234.50**.",
         "The final answer is: $1234.50$",
         "So we get \\boxed{1234.50}",
@@ -300,7 +303,7 @@ def test_line_ends_marks_and_separators_of_other_systems_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "field", "words"),
     [
-        ({"kind": "numbr"}, "kind", "Did you mean 'number'"),
+        ({"kind": "numbers"}, "kind", "Did you mean 'number'"),
         ({"answr": "4"}, "answr", "Did you mean 'answer'"),
         ({"question": None}, "question", "text is needed"),
         ({"question": " "}, "question", "is empty"),
