@@ -252,7 +252,7 @@ def test_a_negated_label_is_no_label(reply):
 
 
 @pytest.mark.parametrize("task", load(), ids=lambda task: task.id)
-def test_the_suite_accepts_its_own_answers_and_no_other_task_s_wrong_ones(task):
+def test_the_suite_accepts_its_own_answers_and_no_wrong_option(task):
     assert score(task, f"Let me see: 3, 4.\nAnswer: {task.answer}").correct
     for wrong in task.options:
         letter = "ABCD"[task.options.index(wrong)]
