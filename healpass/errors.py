@@ -39,6 +39,10 @@ class CacheError(HealError, ValueError):
     """A key/value cache is used in a way that would lose or overwrite data."""
 
 
+class TaskError(HealError, ValueError):
+    """A file of tasks cannot be read, or a line in it is not a task."""
+
+
 class FetchError(HealError):
     """A model file could not be fetched, or is not the file it should be."""
 

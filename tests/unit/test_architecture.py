@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import healpass
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("healpass/**/*.py"), *ROOT.glob("lowering/**/*.py")])
+
+#: What `healpass.__all__` offers: all that the study may use, as anybody else's code may.
+PUBLIC = {"HealConfig", "HealError", "HealReport", "explain", "inductor_options"}
 
 #: layer -> what its modules may import of healpass. The way of one compile, from bottom to top.
 BELOW = {
@@ -25,6 +30,7 @@ BELOW = {
     "graph": {"errors", "arithmetic", "ops", "config", "report"},
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "integrations": {"errors", "arithmetic", "ops", "config"},
+    "study": {"errors"} | PUBLIC,
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},
 }
@@ -71,7 +77,12 @@ def test_a_module_imports_only_what_lies_below_it(path):
 def test_a_wrong_arrow_is_found():
     upward = ast.parse("from healpass.graph.pipeline import rewrite")
     assert breaks_of_the_arrows("ops", upward) == {"graph"}
+    assert breaks_of_the_arrows("study", upward) == {"graph"}
     assert breaks_of_the_arrows("errors", ast.parse("import healpass.config")) == {"config"}
+
+
+def test_the_study_may_use_what_everybody_may():
+    assert set(healpass.__all__) == PUBLIC
 
 
 def functions(module: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -1,0 +1,1 @@
+"""The reproducibility study. Uses healpass's public names only."""
