@@ -1,0 +1,1 @@
+"""The reproducibility study. Layer: top; uses the public names of healpass only."""
