@@ -142,8 +142,8 @@ class MarginDistribution:
 
     @property
     def density(self) -> float:
-        """rho, the share of gaps per nat near zero; what ties at 0 is not part of it."""
-        return (self._inner - self._ties) / self.window if self.window > 0 else 0.0
+        """rho, the share of gaps per nat near zero, those that the format ties to 0 included."""
+        return self._inner / self.window if self.window > 0 else 0.0
 
     def share_below(self, x: Tensor) -> Tensor:
         """Return P(gap < x) + 1/2 P(gap = x) for x > 0, else 0.
@@ -152,7 +152,8 @@ class MarginDistribution:
             x: Any shape, nats.
         """
         x = x.double()
-        line = self._ties + self.density * x
+        # A tie flips at any shift, so the line starts above 0 where there are ties.
+        line = self._ties + (self._inner - self._ties) * (x / self.window) if self.window else x
         share = torch.where(x < self.window, line, _share_below(self.gaps, x))
         return torch.where(x > 0, share, torch.zeros_like(share))
 
