@@ -47,6 +47,10 @@ class FetchError(HealError):
     """A model file could not be fetched, or is not the file it should be."""
 
 
+class StudyError(HealError, ValueError):
+    """The data of a reproducibility study do not fit together or cannot be used."""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,1 +1,1 @@
-"""The reproducibility study. Uses healpass's public names only."""
+"""The reproducibility study. Layer: top; uses the public names of healpass only."""
