@@ -35,7 +35,7 @@ BELOW = {
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},
 }
 #: Those on top may import anything.
-TOP = {"__init__", "cli", "study"}
+TOP = {"__init__", "cli"}
 #: What takes seconds to import, so that `import healpass` must not.
 HEAVY = ("transformers", "torch._inductor", "triton", "torch._dynamo")
 
