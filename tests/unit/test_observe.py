@@ -138,7 +138,7 @@ def test_a_coarser_format_breaks_the_bound_of_a_finer_one(monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [{"window": 2}, {"softcap": 0.5}, {"sinks": random(4)}, {"is_causal": True, "softcap": 3.0}],
-    ids=str,
+    ids=" and ".join,
 )
 @pytest.mark.parametrize("kv", ["fp32", "int16"])
 def test_what_current_models_add_to_attention_has_bounds(more, kv):
@@ -200,7 +200,7 @@ def inputs_written(x, w):
         (lambda x, w: x @ w + torch.rand(4), "rand"),
         (lambda x, w: (x @ w).sum(dtype=torch.float64), "sum"),
     ],
-    ids=str,
+    ids=("written", "view", "augmented", "inputs", "relu", "silu", "random", "dtype"),
 )
 def test_what_cannot_be_followed_gets_no_number(function, word):
     (output,) = explained(function, X4.clone(), W4).outputs
