@@ -1,8 +1,8 @@
 """The options of a compile, parsed once and strictly. Imports `errors` only.
 
 `torch.compile` does not check the options of a backend it does not know, so every mistake is
-caught
-here: an unknown name, a wrong type, a value outside its choices, or a combination without meaning.
+caught here: an unknown name, a wrong type, a value outside its choices, or a combination without
+meaning.
 """
 
 from __future__ import annotations

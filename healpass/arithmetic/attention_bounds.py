@@ -3,18 +3,17 @@
 For one output element o = sum_j w_j v_j with w = softmax(s) over n keys, in five steps:
 
 1. Scores. With q and k in an integer format, each differs from its operand by a step rho max|x|
-(and
-   u |x| for the dequantization), so the score moves by rho (A SB + B SA) + E rho^2 A B + 2u S to
-   first order, all included below. The product itself errs by the matmul bound; scaling and
+   (and u |x| for the dequantization), so the score moves by rho (A SB + B SA) + E rho^2 A B + 2u S
+   to first order, all included below. The product itself errs by the matmul bound; scaling and
    masking round three times. Together |s' - s| <= Delta.
 2. Exponentials. exp(s' - m') is computed from a difference rounded once, off by u D' with D' the
-spread
-   of the visible scores plus 2 Delta, by a function that is within `EXP_ULPS` units in the last
-   place. Numerator and denominator of a weight each move by a factor within exp(+-(Delta + u D'))
-   of their own.
-3. The denominator is a sum of n positive numbers (gamma_n), then one division. 4. Hence w'_j = w_j
-(1 + theta_j) with |theta_j| <= Theta, and a weight that underflows loses 2^-126. 5. P V is a
-matmul with the weights as its left operand, which are at most 1 and sum to at most
+   spread of the visible scores plus 2 Delta, by a function that is within `EXP_ULPS` units in the
+   last place. Numerator and denominator of a weight each move by a factor within
+   exp(+-(Delta + u D')) of their own.
+3. The denominator is a sum of n positive numbers (gamma_n), then one division.
+4. Hence w'_j = w_j (1 + theta_j) with |theta_j| <= Theta, and a weight that underflows loses
+   2^-126.
+5. P V is a matmul with the weights as its left operand, which are at most 1 and sum to at most
    1 + Theta.
 
 The score's bound of step 1 enters the exponent: attention is as sensitive to the scores as softmax
@@ -62,8 +61,7 @@ SCALE, MASK, SPREAD = sympy.symbols("SCALE MASK SPREAD", nonnegative=True)
 #: of q and k are relative to, sqrt(|q|^2 max k^2 + |k|^2 max q^2); then sqrt(sum (w v)^2), with o
 #: the output sqrt(sum w^2 (v - o)^2), and sqrt(sum w^2).
 QK_Q, QK_N, V_Q, V_D, W_N = sympy.symbols("QK_Q QK_N V_Q V_D W_N", nonnegative=True)
-#: sum_j w_j |v_j|; max and sum of w_j t_j; sum of |v_j| / t_j over visible keys; and the largest
-# |v|.
+#: sum_j w_j |v_j|; max and sum of w_j t_j; sum of |v_j| / t_j over visible keys; the largest |v|.
 V_S, W_MAX, W_SUM, V_SB, V_MAX = sympy.symbols("V_S W_MAX W_SUM V_SB V_MAX", nonnegative=True)
 
 _FORMATS = {"int16": INT16, "int24": INT24}

@@ -10,16 +10,15 @@ Lemmas, cited by name:
   `pieces`.
 * **dropped**: |low piece| <= h (1 + h) |x| + 3 l, so low x low is at most what this product says.
 * **align**: one step of a tensor core (`tensorcore.rules`, arXiv 2511.10909) has L + 1 addends.
-One
-  has the largest exponent e and loses nothing, since its 23 or 20 bits of fraction are at most F;
-  the others lose less than 2^(e-F) each, and 2^e is at most the sum of magnitudes so far. A
+  One has the largest exponent e and loses nothing, since its 23 or 20 bits of fraction are at most
+  F; the others lose less than 2^(e-F) each, and 2^e is at most the sum of magnitudes so far. A
   subnormal operand is stored with its format's smallest exponent, which adds alpha = 2^11 l to its
   magnitude there.
 * **chop**: a sum rounded toward zero to FP32 loses at most 2^-23 of itself, and rounding toward
   zero never makes a partial sum larger than the sum of magnitudes.
 * **promote**: adding n chains in FP32 is the gamma lemma with n - 1 roundings.
 * **underflow**: a result that a power of two takes below 2^-126 is rounded to a multiple of
-2^-149.
+  2^-149.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ from healpass.arithmetic.symbols import (
 
 __all__ = ["HARDWARE", "Bound", "Hardware", "Term", "matmul_bound", "matmul_magnitudes"]
 
-#: What a tiny element loses beside the maximum of its row: 2^-25 under a scale that maps it to
-# 2^15.
+#: What a tiny element loses beside its row's maximum: 2^-25 under a scale that maps that to 2^15.
 LOST = Rational(1, 2**40) * (1 + H)
 FLOOR = Rational(1, 2**151)
 
@@ -122,14 +120,12 @@ def matmul_bound(
         left: Format of the left operand: `fp32`, `fp16` or `bf16`.
         right: Format of the right operand.
         rule: For `heal`, who adds: a GPU generation, `fp32` (pieces and FP32 additions), or None
-            for
-            what CPU runs unsimulated, FP32 arithmetic on the upcast operands.
+            for what CPU runs unsimulated, FP32 arithmetic on the upcast operands.
         promote_every: K between promotions to an FP32 register; None for one chain.
         tile_k: K of a tile: all low products of a tile come before its high ones.
         split_k: Parts of K summed apart.
         headroom: Bits that row and channel scales leave unused: 0 for `pieces`, 1 for a kernel
-            that
-            maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
+            that maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
 
     Raises:
         ValueError: The precision or the rule has no bound here.

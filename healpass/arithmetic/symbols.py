@@ -53,8 +53,7 @@ class Bound:
         name: What it bounds.
         terms: The summands of the worst case.
         probabilistic: The square-root companion: for rounding errors that are independent of mean
-            zero
-            and products of random sign (Higham and Mary 2019, 2020). No guarantee.
+            zero and products of random sign (Higham and Mary 2019, 2020). No guarantee.
     """
 
     name: str
@@ -141,5 +140,5 @@ def describe(expression: Expr) -> str:
 
 
 def gamma(n: int | Expr) -> Expr:
-    """N u / (1 - n u), for n u < 1 (Higham, Lemma 3.1)."""
+    """n u / (1 - n u), for n u < 1 (Higham, Lemma 3.1)."""
     return n * U / (1 - n * U)
