@@ -140,5 +140,5 @@ def describe(expression: Expr) -> str:
 
 
 def gamma(n: int | Expr) -> Expr:
-    """n u / (1 - n u), for n u < 1 (Higham, Lemma 3.1)."""
+    """`n u / (1 - n u)`, for n u < 1 (Higham, Lemma 3.1)."""
     return n * U / (1 - n * U)
