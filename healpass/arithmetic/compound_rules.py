@@ -76,8 +76,27 @@ def layer_norm(
     size = variance.magnitude + middle.magnitude.square()
     variance = _also(run, variance, 4 * n * U * spread + (4 * n * U) ** 2 * size)
     y = mul(run, centred, rsqrt(run, add(run, variance, eps)))
+    y = within(y, _largest_normalized(x.magnitude.amax(dims, keepdim=True), n, eps))
     y = y if weight is None else mul(run, y, lifted(weight))
     return y if bias is None else add(run, y, lifted(bias))
+
+
+def _largest_normalized(largest: Tensor, n: int, eps: float) -> Tensor:
+    """No element of a computed `layer_norm` of rows of n elements up to `largest` is larger.
+
+    Let v be the exact variance of the computed row, M its largest element, a = 4 n u. The computed
+    mean errs by n u M, so an element is at most sqrt(n v) + n u M before the division. The
+    computed variance errs by a sqrt(v (v + M^2)) + a^2 (v + M^2) <= v (1/2 + a + a^2) + 1.5 a^2
+    M^2, hence is at least 0.15 v where v >= 10 a^2 M^2 (a <= 0.1). Elsewhere it is at least
+    -(4 u M)^2: squares are not negative, and a product of Welford's update, (x - old mean) (x -
+    new mean), is so only where both factors are a few u M.
+    """
+    a = 4 * n * U
+    floor = eps - (4 * U * largest).square()
+    usual = math.sqrt(n / 0.15) + 0.25
+    flat = (math.sqrt(10 * n) * a + n * U) * largest / floor.clamp(min=0.0).sqrt()
+    known = (floor > 0) & (a <= 0.1)
+    return torch.where(known, flat.clamp(min=usual), torch.inf)
 
 
 def _also(run: Analysis, x: Estimate, own: Tensor) -> Estimate:

@@ -228,6 +228,6 @@ def infinite_if_undefined(error: Tensor) -> Tensor:
     return torch.where(error.isnan(), torch.inf, error)
 
 
-def within(x: Estimate, largest: float) -> Estimate:
+def within(x: Estimate, largest: float | Tensor) -> Estimate:
     """What is computed is at most `largest`, so the error is at most |value| + largest."""
     return replace(x, error=torch.minimum(x.error, x.size + largest * (1 + ELEMENTARY)))

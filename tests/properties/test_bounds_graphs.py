@@ -278,6 +278,28 @@ def test_dropping_one_low_piece_exceeds_the_bound(most, place):
     assert share >= 0.9
 
 
+def test_a_norm_bounds_what_reaches_it_unbounded():
+    """Attention's worst case at this size exceeds the variance of its rows; LayerNorm's cannot."""
+    program = Program(("linear", "attention", "layer_norm"), 1, 2, 30.0, False, 0)
+    bound = estimate(program).error
+    print(f"largest bound {bound.max():.3g}")
+    assert bound.isfinite().all()
+
+
+def test_a_layer_norm_of_nearly_constant_rows_is_within_its_bound():
+    """The variance is lost in roundings of the mean: rows differ by 1 to 1e6 last places."""
+    generator = torch.Generator().manual_seed(0)
+    places = 10.0 ** (torch.arange(210)[:, None] % 7)
+    for size in (1.0, 1e2, 1e4, 1e6):
+        noise = torch.randn(210, D, generator=generator) * places
+        x = (size * (1 + 2.0**-23 * noise.round().double())).float()
+        bound = propagate(F.layer_norm, Analysis(), exact(x), (D,))
+        for y in (F.layer_norm(x, (D,)), torch.compile(F.layer_norm)(x, (D,))):
+            error = (y.double() - bound.value.detach()).abs()
+            print(f"size {size:g}: observed / bound {(error / bound.error).max():.3g}")
+            assert (error <= bound.error).all()
+
+
 def test_what_has_no_rule_is_refused():
     x = exact(torch.ones(2, 2))
     with pytest.raises(ValueError, match="no error rule for 'cumsum'"):
