@@ -30,7 +30,7 @@ test: model  ## Run the tests, without the slow ones and those that need a GPU
 	$(PYTEST) -m 'not deep and not gpu'
 
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property
-	$(PYTEST) -m 'not gpu' --hypothesis-profile deep
+	$(PYTEST) -m 'not gpu' --hypothesis-profile deep --timeout 14400  # seconds, of one test
 
 test-gpu:  ## On a machine with a GPU: its tests, then the benchmark, with the torch that is there
 	bash tests/gpu/run_all.sh
