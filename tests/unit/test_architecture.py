@@ -31,6 +31,7 @@ BELOW = {
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "integrations": {"errors", "arithmetic", "ops", "config"},
     "study": {"errors"} | PUBLIC,
+    "bench": {"errors", "environment", "integrations"} | PUBLIC,
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},
 }

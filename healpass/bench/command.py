@@ -1,0 +1,94 @@
+"""What `healpass bench` does with its options: plan, run with progress, print, write.
+
+Layer: bench. Imports `bench.*`, `environment` and `errors`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from healpass.bench import table
+from healpass.bench.contenders import DEFAULT, choose
+from healpass.bench.run import Plan, Row, measure
+from healpass.bench.source import ModelSource, ShapesSource
+from healpass.bench.workloads import KINDS, workloads
+from healpass.environment import collect
+from healpass.errors import ConfigError, suggestion
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, as they were given."""
+
+    model: str
+    shapes: str | None
+    device: str
+    kinds: tuple[str, ...]
+    contenders: tuple[str, ...]
+    rounds: int
+    csv: Path | None
+    plot: Path | None
+
+    def plan(self) -> Plan:
+        """What is measured.
+
+        Raises:
+            ConfigError: A name is unknown, or the device is not there.
+        """
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError(
+                    f"--what {kind!r} is not one of {', '.join(KINDS)}.{suggestion(kind, KINDS)}"
+                )
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {self.device!r}: cpu or cuda is needed.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here. Use --device cpu.")
+        source = ShapesSource(self.shapes) if self.shapes else ModelSource(self.model)
+        planned = workloads(self.kinds, source)
+        if not planned:
+            raise ConfigError(
+                f"--what {','.join(self.kinds)} has nothing to measure with --shapes: use decode "
+                "or prefill."
+            )
+        chosen = choose(self.contenders or DEFAULT)
+        threads = torch.get_num_threads()
+        return Plan(source, chosen, planned, self.device, self.rounds, threads)
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats the run; files are left out."""
+        what = ["--shapes", self.shapes] if self.shapes else [self.model]
+        words = ["healpass", "bench", *what, "--device", self.device]
+        words += ["--what", ",".join(self.kinds), "--rounds", str(self.rounds)]
+        if self.contenders:
+            words += ["--contenders", ",".join(self.contenders)]
+        return shlex.join(words)
+
+
+def run(request: Request, console: Console | None = None) -> list[Row]:
+    """Measure, show progress, print the table, write the files.
+
+    Rows are written after each workload, so that a run that is stopped keeps what it has.
+    """
+    console = console or Console()
+    plan, environment = request.plan(), collect()
+    common = table.provenance(plan, environment, request.command)
+    rows: list[Row] = []
+    with console.status("starting") as status:
+        for row in measure(plan, lambda text: status.update(f"{text} ...")):
+            rows.append(row)
+            if request.csv:
+                table.write_csv(request.csv, rows, common)
+    title = f"{plan.source.name} on {common['processor']}, {plan.threads} threads"
+    console.print(table.table(rows, title))
+    for warning in environment.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    if request.plot:
+        table.plot(request.plot, rows, title)
+    return rows

@@ -1,0 +1,209 @@
+"""What the contenders do while the clock runs: prefill, decode, training, attention, compiling.
+
+Layer: bench. Imports `bench.subject`. A workload is a small record; `prepare` builds it inside a
+contender's process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from healpass.bench.source import SHAPES, ModelSource, ShapesSource, Source
+from healpass.bench.subject import Subject
+
+#: Different inputs of one shape that the gate looks at: one alone may be lucky.
+INPUTS = 8
+#: Decode steps per timed round, and what a cache has room for.
+STEPS, ROOM = 16, 1024
+#: Gradient elements per parameter that the gate looks at.
+SAMPLED = 4096
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A workload in a contender's process.
+
+    Attributes:
+        run: What is timed.
+        outputs: Computes what the gate compares; not timed.
+        calls: How many calls of the model one `run` makes.
+        reset: Brings back the state before a `run`; not timed.
+    """
+
+    run: Callable[[], Any]
+    outputs: Callable[[], Tensor]
+    calls: int = 1
+    reset: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is done, with how many rows or tokens; its name is the table's."""
+
+    kind: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """`prefill 128`."""
+        return f"{self.kind} {self.size}"
+
+    def prepare(self, subject: Subject) -> Prepared:
+        """Build it for one contender."""
+        return _PREPARE[self.kind](subject, self.size)
+
+
+def workloads(kinds: tuple[str, ...], source: Source) -> tuple[Workload, ...]:
+    """The workloads of the kinds asked for, in the order they run."""
+    sizes = MODEL_SIZES if isinstance(source, ModelSource) else SHAPE_SIZES
+    return tuple(Workload(kind, size) for kind in kinds for size in sizes.get(kind, ()))
+
+
+#: Tokens per kind for a model; rows per kind for the layers of `--shapes`.
+MODEL_SIZES = {
+    "decode": (128,),
+    "prefill": (16, 128, 512),
+    "train": (64,),
+    "attention": (512, 2048),
+    "compile": (1,),
+}
+SHAPE_SIZES = {"decode": (1, 8), "prefill": (64, 512)}
+KINDS = tuple(MODEL_SIZES)
+
+
+def tokens(subject: Subject, count: int, seed: int) -> Tensor:
+    """Random token ids `[1, count]`, the same in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = subject.config.vocab_size
+    return torch.randint(vocabulary, (1, count), generator=generator).to(subject.device)
+
+
+def _model_step(subject: Subject) -> Callable[[Tensor, Any], Tensor]:
+    """The last token's logits `[1, V]`, the cache written."""
+    model: Any = subject.module
+
+    def step(ids: Tensor, cache: Any) -> Tensor:
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    return subject.compile(step)
+
+
+def _prefill(subject: Subject, size: int) -> Prepared:
+    if subject.config is None:
+        return _layers(subject, size)
+    step, cache = _model_step(subject), subject.cache(ROOM)
+
+    def run(seed: int = 0) -> Tensor:
+        return step(tokens(subject, size, seed), cache)
+
+    def outputs() -> Tensor:
+        rows = []
+        for seed in range(INPUTS):
+            cache.reset()
+            rows.append(run(seed).clone())
+        return torch.cat(rows)
+
+    return Prepared(run, outputs, reset=cache.reset)
+
+
+def _decode(subject: Subject, size: int) -> Prepared:
+    if subject.config is None:
+        return _layers(subject, size)
+    step, cache = _model_step(subject), subject.cache(ROOM)
+    stream = tokens(subject, ROOM, seed=0).split(1, dim=1)
+    context = torch.cat(stream[:size], dim=1)
+
+    def advance(count: int) -> list[Tensor]:
+        return [step(token, cache).clone() for token in stream[size : size + count]]
+
+    def rewind() -> None:
+        cache.reset()
+        step(context, cache)
+
+    def outputs() -> Tensor:
+        rewind()
+        return torch.cat(advance(INPUTS))
+
+    return Prepared(lambda: advance(STEPS), outputs, STEPS, rewind)
+
+
+def _layers(subject: Subject, size: int) -> Prepared:
+    """Linear layers alone, `size` rows each."""
+    generator = torch.Generator().manual_seed(size)
+    module: Any = subject.module
+    widths = [layer.weight.shape[1] for layer in module.layers]
+    activations = [
+        torch.randn(size, width, generator=generator).to(subject.device, subject.activation_dtype)
+        for width in widths
+    ]
+    multiply = subject.compile(module)
+
+    def outputs() -> Tensor:
+        return torch.cat([product.flatten() for product in multiply(*activations)])
+
+    return Prepared(lambda: multiply(*activations), outputs)
+
+
+def _train(subject: Subject, size: int) -> Prepared:
+    model: Any = subject.module
+
+    def loss(ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+
+    compiled = subject.compile(loss)
+
+    def run(seed: int = 0) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            value = compiled(tokens(subject, size, seed))
+        value.backward()
+        return value
+
+    def outputs() -> Tensor:
+        run()
+        return torch.cat([p.grad.flatten()[:SAMPLED] for p in model.parameters()])
+
+    return Prepared(run, outputs)
+
+
+def _attention(subject: Subject, size: int) -> Prepared:
+    generator = torch.Generator().manual_seed(size)
+    heads, groups = subject.config.num_attention_heads, subject.config.num_key_value_heads
+    query, key, value = (
+        torch.randn(1, count, size, subject.head_size, generator=generator)
+        .to(torch.bfloat16)
+        .to(subject.device, subject.activation_dtype)
+        for count in (heads, groups, groups)
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    compiled = subject.compile(attend)
+    return Prepared(lambda: compiled(query, key, value), lambda: compiled(query, key, value))
+
+
+def _compile(subject: Subject, size: int) -> Prepared:
+    """A decode step's first call: tracing, passes and code generation, nothing from a cache."""
+    step, cache = _model_step(subject), subject.cache(ROOM)
+    token = tokens(subject, size, seed=0)
+    return Prepared(lambda: step(token, cache), lambda: step(token, cache), reset=cache.reset)
+
+
+_PREPARE: dict[str, Callable[[Subject, int], Prepared]] = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "train": _train,
+    "attention": _attention,
+    "compile": _compile,
+}
+
+__all__ = ["KINDS", "SHAPES", "Prepared", "ShapesSource", "Workload", "workloads"]

@@ -1,0 +1,196 @@
+"""`healpass bench`: the gate refuses what is broken, and nothing is made up."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from healpass.bench import table, workloads
+from healpass.bench.contenders import CONTENDERS, DEFAULT, REFERENCE, choose, judges
+from healpass.bench.run import Plan, Row, limit, measure, ratio, relative_error, spread
+from healpass.bench.source import SHAPES, ModelSource, ShapesSource
+from healpass.bench.subject import Subject, UpcastLinear
+from healpass.bench.worker import Memory, Order, Worker
+from healpass.bench.workloads import Workload
+from healpass.environment import collect
+from healpass.errors import BenchError, ConfigError
+
+SOURCE = ShapesSource("smollm2-135m")
+DECODE = Workload("decode", 1)
+
+
+def plan(*names: str, rounds: int = 2, source=SOURCE, workloads=(DECODE,)) -> Plan:
+    return Plan(source, choose(names), workloads, "cpu", rounds, 1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Llama of two layers in a folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return ModelSource(str(folder))
+
+
+def test_a_run_gives_a_row_for_each_with_time_error_and_memory():
+    rows = list(measure(plan("bf16-eager", "fp32-eager")))
+    assert [(row.workload, row.contender) for row in rows] == [
+        ("decode 1", "bf16-eager"),
+        ("decode 1", "fp32-eager"),
+    ]
+    for row in rows:
+        assert row.note == ""
+        assert 0 < row.low <= row.median <= row.high
+        assert row.error <= row.limit
+        assert row.memory.held > 0
+    halves, wholes = (row.memory.held for row in rows)
+    weights = sum(n * k for n, k in SHAPES[SOURCE.name])
+    assert halves >= 2 * weights
+    assert wholes >= 4 * weights
+    assert ratio(rows, rows[0], "bf16-eager") == 1
+
+
+@dataclass(frozen=True)
+class OffInHalf(ShapesSource):
+    """Layers whose FP16 weights are one hundredth too large."""
+
+    def load(self, dtype):
+        layers = super().load(dtype)
+        if dtype == torch.float16:
+            for parameter in layers.parameters():
+                parameter.data *= 1.01
+        return layers
+
+
+@pytest.mark.parametrize("kind", [OffInHalf, ShapesSource])
+def test_the_gate_refuses_a_contender_that_is_wrong(kind):
+    """No time is printed for it; the same contender with the right weights passes."""
+    claims = replace(CONTENDERS["fp16-eager"], yardstick="fp32-eager")
+    (row,) = measure(replace(plan(source=kind(SOURCE.name)), contenders=(claims,)))
+    assert row.error <= row.limit if kind is ShapesSource else row.error > row.limit
+    assert (row.median is None) == row.note.startswith("refused: its error") == (kind is OffInHalf)
+
+
+@pytest.mark.parametrize("factor", [1 - 1e-3, 1 + 1e-3, math.nan])
+def test_the_limit_notices_a_thousandth_and_nan(factor):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((4, 64), (64, 32)))
+    exact = (x.double() @ weight.double()).numpy()
+    yardstick = relative_error((x @ weight).double().numpy(), exact)
+    allowed = limit(yardstick, 2.0**-24)
+    assert yardstick <= allowed
+    assert not relative_error(factor * (x @ weight).double().numpy(), exact) <= allowed
+
+
+def test_a_contender_that_cannot_run_costs_only_its_row():
+    impossible = replace(CONTENDERS["heal"], name="heal", options={"precision": "heel"})
+    rows = list(measure(replace(plan(), contenders=(impossible, CONTENDERS["bf16-eager"]))))
+    assert "precision='heel'" in rows[0].note
+    assert rows[1].median is not None
+
+
+def test_a_process_that_dies_is_named():
+    worker = Worker(Order(CONTENDERS["bf16-eager"], SOURCE, "cpu", 1))
+    worker._process.kill()
+    with pytest.raises(BenchError, match="bf16-eager stopped in 'time'"):
+        worker.ask("time", DECODE)
+    worker.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["bf16-eager", "fp32-eager", "int16-eager", "layercast-published"]
+)
+@pytest.mark.parametrize("work", [Workload("prefill", 8), Workload("decode", 8)], ids=("p", "d"))
+def test_eager_contenders_agree_with_the_reference(tiny, name, work):
+    """Prefill and decode of a model: as far from FP64 as their formats allow."""
+    torch.set_grad_enabled(False)
+    try:
+        found = {
+            each: work.prepare(Subject(CONTENDERS[each], tiny, "cpu")).outputs().double().numpy()
+            for each in (name, REFERENCE)
+        }
+    finally:
+        torch.set_grad_enabled(True)
+    assert found[name].shape == (workloads.INPUTS, 96)
+    roundoff = {"bf16-eager": 2.0**-9, "int16-eager": 2.0**-16}.get(name, 2.0**-24)
+    error = relative_error(found[name], found[REFERENCE])
+    print(f"{name}: {error / roundoff:.3g} roundoffs")
+    # Two layers of 7 products and 3 norms each, rounded independently or all alike.
+    assert error <= 2 * 10 * roundoff * math.sqrt(64)
+
+
+def test_training_and_attention_are_comparable(tiny):
+    for work in (Workload("train", 8), Workload("attention", 16)):
+        exact, found = (
+            work.prepare(Subject(CONTENDERS[name], tiny, "cpu")).outputs().detach().double()
+            for name in (REFERENCE, "fp32-eager")
+        )
+        assert exact.shape == found.shape
+        assert 0 < relative_error(found.numpy(), exact.numpy()) < 1e-4
+
+
+def test_upcasting_keeps_tied_weights_tied(tiny):
+    module = Subject(CONTENDERS["layercast-published"], tiny, "cpu").module
+    assert all(
+        child.weight.dtype == torch.bfloat16
+        for child in module.modules()
+        if isinstance(child, UpcastLinear)
+    )
+
+
+def test_names_are_looked_up_and_the_nearest_is_suggested():
+    assert {contender.name for contender in judges(choose(DEFAULT))} >= {REFERENCE, "fp32-eager"}
+    with pytest.raises(ConfigError, match="Did you mean 'heal-int24'"):
+        choose(["heal-int-24"])
+    with pytest.raises(ConfigError, match="Did you mean 'llama-3-8b'"):
+        ShapesSource("llama-3-8")
+
+
+def test_what_was_not_measured_says_so(tmp_path):
+    rows = [
+        Row("decode 1", "fp32-inductor", 1e-7, 3e-7, 0.5, 0.4, 0.6, Memory(10, None)),
+        Row("decode 1", "heal", note="refused: [bold]x"),
+    ]
+    path = tmp_path / "rows.csv"
+    table.write_csv(path, rows, table.provenance(plan(), collect(), "healpass bench"))
+    read = list(csv.DictReader(path.open()))
+    assert read[0]["to_fp32"] == "1.000"
+    assert read[0]["to_bf16"] == read[1]["milliseconds"] == table.UNMEASURED
+    assert read[0]["peak_bytes_above"] == table.UNMEASURED
+    out = io.StringIO()
+    Console(file=out, width=140).print(table.table(rows, "title"))
+    assert "refused: [bold]x" in out.getvalue()
+    assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(BenchError, match="cannot write"):
+        table.write_csv(tmp_path / "none" / "rows.csv", rows, {})
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [Row("decode 1", name, median=t) for name, t in (("fp32-inductor", 2.0), ("heal", 1.0))]
+    table.plot(tmp_path / "bars.svg", rows, "title")
+    assert "<svg" in (tmp_path / "bars.svg").read_text()
+    with pytest.raises(BenchError, match="cannot write"):
+        table.plot(tmp_path / "bars.nonsense", rows, "title")
+
+
+def test_the_spread_is_of_the_rounds():
+    found = spread([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert found["median"] == 3
+    assert found["low"] == np.quantile([1, 2, 3, 4, 5], 0.2)
