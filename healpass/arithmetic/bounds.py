@@ -156,8 +156,9 @@ def matmul_bound(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Lengths of a reduction: terms, terms per chain, FP32 additions that one product can go
-    through; is a chain within a single tile?
+    """A reduction: terms, terms per chain, FP32 additions that one product can go through.
+
+    `one_tile`: no chain is longer than a tile.
     """
 
     k: int

@@ -117,9 +117,7 @@ class Schedule:
         if every < self.tile_k:
             return [[_chains_of(tile, every) for tile in part] for part in parts]
         length = every // self.tile_k
-        return [
-            [[part[i : i + length]] for i in range(0, len(part), length)] for part in parts
-        ]
+        return [[[part[i : i + length]] for i in range(0, len(part), length)] for part in parts]
 
 
 def _chains_of(tile: range, every: int) -> list[list[range]]:
