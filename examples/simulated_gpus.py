@@ -1,6 +1,7 @@
 """What each GPU generation would do to SmolLM2-135M's 210 linear layers, on CPU.
 
     python examples/simulated_gpus.py [--tokens 64] [--layers 30]
+    python examples/simulated_gpus.py --forward [--tokens 64] [--threads 2]
 
 Every linear layer gets its real input (a forward pass in FP32 on the BF16 checkpoint), and its
 output is compared with FP64 in the Frobenius norm. The rows:
@@ -12,7 +13,12 @@ output is compared with FP64 in the Frobenius norm. The rows:
 * heal, v100 to b200: the same pieces, added as that generation's tensor cores add (a model of
   published tests, not silicon). B200 and H200 add as H100, Ada as A100.
 
-Two products per layer, promotion to FP32 every 64 of K. No GPU is needed.
+Two products per layer; chains of four hardware additions, added in FP32
+(`healpass.arithmetic.promotion`). No GPU is needed.
+
+`--forward` times what a user runs instead, `torch.compile(model, backend="heal", options=
+{"simulate": ...})` on the BF16 model: the first pass, which compiles, and the second. Seconds of
+the processor stand beside those of the clock, for a machine that is busy with other things.
 """
 
 import argparse
@@ -146,16 +152,43 @@ def table_of(layers: list[Layer], measured: dict[str, tuple[list[float], float]]
     return table
 
 
+def forward_times(tokens: int, console: Console) -> Table:
+    """Seconds of a simulated forward pass of the whole model, by generation."""
+    model, tokenizer = smollm2.load(torch.bfloat16)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, :tokens]
+    threads = torch.get_num_threads()
+    table = Table(title=f"A forward pass of {ids.shape[1]} tokens, {threads} thread(s)")
+    for heading in ("simulate", "first pass", "second pass", "second, processor"):
+        table.add_column(heading, justify="left" if heading == "simulate" else "right")
+    for generation in ("v100", "a100", "h100"):
+        compiled = torch.compile(model, backend="heal", options={"simulate": generation})
+        seconds = []
+        for _ in track(range(2), generation, console=console, transient=True):
+            clock, processor = time.perf_counter(), time.process_time()
+            compiled(ids, use_cache=False)
+            seconds += [time.perf_counter() - clock, time.process_time() - processor]
+        first, _, second, second_processor = (f"{value:.1f} s" for value in seconds)
+        table.add_row(generation, first, second, second_processor)
+        torch.compiler.reset()
+    return table
+
+
 def main() -> None:
-    """Measure every layer under every rule and print the table."""
+    """Measure every layer under every rule, or a forward pass, and print the table."""
     parser = argparse.ArgumentParser(
         description="Errors of SmolLM2's linear layers by GPU generation"
     )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--forward", action="store_true", help="time a forward pass instead")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     console = Console()
     with torch.no_grad():
+        if arguments.forward:
+            console.print(forward_times(arguments.tokens, console))
+            return
         layers = capture(arguments.tokens, arguments.layers)
         console.print(table_of(layers, measure(layers, console)))
 

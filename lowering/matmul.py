@@ -2,7 +2,8 @@
 
 May import `compat`, `kernels`, `operands`, `selfcheck`, `tiles`. One frozen `MatmulProblem` goes
 through all steps. Everything that decides bits is a function of it: K and the dtypes, whether
-M <= 16, and `numerics`. The architecture and the hints of symbolic sizes decide tiles only.
+M <= 16, `numerics`, and the generation, whose tensor core decides how long a chain is. Within a
+generation the architecture and the hints of symbolic sizes decide tiles only.
 
 Families (rows of one family have the same bits for every M, tile and GPU of one generation):
 
@@ -34,12 +35,14 @@ from torch._inductor import config, ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
 
+from healpass.arithmetic.bounds import HARDWARE
+from healpass.arithmetic.promotion import TILE_K
 from healpass.cache_key import compile_options
 from healpass.errors import StrictError
 from healpass.ops.numerics import Numerics
 
-#: Numerics: depth of a K tile, which is the promotion interval.
-BLOCK_K = 64
+#: Numerics: depth of a K tile, the chains of which are summed before the accumulator rounds.
+BLOCK_K = TILE_K
 #: Numerics: the decode family ends here (rows of the smallest tensor-core tile).
 DECODE_ROWS = 16
 #: Numerics: most chunks that the decode family cuts K into, and fewest K tiles of a chunk.
@@ -53,8 +56,8 @@ FEW_COLUMNS, FEW_ROWS = 256, 128
 LAYERCAST_BLOCK_K = 16
 #: Tuning: from here on chips have a copy engine that fetches tiles by tensor descriptor.
 TMA_CAPABILITY = 90
-#: The oldest architecture with BF16 tensor cores.
-LOWEST_CAPABILITY = 80
+#: The oldest architecture with BF16 tensor cores, and the oldest that adds as H100 does.
+LOWEST_CAPABILITY, HOPPER = 80, 90
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class MatmulProblem:
     def size(self) -> list[sympy.Expr]:
         """Shape of the result."""
         return [*([] if self.batch is None else [self.batch]), self.m, self.n]
+
+    @property
+    def chain_k(self) -> int:
+        """Numerics: K of a chain (`arithmetic.promotion`): 32 on sm_80 to sm_89, then 64."""
+        return HARDWARE["a100" if self.capability < HOPPER else "h100"].promote_every
 
     @property
     def hints(self) -> tuple[int, int]:
@@ -219,7 +227,7 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
         "SPLITS": splits,
         "FMA": fma,
         "EVEN_K": problem.divides_k(chunk),
-        "BLOCK_K": LAYERCAST_BLOCK_K if fma and not partials else BLOCK_K,
+        "BLOCK_K": _decode_depth(problem, fma=fma, partials=partials),
         "PARTIALS": partials,
     }
     nodes = list(compat.realize_inputs(problem.a, problem.b))
@@ -230,6 +238,13 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
     layout = problem.layout(splits) if splits > 1 else problem.layout()
     parts = _select(name, nodes, layout, knobs, tiles)
     return parts if splits == 1 else _add_in_order(parts, splits)
+
+
+def _decode_depth(problem: MatmulProblem, *, fma: bool, partials: bool) -> int:
+    """K of a tile: a chain of the tensor core (numerics), or what FP32 adds at once (tuning)."""
+    if not fma:
+        return problem.chain_k
+    return BLOCK_K if partials else LAYERCAST_BLOCK_K
 
 
 def _add_in_order(partials: ir.TensorBox, splits: int) -> ir.TensorBox:
@@ -273,6 +288,7 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
         "B_SCALED": b.exponent is not None,
         "EVEN_K": problem.divides_k(BLOCK_K),
         "BLOCK_K": BLOCK_K,
+        "CHAIN_K": problem.chain_k,
         "GROUPED": groups is not None,
         "GROUPS": 0 if groups is None else int(problem.b.get_size()[0]),
         "TMA": tma,

@@ -5,7 +5,8 @@ both into the kernel that produces the operand. The rules:
 
 * An FP16 operand is its own piece. A BF16 one becomes one FP16 piece, an FP32 one two, after a
   power of two per row (of A) or column (of B) has put the largest element into [2^14, 2^15).
-* operand = 2^exponent * (high + low) within 2^-22 of each element, and 2^-40 of the row's maximum.
+* operand = 2^exponent * (high + low) within 2^-23 of each element, and 2^-39 of the row's maximum;
+  ties of the low piece go outward, as in `arithmetic.pieces`.
 * A maximum is the same in any order, so tiles, splits and the number of rows leave the bits alone.
 """
 
@@ -135,10 +136,7 @@ def _piece(
         if not low:
             return high
         rounded = ops.to_dtype(high, torch.float32, src_dtype=torch.float16)
-        # inf - inf must be 0, not NaN: inf is all in the high piece.
-        zero = ops.constant(0.0, torch.float32)
-        rest = ops.where(ops.eq(scaled, rounded), zero, ops.sub(scaled, rounded))
-        return ops.to_dtype(rest, torch.float16, use_compute_types=False)
+        return ops.to_dtype(_rest(scaled, rounded), torch.float16, use_compute_types=False)
 
     piece = ir.Pointwise.create(
         device=x.get_device(), dtype=torch.float16, inner_fn=inner, ranges=x.get_size()
@@ -146,6 +144,17 @@ def _piece(
     piece.realize()
     V.graph.get_buffer(piece.get_name()).freeze_layout_with_stride_order(order)
     return realize_inputs(piece)
+
+
+def _rest(scaled: Any, rounded: Any) -> Any:
+    """As the templates' `heal_outward_remainder`: ties go outward, and inf - inf is 0."""
+    one, sign_bit = ops.constant(1, torch.int32), ops.constant(31, torch.int32)
+    zero = ops.constant(0.0, torch.float32)
+    bits = ops.to_dtype_bitcast(ops.sub(scaled, rounded), torch.int32, torch.float32)
+    signs = ops.bitwise_xor(bits, ops.to_dtype_bitcast(scaled, torch.int32, torch.float32))
+    outward = ops.bitwise_or(ops.bitwise_right_shift(signs, sign_bit), one)
+    nudged = ops.to_dtype_bitcast(ops.add(bits, outward), torch.float32, torch.int32)
+    return ops.where(ops.eq(scaled, rounded), zero, nudged)
 
 
 def _stride_order(x: ir.TensorBox) -> list[int]:

@@ -82,7 +82,9 @@ def decode_tiles(capability: int, n: int, *, fma: bool) -> list[Tile]:
     """Tiles of the kernel for at most 16 rows: many small blocks, to keep many loads in flight."""
     if fma and capability >= 100:
         return [Tile(16, FEW_FP32_ROWS, 4, 3)]
-    tiles = [Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 128, 4, 3)]
+    # Chains of sm_80 are half as long, and so are K tiles: more stages keep as much in flight.
+    most, fewer = (4, 3) if fma or capability >= 90 else (7, 5)
+    tiles = [Tile(16, 64, 4, most), Tile(16, 64, 4, fewer), Tile(16, 128, 4, fewer)]
     return tiles if n > 64 else tiles[:2]
 
 

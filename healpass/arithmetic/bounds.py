@@ -16,7 +16,8 @@ Lemmas, cited by name:
   magnitude there.
 * **chop**: a sum rounded toward zero to FP32 loses at most 2^-23 of itself, and rounding toward
   zero never makes a partial sum larger than the sum of magnitudes.
-* **promote**: adding n chains in FP32 is the gamma lemma with n - 1 roundings.
+* **promote**: FP32 adds the chains of a tile, the tiles and the splits in turn, which is the gamma
+  lemma with the number of roundings that one product can go through (`promotion`).
 * **underflow**: a result that a power of two takes below 2^-126 is rounded to a multiple of
   2^-149.
 """
@@ -25,10 +26,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import sympy
 from sympy import Expr, Integer, Rational
 
+from healpass.arithmetic.promotion import TILE_K, promotion_interval
 from healpass.arithmetic.symbols import (
     LAMBDA,
     SA,
@@ -85,6 +88,11 @@ class Hardware:
     group: int
     fraction_bits: int
 
+    @property
+    def promote_every(self) -> int:
+        """K between promotions to FP32."""
+        return promotion_interval(self.group)
+
 
 HARDWARE: dict[str, Hardware] = {
     "v100": Hardware(4, 23),
@@ -106,8 +114,8 @@ def matmul_bound(
     left: str = "fp32",
     right: str = "bf16",
     rule: str | None = None,
-    promote_every: int | None = 64,
-    tile_k: int = 64,
+    promote_every: int | Literal["rule"] | None = "rule",
+    tile_k: int = TILE_K,
     split_k: int = 1,
     headroom: int = 0,
 ) -> Bound:
@@ -121,8 +129,9 @@ def matmul_bound(
         right: Format of the right operand.
         rule: For `heal`, who adds: a GPU generation, `fp32` (pieces and FP32 additions), or None
             for what CPU runs unsimulated, FP32 arithmetic on the upcast operands.
-        promote_every: K between promotions to an FP32 register; None for one chain.
-        tile_k: K of a tile: all low products of a tile come before its high ones.
+        promote_every: K of a chain; by default what the rule asks for, None for one over all K.
+        tile_k: K of a tile: all low products of a tile (or of a shorter chain) come before its
+            high ones.
         split_k: Parts of K summed apart.
         headroom: Bits that row and channel scales leave unused: 0 for `pieces`, 1 for a kernel
             that maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
@@ -139,25 +148,31 @@ def matmul_bound(
             f"no error bound for precision={precision!r}, rule={rule!r}: bounds cover heal (with "
             f"a rule among {', '.join(HARDWARE)}), layercast, fp32, bf16 and fp16."
         )
-    chain = min(k, promote_every) if promote_every else k
-    problem = _Problem(k, chain, -(-k // max(chain, 1)), split_k, chain <= tile_k)
-    return _heal_bound(problem, *_sides(left, right, headroom), HARDWARE[rule], rule)
+    hardware = HARDWARE[rule]
+    every = hardware.promote_every if promote_every == "rule" else promote_every
+    problem = _Problem.of(k, every or max(k, 1), tile_k, split_k)
+    return _heal_bound(problem, *_sides(left, right, headroom), hardware, rule)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """Lengths of a reduction: terms, terms per chain, chains, splits; is a chain a single tile?"""
+    """A reduction: terms, terms per chain, FP32 additions that one product can go through.
+
+    `one_tile`: no chain is longer than a tile.
+    """
 
     k: int
     chain: int
-    chains: int
-    splits: int
+    additions: int
     one_tile: bool
 
-    @property
-    def additions(self) -> int:
-        """FP32 additions of chains and splits that one product can go through."""
-        return max(self.chains - 1, 0) + self.splits - 1
+    @classmethod
+    def of(cls, k: int, promote_every: int, tile_k: int, splits: int) -> _Problem:
+        """Chains of a tile are added to one another, tiles (or longer chains) to the register."""
+        chain, step = min(k, promote_every), max(promote_every, tile_k)
+        in_tile, in_register = -(-min(k, step) // promote_every), -(-k // step)
+        additions = sum(max(count - 1, 0) for count in (in_tile, in_register, splits))
+        return cls(k, chain, additions, chain <= tile_k)
 
 
 def _fp32_bound(k: int) -> Bound:

@@ -2,19 +2,23 @@
 
 Operands decide the products: 16-bit x 16-bit is one, FP32 x 16-bit two, FP32 x FP32 three (low x
 low is dropped). Low pieces come first in every chain, where the accumulator is still small and
-truncation costs nothing; after every 64 of K the chain is added to an FP32 register.
+truncation costs nothing; a chain ends after four additions of the hardware and is added to FP32
+registers (`arithmetic.promotion`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from healpass.arithmetic.bits import exponent, times_power_of_two
 from healpass.arithmetic.pieces import Pieces, pack_fp16, split_fp16
+from healpass.arithmetic.promotion import TILE_K
 from healpass.tensorcore.rules import RULES, Schedule
 from healpass.tensorcore.simulate import simulate_matmul
 
@@ -31,7 +35,7 @@ class Accumulation:
             `RULES`.
         order: Seed of another order of the K tiles.
         split_k: Parts of K that are summed apart.
-        promote_every: K between additions to the FP32 register.
+        promote_every: K of a chain; by default what the rule asks for, None is one over all of K.
 
     Raises:
         ValueError: The rule is unknown.
@@ -40,7 +44,7 @@ class Accumulation:
     rule: str = IDEAL
     order: int = 0
     split_k: int = 1
-    promote_every: int | None = 64
+    promote_every: int | Literal["rule"] | None = "rule"
 
     def __post_init__(self) -> None:
         """Check the rule's name."""
@@ -150,18 +154,22 @@ def _flattened(pieces: tuple[Tensor, ...], batch: torch.Size) -> list[Tensor]:
 
 
 def _ideal(left: tuple[Tensor, ...], right: tuple[Tensor, ...], how: Accumulation) -> Tensor:
-    """The same blocks and splits with each block's products added by torch in FP32."""
+    """The same chains and splits with each chain's products added by torch in FP32."""
     k = left[0].shape[-1]
     wide = [(a.to(torch.float32), b.to(torch.float32)) for a, b in zip(left, right, strict=True)]
     total = torch.matmul(wide[0][0][..., :0], wide[0][1][..., :0, :])
-    for blocks in Schedule(
-        promote_every=how.promote_every, order=how.order, split_k=how.split_k
-    ).splits(k):
+    every = TILE_K if how.promote_every == "rule" else how.promote_every
+    for steps in Schedule(promote_every=every, order=how.order, split_k=how.split_k).splits(k):
         register = torch.zeros_like(total)
-        for block in blocks:
-            index = torch.tensor([i for tile in block for i in tile], device=total.device)
-            chained = [(a.index_select(-1, index), b.index_select(-2, index)) for a, b in wide]
-            a, b = torch.cat([c[0] for c in chained], -1), torch.cat([c[1] for c in chained], -2)
-            register = register + torch.matmul(a, b)
+        for chains in steps:
+            parts = [_ideal_chain(wide, dots) for dots in chains]
+            register = register + functools.reduce(torch.add, parts)
         total = total + register
     return total
+
+
+def _ideal_chain(pairs: list[tuple[Tensor, Tensor]], dots: list[range]) -> Tensor:
+    index = torch.tensor([i for dot in dots for i in dot], device=pairs[0][0].device)
+    chained = [(a.index_select(-1, index), b.index_select(-2, index)) for a, b in pairs]
+    a, b = torch.cat([c[0] for c in chained], -1), torch.cat([c[1] for c in chained], -2)
+    return torch.matmul(a, b)

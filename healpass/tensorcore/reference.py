@@ -33,26 +33,29 @@ def reference_dot(
     """
     k = len(products[0][0])
     total = 0.0
-    for part, blocks in enumerate(schedule.splits(k)):
+    for part, steps in enumerate(schedule.splits(k)):
         register = 0.0
-        for index, block in enumerate(blocks):
-            chain = _chain(products, block, rule, fmt)
-            register = chain if index == 0 else _add_fp32(register, chain, rule)
+        for index, chains in enumerate(steps):
+            tile = 0.0
+            for number, dots in enumerate(chains):
+                chain = _chain(products, dots, rule, fmt)
+                tile = chain if number == 0 else _add_fp32(tile, chain, rule)
+            register = tile if index == 0 else _add_fp32(register, tile, rule)
         total = register if part == 0 else _add_fp32(total, register, rule)
     return round_fp32(total, toward_zero=False) if rule.kind == "exact" else total
 
 
 def _chain(
     products: Sequence[tuple[Row, Row]],
-    block: Sequence[range],
+    dots: Sequence[range],
     rule: AccumulationRule,
     fmt: FloatFormat,
 ) -> float:
     accumulator = 0.0
-    for tile in block:
+    for dot in dots:
         for left, right in products:
-            for start in range(tile.start, tile.stop, INSTRUCTION_K):
-                stop = min(start + INSTRUCTION_K, tile.stop)
+            for start in range(dot.start, dot.stop, INSTRUCTION_K):
+                stop = min(start + INSTRUCTION_K, dot.stop)
                 for group in range(start, stop, rule.group):
                     end = min(group + rule.group, stop)
                     pairs = list(zip(left[group:end], right[group:end], strict=True))

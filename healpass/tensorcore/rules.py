@@ -15,6 +15,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from healpass.arithmetic.promotion import TILE_K, promotion_interval
+
 #: Products of one MMA instruction (k16); shorter groups of a generation are chained inside it.
 INSTRUCTION_K = 16
 
@@ -36,6 +38,11 @@ class AccumulationRule:
     group: int = 1
     fraction_bits: int = 0
 
+    @property
+    def promote_every(self) -> int:
+        """K of a chain: four additions of a tensor core, a tile where FP32 or FP64 adds."""
+        return promotion_interval(self.group if self.kind == "truncate" else 0)
+
 
 V100 = AccumulationRule("v100", "truncate", group=4, fraction_bits=23)
 A100 = AccumulationRule("a100", "truncate", group=8, fraction_bits=24)
@@ -54,13 +61,15 @@ RULES: dict[str, AccumulationRule] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order a kernel visits K, and when it adds its accumulator to an FP32 register.
+    """In which order a kernel visits K, and when FP32 registers take over.
+
+    A dot is what one pair of pieces is multiplied over before the next pair comes: a tile, or a
+    chain where that is shorter. The sums of chains within a tile are added to one another first.
 
     Attributes:
-        tile_k: K of one tile, a multiple of 16. Within a tile all products of one pair of pieces
-            come
-            before those of the next pair.
-        promote_every: K between promotions, a multiple of `tile_k`; None promotes only at the end.
+        tile_k: K of one tile, a multiple of 16.
+        promote_every: K of one chain, a multiple or a divisor of `tile_k`; None is one chain over
+            all of K.
         order: Seed of the order of the tiles; 0 is the natural order.
         split_k: Number of contiguous parts of K that are summed apart, then added in FP32 in
             order.
@@ -69,37 +78,48 @@ class Schedule:
         ValueError: A length is not what it must be a multiple of.
     """
 
-    tile_k: int = 64
-    promote_every: int | None = 64
+    tile_k: int = TILE_K
+    promote_every: int | None = TILE_K
     order: int = 0
     split_k: int = 1
 
     def __post_init__(self) -> None:
-        """Check that tiles are whole instructions and promotions whole tiles."""
+        """Check that chains are whole instructions, and tiles and chains fill one another."""
         if self.tile_k <= 0 or self.tile_k % INSTRUCTION_K:
             raise ValueError(
                 f"tile_k={self.tile_k} must be a positive multiple of {INSTRUCTION_K}, the K of "
                 "one MMA instruction."
             )
-        if self.promote_every is not None and (
-            self.promote_every <= 0 or self.promote_every % self.tile_k
+        every = self.promote_every
+        if every is not None and (
+            every <= 0 or every % INSTRUCTION_K or (every % self.tile_k and self.tile_k % every)
         ):
             raise ValueError(
-                f"promote_every={self.promote_every} must be a positive multiple of "
-                f"tile_k={self.tile_k}: a kernel promotes between tiles."
+                f"promote_every={every} must be a positive multiple of tile_k={self.tile_k}, or "
+                f"a divisor of it and a multiple of {INSTRUCTION_K}: a kernel promotes between "
+                "tiles or equal parts of them."
             )
         if self.split_k < 1:
             raise ValueError(f"split_k={self.split_k} must be at least 1.")
 
-    def splits(self, k: int) -> list[list[list[range]]]:
-        """Splits of promotion blocks of tiles; each tile is its range of K, clipped to `k`."""
+    def splits(self, k: int) -> list[list[list[list[range]]]]:
+        """Splits of steps of chains of dots, each dot its range of K, clipped to `k`.
+
+        A step is what the register takes at once: the chains of a tile, or one longer chain.
+        """
         tiles = [range(s, min(s + self.tile_k, k)) for s in range(0, k, self.tile_k)]
         size = max(1, -(-len(tiles) // self.split_k))
         parts = [tiles[i : i + size] for i in range(0, len(tiles), size)]
         if self.order:
             for part in parts:
                 random.Random(self.order).shuffle(part)
-        per_block = self.promote_every // self.tile_k if self.promote_every else max(1, len(tiles))
-        return [
-            [part[i : i + per_block] for i in range(0, len(part), per_block)] for part in parts
-        ]
+        every = self.promote_every or max(1, len(tiles)) * self.tile_k
+        if every < self.tile_k:
+            return [[_chains_of(tile, every) for tile in part] for part in parts]
+        length = every // self.tile_k
+        return [[[part[i : i + length]] for i in range(0, len(part), length)] for part in parts]
+
+
+def _chains_of(tile: range, every: int) -> list[list[range]]:
+    """A tile as chains of one dot each."""
+    return [[tile[i : i + every]] for i in range(0, len(tile), every)]

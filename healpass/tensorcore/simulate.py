@@ -11,13 +11,15 @@ same bits as `reference`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
+from healpass.arithmetic.promotion import TILE_K
 from healpass.tensorcore.rules import INSTRUCTION_K, RULES, AccumulationRule, Schedule
 
 #: Below this many products the eager code is faster than waiting for a compiler.
@@ -44,8 +46,8 @@ def simulate_matmul(
     b_pieces: Sequence[Tensor],
     rule: AccumulationRule | str,
     *,
-    tile_k: int = 64,
-    promote_every: int | None = 64,
+    tile_k: int = TILE_K,
+    promote_every: int | Literal["rule"] | None = "rule",
     order: int = 0,
     split_k: int = 1,
     compiled: bool | None = None,
@@ -59,7 +61,7 @@ def simulate_matmul(
         b_pieces: `[K, N]` tensors of that dtype, one per tensor of `a_pieces`.
         rule: An accumulation rule or its name.
         tile_k: K of a tile.
-        promote_every: K between additions to the FP32 register; None is one chain over all of K.
+        promote_every: K of a chain; by default what the rule asks for, None is one over all of K.
         order: Seed of another order of the tiles.
         split_k: Parts of K that are summed apart.
         compiled: Whether to compile; None decides by size. The result is the same.
@@ -71,7 +73,8 @@ def simulate_matmul(
         ValueError: Pieces do not pair up, or have dtypes that the rule does not multiply.
     """
     rule = RULES[rule] if isinstance(rule, str) else rule
-    schedule = Schedule(tile_k, promote_every, order, split_k)
+    every = rule.promote_every if promote_every == "rule" else promote_every
+    schedule = Schedule(tile_k, every, order, split_k)
     _check_pieces(a_pieces, b_pieces, rule)
     (m, k), n = a_pieces[0].shape, b_pieces[0].shape[1]
     if 0 in (m, k, n):
@@ -115,25 +118,25 @@ def _columns(
 ) -> Tensor:
     """All rows, some columns of the product; padding is still there."""
     k = left[0].values.shape[0] * INSTRUCTION_K
-    total: Tensor | None = None
-    for blocks in schedule.splits(k):
-        register: Tensor | None = None
-        for block in blocks:
-            chain = _chain(left, right, block, step)
-            chain = chain if rule.kind == "exact" else chain.to(torch.float32)
-            register = chain if register is None else register + chain
-        assert register is not None
-        total = register if total is None else total + register
-    assert total is not None
-    return total.to(torch.float32)
+    kept = torch.float64 if rule.kind == "exact" else torch.float32
+    splits = [
+        _sum(_sum(_chain(left, right, dots, step).to(kept) for dots in chains) for chains in steps)
+        for steps in schedule.splits(k)
+    ]
+    return _sum(splits).to(torch.float32)
 
 
-def _chain(left: list[_Operand], right: list[_Operand], block: list[range], step: Step) -> Tensor:
-    """The accumulator after one promotion block, FP32 values in FP64."""
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The terms added one after the other; no zero is added first, which would lose a -0."""
+    return functools.reduce(torch.add, terms)
+
+
+def _chain(left: list[_Operand], right: list[_Operand], dots: list[range], step: Step) -> Tensor:
+    """The accumulator after one chain, FP32 values in FP64."""
     rows, columns = left[0].values.shape[1], right[0].values.shape[2]
     accumulator = left[0].values.new_zeros((rows, columns))
-    for tile in block:
-        instructions = range(tile.start // INSTRUCTION_K, -(-tile.stop // INSTRUCTION_K))
+    for dot in dots:
+        instructions = range(dot.start // INSTRUCTION_K, -(-dot.stop // INSTRUCTION_K))
         for a, b in zip(left, right, strict=True):
             for i in instructions:
                 accumulator = step(accumulator, a.values[i], b.values[i], a.powers[i], b.powers[i])

@@ -1,8 +1,8 @@
-"""heal against FP32 on SmolLM2's own layers: the table, its claims, and their one exception.
+"""heal against FP32 on SmolLM2's own layers: the table and its claims.
 
 One first token carries activations hundreds of times larger than all others. Where a single
-product makes the sum, torch's FP32 rounds a few times, a tensor core truncates up to once per
-group and promotion interval; a GPU's own FP32, one chain of fused multiply-adds, errs more still.
+product makes the sum, torch's FP32 rounds a few times, a tensor core truncates at most four times
+before its chain ends; a GPU's own FP32, one chain of fused multiply-adds, errs more still.
 """
 
 import importlib.util
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from healpass.tensorcore import Accumulation, heal_matmul
+
 pytestmark = pytest.mark.model
 EXAMPLE = Path(__file__).parents[2] / "examples" / "simulated_gpus.py"
-SIMULATED = ("heal, ideal", "heal, a100", "heal, h100 and b200")
+SIMULATED = ("heal, ideal", "heal, v100", "heal, a100", "heal, h100 and b200")
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +63,17 @@ def test_all_layers_are_as_accurate_as_fp32(example):
         found = ratios(errors[name], fp32)
         assert found[len(found) // 2] <= 1
         assert ratios(errors[name], chain)[-1] <= 1.2, "never above a GPU's own FP32"
-        above = sum(ratio > 1.2 for ratio in found)
-        assert above <= (name == "heal, a100"), f"{name}: {above} layers above 1.2"
+        assert found[-1] <= 1.2, f"{name}: {sum(ratio > 1.2 for ratio in found)} above 1.2"
+
+
+@pytest.mark.deep
+def test_longer_chains_err_more_where_one_product_makes_the_sum(example):
+    """The inverse: one chain per tile of 64, as on H100, is too long for an A100."""
+    layer = example.capture(tokens=64, layers=12)[-1]
+    assert layer.name == "11.mlp.down_proj"
+    baseline = example.error(example.fp32(layer.activation, layer.weight), layer)
+    for every, holds in (("rule", True), (64, False)):
+        how = Accumulation("a100", promote_every=every)
+        y = heal_matmul(layer.activation, layer.weight.t(), how)
+        print(f"{every}: {example.error(y, layer) / baseline:.2f}")
+        assert (example.error(y, layer) <= 1.2 * baseline) == holds

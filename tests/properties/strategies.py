@@ -82,7 +82,7 @@ class Product:
     rule: str
     order: int
     split_k: int
-    promote_every: int | None
+    promote_every: int | str | None
     seed: int
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,6 @@ def products(
         rule=st.sampled_from(rules),
         order=st.integers(0, 5),
         split_k=st.integers(1, 4),
-        promote_every=st.sampled_from([64, 64, 128, None]),
+        promote_every=st.sampled_from(["rule", "rule", 16, 64, 128, None]),
         seed=st.integers(0, 2**16),
     )

@@ -16,6 +16,7 @@ from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
 
+from healpass.arithmetic.pieces import split_fp16
 from tests import interpreter
 from tests.fake_cuda import Device, always, generated_source
 from tests.gpu.template_bounds import template_bound
@@ -278,8 +279,8 @@ def test_tiles_of_the_invariant_kernel_leave_bits_alone(right, monkeypatch):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
-def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
+@pytest.mark.parametrize(("right", "capability"), [(torch.bfloat16, 80), (torch.float32, 90)])
+def test_tiles_and_cutting_in_registers_leave_bits_alone(right, capability, monkeypatch):
     a, b = values((140, 130), torch.float32, 4, 0), values((130, 70), right, 5, 0)
     results = []
     for few, tile in (
@@ -290,9 +291,44 @@ def test_tiles_and_cutting_in_registers_leave_bits_alone(right, monkeypatch):
         monkeypatch.setattr(matmul, "FEW_COLUMNS", few)
         monkeypatch.setattr(matmul, "FEW_ROWS", few)
         monkeypatch.setattr(matmul, "gemm_tiles", always([tile]))
-        results.append(multiply(a, b))
+        results.append(multiply(a, b, "heal", capability))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_a_chain_is_as_long_as_the_generation_asks_for():
+    """Chains of 32 on sm_80, 64 on sm_90; those of a tile are summed before the register rounds.
+
+    The interpreter rounds each dot once, so the bits tell how long a chain was.
+    """
+    a = torch.randn(20, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    b = torch.randn(200, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = {}
+    for capability, chain_k in ((80, 32), (90, 64)):
+        register = torch.zeros(20, 40)
+        for tile in range(0, 200, 64):
+            parts = [slice(k, min(k + chain_k, 200)) for k in range(tile, tile + 64, chain_k)]
+            chains = [(a[:, part].double() @ b[part].double()).float() for part in parts]
+            register = register + sum(chains[1:], chains[0])
+        found[capability] = multiply(a, b, "heal", capability)
+        assert torch.equal(found[capability], register)
+    assert not torch.equal(found[80], found[90])
+
+
+@pytest.mark.parametrize(("rows", "cut"), [(128, True), (300, False)])
+def test_the_low_piece_breaks_ties_as_the_meaning_does(rows, cut):
+    """By one each product is its operand's pieces: outward on a tie, in 1/4 of all numbers."""
+    x = values((rows, 1), torch.float32, 22, 0)
+    b = torch.ones(1, 8, dtype=torch.bfloat16)
+    source = generated_source(lambda a, w: (torch.ops.heal.mm(a, w, "heal"),), [x, b])
+    assert ("A_CUT : tl.constexpr = True" in source) == cut
+    pieces = split_fp16(x)
+    meant = (pieces.pieces[0].float() + pieces.pieces[1].float()) * pieces.scale
+    (result,) = interpreter.run(source, x, b)
+    assert torch.equal(result, meant.expand(rows, 8))
+    even = x * (1 / pieces.scale)
+    rest = even - even.half().float()
+    assert not torch.equal(even.half().float() + rest.half().float(), meant / pieces.scale)
 
 
 @settings(max_examples=12)

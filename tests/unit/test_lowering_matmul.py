@@ -57,14 +57,21 @@ def test_the_family_follows_from_the_rows(rows, family):
 
 @pytest.mark.parametrize("processors", [20, 132])
 @pytest.mark.parametrize("rows", [3, 200])
-def test_numerics_knobs_do_not_depend_on_the_gpu(rows, processors):
-    knobs = ("A_PIECES", "B_PIECES", "A_SCALED", "B_SCALED", "BLOCK_K", "CHUNK", "SPLITS", "FMA")
+@pytest.mark.parametrize(
+    ("generation", "chain"), [((80, 86, 89), 32), ((90, 100, 120), 64)], ids=["A100", "H100"]
+)
+def test_numerics_knobs_do_not_depend_on_the_gpu_of_a_generation(
+    generation, chain, rows, processors
+):
+    knobs = "A_PIECES|B_PIECES|A_SCALED|B_SCALED|BLOCK_K|CHAIN_K|CHUNK|SPLITS|FMA"
     found = set()
-    for capability in (80, 86, 90, 100, 120):
+    for capability in generation:
         tensors = [empty(rows, 4096), empty(1024, 4096, dtype=BF16)]
         (text,) = templates(generated_source(linear, tensors, Device(capability, processors)))
-        found.add(tuple(re.findall(rf"({'|'.join(knobs)}) : tl.constexpr = (\w+)", text)))
+        found.add(tuple(re.findall(rf"({knobs}) : tl.constexpr = (\w+)", text)))
     assert len(found) == 1
+    (knobs_of,) = map(dict, found)
+    assert knobs_of["CHAIN_K" if rows > 16 else "BLOCK_K"] == str(chain)
 
 
 def test_producer_scale_and_split_are_one_kernel():

@@ -94,6 +94,12 @@ def test_chains_are_promoted_into_fp32_registers(title):
     assert report(title, 90).count("FADD", "FFMA") >= 64
 
 
+@pytest.mark.parametrize("title", ["prefill, planes", "16-bit by 16-bit"])
+def test_ampere_promotes_two_chains_per_tile(title):
+    """Tile 128 x 64 on 256 threads: 32 elements each, both chains of a K tile in FP32."""
+    assert report(title, 80).count("FADD", "FFMA") >= 2 * 32
+
+
 def test_a_plain_add_after_one_dot_loses_the_promotion():
     """Why the template writes an fma: without it the check above fails."""
     plain = changed(

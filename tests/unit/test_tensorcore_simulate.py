@@ -50,7 +50,7 @@ CASES = st.fixed_dictionaries(
         "spread": st.sampled_from([1, 8, 24, 120]),
         "pieces": st.integers(1, 3),
         "tile_k": st.sampled_from([16, 32, 64]),
-        "promote_every": st.sampled_from([64, 128, None]),
+        "promote_every": st.sampled_from([16, 32, 64, 128, None]),
         "order": st.integers(0, 9),
         "split_k": st.integers(1, 3),
         "seed": st.integers(0, 2**16),
@@ -94,6 +94,7 @@ def test_another_rule_gives_other_bits():
     [
         {"order": 3},
         {"split_k": 2},
+        {"promote_every": 16},
         {"promote_every": 128},
         {"promote_every": None},
         {"tile_k": 32},
@@ -174,13 +175,36 @@ def test_what_is_refused():
         Schedule(tile_k=24)
     with pytest.raises(ValueError, match="promote_every=96"):
         Schedule(promote_every=96)
+    with pytest.raises(ValueError, match="promote_every=8"):
+        Schedule(promote_every=8)
     with pytest.raises(ValueError, match="split_k=0"):
         Schedule(split_k=0)
 
 
-@given(st.integers(0, 1000), st.sampled_from([16, 64]), st.integers(1, 5), st.integers(0, 5))
-def test_a_schedule_visits_every_term_once(k, tile_k, split_k, order):
-    schedule = Schedule(tile_k, 2 * tile_k, order, split_k)
-    visited = [i for part in schedule.splits(k) for block in part for tile in block for i in tile]
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([16, 64]),
+    st.sampled_from([16, 32, 128, None]),
+    st.integers(1, 5),
+    st.integers(0, 5),
+)
+def test_a_schedule_visits_every_term_once(k, tile_k, promote_every, split_k, order):
+    splits = Schedule(tile_k, promote_every, order, split_k).splits(k)
+    chains = [chain for steps in splits for step in steps for chain in step]
+    visited = [i for chain in chains for dot in chain for i in dot]
     assert sorted(visited) == list(range(k))
-    assert len(schedule.splits(k)) <= split_k
+    assert len(splits) <= split_k
+    longest = max((sum(map(len, chain)) for chain in chains), default=0)
+    assert longest <= (promote_every or k)
+
+
+@pytest.mark.parametrize("rule", TENSOR_CORES)
+def test_a_chain_is_four_additions_of_the_hardware(rule):
+    """Chains of a tile make their own sum first, so that the register rounds once per tile."""
+    how = RULES[rule]
+    assert how.promote_every == 4 * how.group
+    (steps,) = Schedule(promote_every=how.promote_every).splits(576)
+    assert [len(chains) for chains in steps] == [64 // how.promote_every] * 9
+    a, b = values((3, 200), torch.float16, 4, 0), values((200, 3), torch.float16, 4, 1)
+    by_hand = simulate_matmul([a], [b], rule, promote_every=4 * how.group)
+    assert torch.equal(simulate_matmul([a], [b], rule), by_hand)

@@ -29,7 +29,7 @@ def layers():
     return found
 
 
-@pytest.mark.parametrize("rule", ["fp32", "a100", "h100"])
+@pytest.mark.parametrize("rule", ["fp32", "v100", "a100", "h100"])
 def test_errors_are_at_most_those_of_fp32(layers, rule):
     ratios = []
     for activation, weight in layers:
