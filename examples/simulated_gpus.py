@@ -1,7 +1,7 @@
 """What each GPU generation would do to SmolLM2-135M's 210 linear layers, on CPU.
 
     python examples/simulated_gpus.py [--tokens 64] [--layers 30]
-    python examples/simulated_gpus.py --forward [--tokens 64] [--threads 2]
+    python examples/simulated_gpus.py --forward [--tokens 64] [--layers 30] [--threads 2]
 
 Every linear layer gets its real input (a forward pass in FP32 on the BF16 checkpoint), and its
 output is compared with FP64 in the Frobenius norm. The rows:
@@ -77,6 +77,8 @@ def heal(rule: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda activation, weight: heal_matmul(activation, weight.t(), rule)
 
 
+#: B200 adds as H100 does.
+GENERATIONS = ("v100", "a100", "h100")
 BASELINE = "FP32, heal unsimulated"
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bf16": bf16,
@@ -152,15 +154,19 @@ def table_of(layers: list[Layer], measured: dict[str, tuple[list[float], float]]
     return table
 
 
-def forward_times(tokens: int, console: Console) -> Table:
-    """Seconds of a simulated forward pass of the whole model, by generation."""
+def forward_times(
+    tokens: int, layers: int, console: Console, generations: tuple[str, ...] = GENERATIONS
+) -> Table:
+    """Seconds of a simulated forward pass of the first `layers` blocks and the head."""
     model, tokenizer = smollm2.load(torch.bfloat16)
+    model.model.layers = model.model.layers[:layers]
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, :tokens]
     threads = torch.get_num_threads()
-    table = Table(title=f"A forward pass of {ids.shape[1]} tokens, {threads} thread(s)")
+    size = f"{ids.shape[1]} tokens, {layers} block(s)"
+    table = Table(title=f"A forward pass of {size}, {threads} thread(s)")
     for heading in ("simulate", "first pass", "second pass", "second, processor"):
         table.add_column(heading, justify="left" if heading == "simulate" else "right")
-    for generation in ("v100", "a100", "h100"):
+    for generation in generations:
         compiled = torch.compile(model, backend="heal", options={"simulate": generation})
         seconds = []
         for _ in track(range(2), generation, console=console, transient=True):
@@ -187,7 +193,7 @@ def main() -> None:
     console = Console()
     with torch.no_grad():
         if arguments.forward:
-            console.print(forward_times(arguments.tokens, console))
+            console.print(forward_times(arguments.tokens, arguments.layers, console))
             return
         layers = capture(arguments.tokens, arguments.layers)
         console.print(table_of(layers, measure(layers, console)))

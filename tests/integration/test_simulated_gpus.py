@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from healpass.tensorcore import Accumulation, heal_matmul
@@ -52,6 +53,15 @@ def test_the_table_of_one_block(example):
         assert found[3] <= 1
         assert found[-1] <= 1.2
     assert min(ratios(errors["bf16"], errors[example.BASELINE])) > 1.2, "the inverse"
+
+
+def test_a_forward_pass_is_timed(example):
+    out = io.StringIO()
+    with torch.no_grad():
+        table = example.forward_times(16, 1, Console(file=out), ("a100",))
+    Console(file=out, width=140).print(table)
+    assert "A forward pass of 16 tokens, 1 block(s)" in out.getvalue()
+    assert out.getvalue().count(" s ") >= 3
 
 
 @pytest.mark.deep
