@@ -31,6 +31,7 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        exact_cpu,
         matmul,
         quantize,
     )
@@ -49,7 +50,7 @@ def register() -> None:
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
-    decomposition.decompositions.update(DECOMPOSITIONS)
+    decomposition.decompositions.update({**DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 

@@ -12,6 +12,7 @@ from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
 
 from healpass.backend import PINNED_SETTINGS
+from healpass.lowering import exact_cpu
 from healpass.ops.pinned import DECOMPOSITIONS
 
 SPECIAL = torch.tensor(
@@ -49,7 +50,7 @@ def ordinary(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`function` through Inductor as `precision="exact"` compiles, pinned operators opened."""
     patches = {**PINNED_SETTINGS, **settings}
-    table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS}
+    table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS}
 
     def backend(graph_module: Any, inputs: list[Any]) -> Any:
         return compile_fx(graph_module, inputs, config_patches=patches, decompositions=table)

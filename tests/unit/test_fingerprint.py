@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def test_the_definition_byte_by_byte():
     found = digest(torch.tensor([[1.0, -0.0, float("-inf")]]))
-    body = bytes.fromhex("0000803f" "00000000" "000080ff")
+    body = bytes.fromhex("0000803f00000000000080ff")
     assert found == hashlib.sha256(b"healpass logits 1\nfloat32\n1,3\n" + body).hexdigest()
 
 
