@@ -37,8 +37,6 @@ from healpass.graph.nodes import (
 heal = torch.ops.heal
 #: Read an element more than once, so that its gradient is a sum; slices do not.
 SUMMED = (names.REPEATS | {"embedding"}) - {"getitem"}
-#: Arguments of `heal::sdpa` that `heal::exact_sdpa` does not have.
-EXTRAS = ("window", "softcap", "sinks", "seed")
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -124,21 +122,13 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
 
 
 def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:
-    reason = _why_not_sdpa(node)
-    if reason:
-        context.keep(node, "scaled_dot_product_attention", reason)
+    if node.kwargs.get("dropout_p"):
+        context.keep(node, "scaled_dot_product_attention", "dropout draws random numbers")
         return False
     builder = context.builder(graph_module, node)
-    kwargs = {key: given for key, given in node.kwargs.items() if key not in EXTRAS}
+    kwargs = {key: given for key, given in node.kwargs.items() if key != "seed"}
     _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **kwargs))
     return True
-
-
-def _why_not_sdpa(node: Node) -> str | None:
-    if node.kwargs.get("dropout_p"):
-        return "dropout draws random numbers"
-    extra = [key for key in EXTRAS if node.kwargs.get(key) is not None]
-    return f"no exact attention with {' and '.join(extra)}" if extra else None
 
 
 def _weighs(node: Node) -> bool:
