@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX, scaled_digits
-from healpass.arithmetic.int16 import IntegerFormat, quantize
+from healpass.arithmetic.int16 import IntegerFormat, whole_numbers
 from healpass.ops import fp64
 from healpass.ops.exact_attention import FORMATS, P_BITS, attend_scores, scaled_scores
 from healpass.ops.exact_matmul import Scheme, fastest_route, scale_of, scheme
@@ -72,11 +72,20 @@ def _row_sums(a: Tensor, weight: Tensor, a_scale: Tensor, scale: Tensor, plan: S
     x_i (the digits of w from c - i on).
     """
     x, w = _integers(a, a_scale), _integers(weight, scale)
-    products = _above(x, plan.cut).to(torch.float64) * w.to(torch.float64)
+    products = _stored(_above(x, plan.cut)) * w.to(torch.float64)
     for i in range(plan.cut):
         digit = _above(x, i) - _above(x, i + 1) * 2.0**BASE_BITS
-        products = products + digit.to(torch.float64) * _above(w, plan.cut - i).to(torch.float64)
+        products = products + _stored(digit) * _above(w, plan.cut - i).to(torch.float64)
     return products.sum(-1).unsqueeze(0)
+
+
+def _stored(row: Tensor) -> Tensor:
+    """`row` in FP64, in memory: else what makes it would run again for every row of the weight.
+
+    Inductor computes the operand of `as_strided` once; here it changes nothing.
+    """
+    wide = row.to(torch.float64)
+    return wide.as_strided(wide.shape, wide.stride())
 
 
 def _integers(x: Tensor, scale: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ def _integers(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _above(integers: Tensor, count: int) -> Tensor:
-    """`integers` (FP32) without their lowest `count` balanced digits, in units of 256^count."""
+    """`integers` (FP32, FP64) without their lowest `count` balanced digits, in units of 256^count."""
     for _ in range(count):
         integers = torch.floor((integers + DIGIT_MAX) * 2.0**-BASE_BITS)
     return integers
@@ -132,19 +141,18 @@ def attend(
     batch, heads, length, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     grouped = (batch, kv_heads, (heads // kv_heads) * length)
-    q, k, v = (quantize(x, fmt) for x in (query, key, value))
-    rows = q.payload.to(torch.float64).reshape(*grouped, size)
-    sums = torch.matmul(rows, k.payload.to(torch.float64).mT)
+    (q, q_scale), (k, k_scale), (v, v_scale) = (whole_numbers(x, fmt) for x in (query, key, value))
+    sums = torch.matmul(q.reshape(*grouped, size), k.mT)
     scores, visible = scaled_scores(
         sums.reshape(batch, heads, length, keys),
-        q.scale.squeeze(-1), k.scale.squeeze(-1), attn_mask, is_causal, scale,
+        q_scale.squeeze(-1), k_scale.squeeze(-1), attn_mask, is_causal, scale,
     )  # fmt: skip
 
     def weigh(fixed: Tensor) -> Tensor:
-        total = _weighted(fixed.reshape(*grouped, keys), v.payload, fmt)
+        total = _weighted(fixed.reshape(*grouped, keys), v, fmt)
         return total.reshape(batch, heads, length, value.shape[-1])
 
-    return attend_scores(scores, visible, v.scale.squeeze(-1), weigh)
+    return attend_scores(scores, visible, v_scale.squeeze(-1), weigh)
 
 
 def _attention_fits(query: Tensor, key: Tensor, value: Tensor, fmt: IntegerFormat) -> bool:
@@ -164,11 +172,11 @@ def _weighted(fixed: Tensor, value: Tensor, fmt: IntegerFormat) -> Tensor:
     """P V exactly, rounded once to FP64: `[B, Hkv, R, S]` by `[B, Hkv, S, E]` integers."""
     weights = fixed.to(torch.float64)
     if fmt.limit < 1 << 15:
-        return torch.matmul(weights, value.to(torch.float64))
-    low = ((value + 128) & 0xFF) - 128
-    high = (value - low) >> BASE_BITS
-    parts = [torch.matmul(weights, part.to(torch.float64)).to(torch.int64) for part in (low, high)]
-    return from_integers(parts[0] + (parts[1] << BASE_BITS))
+        return torch.matmul(weights, value)
+    high = _above(value, 1)
+    parts = [torch.matmul(weights, part) for part in (value - high * 2.0**BASE_BITS, high)]
+    low, top = (part.to(torch.int64) for part in parts)
+    return from_integers(low + (top << BASE_BITS))
 
 
 #: Operator -> a traceable function with its bits, or NotImplemented.

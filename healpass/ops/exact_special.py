@@ -9,6 +9,8 @@ the others are those of `special`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def _with_special(
         a_scale: `[M, 1]`, NaN for a row that is not finite.
         b_scale: `[N, 1]`, NaN for a column that is not finite.
     """
-    if bool(a_scale.isfinite().all()) and bool(b_scale.isfinite().all()):
+    if not math.isnan(a_scale.sum().item() + b_scale.sum().item()):  # scales are positive
         return result.clone()
     apart = special(a, b)
     return fp64.canonical(torch.where(apart == 0, result, apart))
