@@ -105,7 +105,8 @@ def _why_not(node: Node, name: str | None) -> str | None:
 
 def _is_trained(node: Node) -> bool:
     """Whether an operand gets a gradient."""
-    return any(getattr(t, "requires_grad", False) for t in _floats(node))
+    wanted = any(getattr(t, "requires_grad", False) for t in _floats(node))
+    return wanted and classes.backward_may_follow(node)
 
 
 def _floats(node: Node) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from healpass.backend import inductor_patches
 from healpass.config import HealConfig
 from healpass.errors import ConfigError
-from healpass.graph.nodes import heal_name, op_name
+from healpass.graph.nodes import heal_name, op_name, value
 from healpass.ops import fp64
 
 CONFIG = HealConfig(precision="exact", outputs="fp32")
@@ -303,6 +303,26 @@ def test_an_embedding_that_is_not_trained_stays():
     frozen(torch.tensor([1, 1, 3]))
     assert frozen.kept == {}
     assert "heal::embedding" not in map(heal_name, frozen.graphs[0].graph.nodes)
+
+
+def test_a_tied_weight_has_the_same_bits_whether_or_not_it_requires_gradients():
+    """In a model that is only run: without gradients nothing is upcast for their sake."""
+    table = torch.nn.Parameter(x(9, 6).bfloat16())
+
+    def function(ids):
+        return F.linear(F.embedding(ids, table), table)
+
+    results = []
+    for trained in (True, False):
+        torch._dynamo.reset()
+        table.requires_grad_(trained)
+        with torch.no_grad():
+            call = Rewritten(function, CONFIG)
+            results.append(call(torch.tensor([1, 1, 3])))
+        (graph,) = call.graphs
+        (linear,) = (n for n in graph.graph.nodes if heal_name(n) == "heal::linear")
+        assert value(linear.args[1]).dtype == torch.bfloat16
+    assert differing(*results) == 0
 
 
 def test_infinities_in_an_embeddings_gradient():
