@@ -1,4 +1,4 @@
-"""`precision="exact"` on CPU, compiled: the bits of the operators' meaning, fused. May import `ops`.
+"""`precision="exact"` compiled for CPU: the bits of the operators' meaning. May import `ops`.
 
 The operators' own meaning makes digits by eager torch operators, one pass over memory each. Here
 the same integers are written as functions that Inductor traces, so that scales and digits are made
@@ -42,7 +42,10 @@ def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Any:
     how = Numerics.parse(numerics)
     if how.products is None or not _is_plain(how, a) or not _fits(a, b):
         return NotImplemented
-    plan, weight = scheme(how.products, b.dtype), b.mT  # [N, K], as a linear layer's lies in memory
+    plan, weight = (
+        scheme(how.products, b.dtype),
+        b.mT,
+    )  # [N, K], as a linear layer's lies in memory
     row_scale, column_scale = scale_of(a, -1, plan.left), scale_of(weight, -1, plan.right)
     add = _row_sums if a.shape[0] == 1 else _int8_sums
     total = add(a, weight, row_scale, column_scale, plan)
@@ -56,7 +59,7 @@ def _is_plain(how: Numerics, x: Tensor) -> bool:
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:
-    """Whether sizes are known where a proof or a choice needs them, and INT8 products are right."""
+    """Whether sizes are known where a proof needs them, and INT8 products are right here."""
     rows, terms, columns = a.shape[0], a.shape[1], b.shape[1]
     known = isinstance(terms, int) and isinstance(columns, int)
     if not known or not 0 < terms <= MOST_TERMS or 0 in (rows, columns):
@@ -94,7 +97,7 @@ def _integers(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _above(integers: Tensor, count: int) -> Tensor:
-    """`integers` (FP32, FP64) without their lowest `count` balanced digits, in units of 256^count."""
+    """`integers` (floats) without their lowest `count` balanced digits, in units of 256^count."""
     for _ in range(count):
         integers = torch.floor((integers + DIGIT_MAX) * 2.0**-BASE_BITS)
     return integers

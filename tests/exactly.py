@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from comparing import flat
+from healpass.lowering import exact_cpu
 from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
 
 from healpass.backend import PINNED_SETTINGS
-from healpass.lowering import exact_cpu
 from healpass.ops.pinned import DECOMPOSITIONS
 
 SPECIAL = torch.tensor(

@@ -82,7 +82,7 @@ def quantize(x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain") -
 def whole_numbers(
     x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain"
 ) -> tuple[Tensor, Tensor]:
-    """The payload of `quantize` in FP64, and its scale; compilers are faster at FP64 than at INT16.
+    """The payload of `quantize` in FP64, which compilers vectorize and INT16 not, and its scale.
 
     The quotient and its rounding are FP64: in FP32 the division alone would cost INT24 another
     quarter of a step.

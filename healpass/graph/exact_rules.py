@@ -181,7 +181,14 @@ def _dropout(b: Builder, x: Node, p: Any, training: Any, inplace: Any) -> Node |
 
 
 def _embedding(
-    b: Builder, ids: Any, weight: Any, padding: Any, max_norm: Any, _p: Any, by_freq: Any, sparse: Any
+    b: Builder,
+    ids: Any,
+    weight: Any,
+    padding: Any,
+    max_norm: Any,
+    _p: Any,
+    by_freq: Any,
+    sparse: Any,
 ) -> Node | None:
     """A trained one: its gradient sums the rows of equal tokens."""
     if max_norm is not None or by_freq or sparse:

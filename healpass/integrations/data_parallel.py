@@ -48,7 +48,7 @@ class ExactGradients:
         self._taken: list[list[Tensor]] = []
 
     def take(self) -> None:
-        """Take over what `backward` of one micro-batch has left in the parameters, and clear it."""
+        """Take over what the `backward` of a micro-batch has left in the parameters."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         self._taken.append([grad.detach() for grad in grads])
         for parameter in self.parameters:

@@ -1,4 +1,4 @@
-"""Exact attention with a cap or with sinks, by scores and weights. Imports `exact_matmul` and above.
+"""Exact attention with a cap or with sinks, by scores and weights. Imports `exact_attention`.
 
 Digit planes under one softmax, as `ops.exact_attention` has them, have no room for a cap or for a
 sink's logit. Here the scores are numbers in FP32: a product by digits, then pinned operators, a

@@ -1,8 +1,9 @@
 """`F.scaled_dot_product_attention` in integers: `heal::exact_sdpa`. Imports `exact_attention`.
 
 Q, K and V in FP32 or 16 bits are rounded to integers per (token, head), then `exact_attention`
-does the rest; a cap or sinks go by `exact_scores`. The gradient is that of attention at the rounded values (straight through the
-rounding), each product by digits and each sum exact, so it has the same bits everywhere too.
+does the rest; a cap or sinks go by `exact_scores`. The gradient is that of attention at the
+rounded values (straight through the rounding), each product by digits and each sum exact, so it
+has the same bits everywhere too.
 """
 
 from __future__ import annotations

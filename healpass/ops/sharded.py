@@ -1,5 +1,4 @@
-"""Exact sums over ranks: `heal::exact_scales`, `mm_partial`, `mm_total`; `sum_scale`,
-`sum_partial`, `sum_total`.
+"""Exact sums over ranks, of products (`heal::mm_partial`) and of tensors (`heal::sum_partial`).
 
 A tensor-parallel layer whose K is spread over ranks sums partial products across them. In floating
 point that sum depends on the number of ranks; in integers it does not:
@@ -140,9 +139,7 @@ def _sum_of_partials_fake(partial: Tensor, scale: Tensor, count: float) -> Tenso
 
 
 register_opaque("sum_scale(Tensor x) -> Tensor", _sum_scale, _sum_scale_fake)
-register_opaque(
-    "sum_partial(Tensor x, Tensor scale) -> Tensor", _sum_partial, _sum_partial_fake
-)
+register_opaque("sum_partial(Tensor x, Tensor scale) -> Tensor", _sum_partial, _sum_partial_fake)
 register_opaque(
     "sum_total(Tensor partial, Tensor scale, float count) -> Tensor",
     _sum_of_partials,

@@ -1,8 +1,8 @@
 """The bits of `precision="exact"`: they change only with the numerics version.
 
-The model is made of integers, so that no random number generator, no `pow` and no loading comes in.
-A digest that differs means that results of users change: raise `NUMERICS_VERSION`, say in the
-change log what became better, and write the digests anew by
+The model is made of integers, so that no random number generator and no `pow` comes in. A digest
+that differs means that results of users change: raise `NUMERICS_VERSION`, say in the change log
+what became better, and write the digests anew by
 `EXPECTTEST_ACCEPT=1 python -m pytest tests/golden/test_exact_digests.py`.
 """
 
@@ -34,7 +34,7 @@ TOKENS = torch.tensor([[3, 1, 4, 15, 9, 2, 6, 53, 58, 9, 7, 93]])
 
 
 def scattered(count: int, seed: int) -> torch.Tensor:
-    """`count` BF16 numbers up to 1/4 without a pattern, by integer arithmetic: 8 bits, 16 binades."""
+    """`count` BF16 numbers up to 1/4 without a pattern: 8 bits, 16 binades."""
     x = (torch.arange(count) + seed * 7919) * 2654435761 & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 2246822519 & 0xFFFFFFFF
     return torch.ldexp((((x >> 13) & 0xFF) - 128).float(), -9 - ((x >> 22) & 15))

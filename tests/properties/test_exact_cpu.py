@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from exactly import any_floats, compiled, differing
+from healpass.lowering import exact_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
 from strategies import DTYPES, data, fill
 
 from healpass.arithmetic.digits import DIGIT_MAX
-from healpass.lowering import exact_cpu
 from healpass.ops.exact_attention import FORMATS, P_BITS
 from healpass.ops.exact_matmul import SCHEMES
 

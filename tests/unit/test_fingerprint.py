@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,8 +78,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, 7, dtype=torch.bfloat16)
 
     def forward(self, input_ids, use_cache):
-        from types import SimpleNamespace
-
+        del use_cache
         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
 
 
