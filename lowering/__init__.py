@@ -3,7 +3,9 @@
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
 at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
 `attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
-operator without a lowering for its device runs its own meaning, as one call from the code.
+operator without a lowering for its device runs its own meaning, as one call from the code. Exact
+precisions are decompositions instead: pinned operators are traced as they are, and `exact_cpu` has
+matrix products and attention.
 """
 
 from __future__ import annotations
