@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
 from strategies import DTYPES, data, fill
+from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
 from healpass.ops.exact_attention import FORMATS, P_BITS
@@ -85,7 +87,11 @@ def test_compiled_products_too(rows, numerics):
     def layer(x, w):
         return heal.mm(heal.silu(x), w.t(), numerics)
 
-    assert differing(compiled(layer)(x, w), layer(x, w)) == 0
+    found, code = run_and_get_code(compiled(layer), x, w)
+    assert differing(found, layer(x, w)) == 0
+    # What is stored in the weight's size: nothing for one row, else its digits.
+    stored = re.findall(r"empty_strided_cpu\(\(45, 333\), \([^)]*\), torch\.(\w+)\)", code[0])
+    assert set(stored) == (set() if rows == 1 else {"int8"})
 
 
 def test_a_wrong_digit_is_noticed(monkeypatch):
