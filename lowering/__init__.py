@@ -3,7 +3,9 @@
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
 at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
 `attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
-operator without a lowering for its device runs its own meaning, as one call from the code.
+operator without a lowering for its device runs its own meaning, as one call from the code. Exact
+precisions are decompositions instead: pinned operators are traced as they are, and `exact_cpu` has
+matrix products and attention.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        exact_cpu,
         matmul,
         quantize,
     )
@@ -49,7 +52,7 @@ def register() -> None:
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
-    decomposition.decompositions.update(DECOMPOSITIONS)
+    decomposition.decompositions.update({**DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 

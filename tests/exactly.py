@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from comparing import flat
+from healpass.lowering import exact_cpu
 from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
@@ -49,7 +50,7 @@ def ordinary(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`function` through Inductor as `precision="exact"` compiles, pinned operators opened."""
     patches = {**PINNED_SETTINGS, **settings}
-    table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS}
+    table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS}
 
     def backend(graph_module: Any, inputs: list[Any]) -> Any:
         return compile_fx(graph_module, inputs, config_patches=patches, decompositions=table)

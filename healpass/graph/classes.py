@@ -119,7 +119,17 @@ def sums_weight_gradients(node: Node) -> bool:
 
 def trained(node: Node) -> bool:
     """Whether gradients are taken with respect to a parameter, seen through views of it."""
-    return bool(getattr(value(_root(node)), "requires_grad", False))
+    return bool(getattr(value(_root(node)), "requires_grad", False)) and backward_may_follow(node)
+
+
+def backward_may_follow(node: Node) -> bool:
+    """Whether gradients are on where the graph is called, or the graph itself switches them.
+
+    The parameters of a model that is only run usually require gradients, too.
+    """
+    return torch.is_grad_enabled() or any(
+        op_name(other) == "_set_grad_enabled" for other in node.graph.nodes
+    )
 
 
 def cache_destination(node: Node) -> Node | None:

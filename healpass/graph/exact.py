@@ -21,7 +21,16 @@ from torch.fx import GraphModule, Node
 
 from healpass.graph import classes, names
 from healpass.graph.context import Context
-from healpass.graph.exact_rules import FORMS, PINNED, RANDOM, SCATTERED, TIES, bind
+from healpass.graph.exact_rules import (
+    EXPANDING,
+    FORMS,
+    PINNED,
+    RANDOM,
+    SCATTERED,
+    TIES,
+    TRAINED,
+    bind,
+)
 from healpass.graph.memory import Memory
 from healpass.graph.nodes import (
     heal_name,
@@ -36,9 +45,7 @@ from healpass.graph.nodes import (
 
 heal = torch.ops.heal
 #: Read an element more than once, so that its gradient is a sum; slices do not.
-SUMMED = (names.REPEATS | {"embedding"}) - {"getitem"}
-#: Arguments of `heal::sdpa` that `heal::exact_sdpa` does not have.
-EXTRAS = ("window", "softcap", "sinks", "seed")
+SUMMED = names.REPEATS - {"getitem"}
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -61,8 +68,12 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
         return _weighted_sum(node, graph_module, context)
     if heal_name(node) is not None or not (_computes(node) or name in TIES):
         return False
+    if name in EXPANDING and _is_trained(node):
+        return _exact_expand(node, graph_module, context)
     reason = _why_not(node, name)
     if reason is None and name in FORMS:
+        if name in TRAINED and not _is_trained(node):
+            return False
         return _rewrite(node, str(name), graph_module, context)
     if reason is not None:
         context.keep(node, name or str(node.target), reason)
@@ -81,7 +92,7 @@ def _why_not(node: Node, name: str | None) -> str | None:
         return "random numbers: their stream differs between devices"
     if name in SCATTERED or _accumulates(node):
         return "a sum over repeated indices, added in the order of the device"
-    if name in SUMMED and any(getattr(t, "requires_grad", False) for t in _floats(node)):
+    if name in SUMMED and _is_trained(node):
         return "its gradient adds what was read more than once in the order of the device"
     if name in FORMS or kind in UNTOUCHED or (kind == "factory" and not _spaced(name)):
         return None
@@ -90,6 +101,12 @@ def _why_not(node: Node, name: str | None) -> str | None:
     if kind == "foreign":
         return "an operator of the caller's: its arithmetic is its own"
     return "no exact operator for it: it rounds as torch or the device does"
+
+
+def _is_trained(node: Node) -> bool:
+    """Whether an operand gets a gradient."""
+    wanted = any(getattr(t, "requires_grad", False) for t in _floats(node))
+    return wanted and classes.backward_may_follow(node)
 
 
 def _floats(node: Node) -> list[torch.Tensor]:
@@ -123,22 +140,25 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     return True
 
 
-def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:
-    reason = _why_not_sdpa(node)
-    if reason:
-        context.keep(node, "scaled_dot_product_attention", reason)
-        return False
-    builder = context.builder(graph_module, node)
-    kwargs = {key: given for key, given in node.kwargs.items() if key not in EXTRAS}
-    _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **kwargs))
+def _exact_expand(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    """Zeros of the expanded shape, added: the gradient of that is an exact sum."""
+    builder = context.builder(graph_module, node.next)
+    zeros = builder.call(torch.zeros_like, node)
+    total = builder.call(heal.add.default, node.args[0], zeros)
+    result = builder.cast(total, value(node).dtype)
+    set_value(result, value(node))
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not zeros)
     return True
 
 
-def _why_not_sdpa(node: Node) -> str | None:
+def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:
     if node.kwargs.get("dropout_p"):
-        return "dropout draws random numbers"
-    extra = [key for key in EXTRAS if node.kwargs.get(key) is not None]
-    return f"no exact attention with {' and '.join(extra)}" if extra else None
+        context.keep(node, "scaled_dot_product_attention", "dropout draws random numbers")
+        return False
+    builder = context.builder(graph_module, node)
+    kwargs = {key: given for key, given in node.kwargs.items() if key != "seed"}
+    _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **kwargs))
+    return True
 
 
 def _weighs(node: Node) -> bool:

@@ -180,6 +180,23 @@ def _dropout(b: Builder, x: Node, p: Any, training: Any, inplace: Any) -> Node |
     return x if p == 0 or training is False else None
 
 
+def _embedding(
+    b: Builder,
+    ids: Any,
+    weight: Any,
+    padding: Any,
+    max_norm: Any,
+    _p: Any,
+    by_freq: Any,
+    sparse: Any,
+) -> Node | None:
+    """A trained one: its gradient sums the rows of equal tokens."""
+    if max_norm is not None or by_freq or sparse:
+        return None
+    padding = -1 if padding is None else padding % value(weight).shape[0]
+    return b.call(heal.embedding.default, weight, ids, padding)
+
+
 # -------------------------------------------------------------------------------- reductions
 
 
@@ -318,6 +335,9 @@ FORMS: dict[str, Form] = {
     "addcmul": _form(_addcmul, "input tensor1 tensor2 value"),
     "addcdiv": _form(_addcdiv, "input tensor1 tensor2 value"),
     "lerp": _form(_lerp, "input end weight"),
+    "embedding": _form(
+        _embedding, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse"
+    ),
     "dropout": _form(_dropout, "input p training inplace"),
     "sum": _form(_reduction(heal.sum), "input dim keepdim dtype"),
     "mean": _form(_reduction(heal.mean), "input dim keepdim dtype"),
@@ -338,6 +358,9 @@ FORMS: dict[str, Form] = {
     "sort": _form(_sort, "input dim descending"),
     "argsort": _form(_argsort, "input dim descending"),
 }
+#: Their gradients add; those of what is not trained stay as they are.
+TRAINED = frozenset({"embedding"})
+EXPANDING = frozenset({"expand", "expand_as", "broadcast_to"})
 #: These look at ties, so they are rewritten for integers too.
 TIES = frozenset({"argmax", "argmin", "topk", "sort", "argsort"})
 

@@ -279,7 +279,7 @@ class Promotion:
         if not is_half(value(table)) or not is_half(self.traced[node]):
             self._arithmetic(node)
             return
-        if value(table).requires_grad and not classes.embedding_writes_table(node):
+        if classes.trained(table) and not classes.embedding_writes_table(node):
             self._arithmetic(node)
             return
         with self.graph.inserting_after(node):

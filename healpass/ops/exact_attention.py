@@ -24,6 +24,7 @@ the query's row NaN. A mask of -inf hides. Imports `ops.exact_matmul` and `ops.s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -103,12 +104,30 @@ def _exact_attention(
     scores, visible = visible_scores(
         query_digits, query_scale, key_digits, key_scale, attn_mask, is_causal, scale, adders
     )
+
+    def weigh(fixed: Tensor) -> Tensor:
+        rows = fixed.reshape(batch, heads // groups, groups * length, keys)
+        total = sum_products(integer_digits(rows, P_DIGITS), value_digits.unbind(2), 0, adders)
+        return from_integers(total.reshape(shape))
+
+    return attend_scores(scores, visible, value_scale, weigh)
+
+
+def attend_scores(
+    scores: Tensor, visible: Tensor, value_scale: Tensor, weigh: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Steps 2 to 5: the attention `[B, H, L, Ev]` of FP64 scores.
+
+    Args:
+        scores: `[B, H, L, S]`, -inf where a key is hidden.
+        visible: Bool of that shape.
+        value_scale: FP32 `[B, Hkv, S]`.
+        weigh: P as INT32 of the scores' shape -> P V in integers, rounded once to FP64.
+    """
     weights = exponentials(scores)
-    value_scales = _per_head(value_scale, groups)
-    folded, exponent = _fixed_point(weights, value_scales, visible)
-    rows = folded.reshape(batch, heads // groups, groups * length, keys)
-    total = sum_products(integer_digits(rows, P_DIGITS), value_digits.unbind(2), 0, adders)
-    numerator = from_integers(total.reshape(shape)) * fp64.two_to(exponent - P_BITS)
+    value_scales = _per_head(value_scale, scores.shape[1] // value_scale.shape[1])
+    fixed, exponent = _fixed_point(weights, value_scales, visible)
+    numerator = weigh(fixed) * fp64.two_to(exponent - P_BITS)
     result = numerator / denominator(weights, -1)
     broken = visible & (~(scores.abs() < math.inf) | value_scales.isnan())
     result = torch.where(visible.any(-1, keepdim=True), result, 0.0)
@@ -132,9 +151,22 @@ def visible_scores(
     query = tuple(plane.reshape(shape) for plane in query_digits.unbind(2))
     key = tuple(plane.mT for plane in key_digits.unbind(2))
     products = sum_products(query, key, 0, adders)
-    scores = from_integers(products.reshape(batch, heads, length, key_digits.shape[3]))
+    sums = from_integers(products.reshape(batch, heads, length, key_digits.shape[3]))
+    return scaled_scores(sums, query_scale, key_scale, attn_mask, is_causal, scale)
+
+
+def scaled_scores(
+    sums: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible."""
+    groups = query_scale.shape[1] // key_scale.shape[1]
     scales = query_scale.to(torch.float64)[..., None] * _per_head(key_scale, groups)
-    return _masked(scores * scales * scale, attn_mask, is_causal)
+    return _masked(sums * scales * scale, attn_mask, is_causal)
 
 
 def _check_budget(query_digits: Tensor, value_digits: Tensor) -> None:

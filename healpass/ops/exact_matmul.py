@@ -34,6 +34,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from healpass.arithmetic.digits import (
     BASE_BITS,
@@ -308,7 +309,8 @@ def fastest_route(device: str) -> str:
 
     On CUDA torch's INT8 product refuses few rows and odd sizes; FP64 takes every shape.
     """
-    return "int8" if device == "cpu" and int8_mm_is_exact() else "fp64"
+    with _disable_current_modes():  # a compiler may be tracing the caller
+        return "int8" if device == "cpu" and int8_mm_is_exact() else "fp64"
 
 
 def int8_mm_is_exact(multiply: Callable[[Tensor, Tensor], Tensor] = int8_mm) -> bool:

@@ -1,8 +1,9 @@
 """`F.scaled_dot_product_attention` in integers: `heal::exact_sdpa`. Imports `exact_attention`.
 
 Q, K and V in FP32 or 16 bits are rounded to integers per (token, head), then `exact_attention`
-does the rest. The gradient is that of attention at the rounded values (straight through the
-rounding), each product by digits and each sum exact, so it has the same bits everywhere too.
+does the rest; a cap or sinks go by `exact_scores`. The gradient is that of attention at the
+rounded values (straight through the rounding), each product by digits and each sum exact, so it
+has the same bits everywhere too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from healpass.arithmetic.int16 import round_trip
 from healpass.ops import fp64
 from healpass.ops.exact_attention import FORMATS, exponentials, planes, visible_scores
 from healpass.ops.exact_matmul import Adders
+from healpass.ops.exact_scores import attend_by_weights
 from healpass.ops.matmul import library
 from healpass.ops.numerics import Numerics
 from healpass.ops.pinned import register_opaque
@@ -133,7 +135,8 @@ register_opaque(f"exact_attend({_ARGUMENTS}) -> Tensor", _attend, _attend_fake, 
 library.define(
     "exact_sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
-    'str kv="int16", str numerics="exact5") -> Tensor'
+    'str kv="int16", str numerics="exact5", SymInt? window=None, float? softcap=None, '
+    "Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -150,6 +153,9 @@ def exact_sdpa(
     enable_gqa: bool = False,
     kv: str = "int16",
     numerics: str = "exact5",
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """SDPA with any leading dimensions; arguments as `heal::sdpa`, but no dropout.
 
@@ -164,6 +170,9 @@ def exact_sdpa(
         enable_gqa: Allow `H` to be a multiple of `Hkv`.
         kv: `int16` or `int24`.
         numerics: An exact precision.
+        window: Hide key s from query l where s <= l - window.
+        softcap: Scores become `softcap * tanh(score / softcap)` before they are masked.
+        sinks: `[H]`: one more logit per head, in the denominator only.
     """
     torch._check(
         not (is_causal and attn_mask is not None),
@@ -176,5 +185,26 @@ def exact_sdpa(
     shape = (*leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
     states = four_dimensional(query, key, value, enable_gqa)
     mask = None if attn_mask is None else mask_four_dimensional(attn_mask, shape)
-    result = heal.exact_attend(*states, mask, is_causal, factor, kv, numerics)
+    if window is not None:
+        mask, is_causal = _within(mask, is_causal, window, states[0], states[1]), False
+    if softcap is None and sinks is None:
+        result = heal.exact_attend(*states, mask, is_causal, factor, kv, numerics)
+        return result.reshape(shape)
+    if is_causal:
+        mask = _within(mask, True, None, states[0], states[1])
+    result = attend_by_weights(states, mask, factor, kv, numerics, softcap, sinks)
     return result.reshape(shape)
+
+
+def _within(
+    mask: Tensor | None, is_causal: bool, window: int | None, query: Tensor, key: Tensor
+) -> Tensor:
+    """The mask, and what causality and a window hide, as one mask `[..., L, S]`."""
+    rows = torch.arange(query.shape[-2], device=query.device)[:, None]
+    columns = torch.arange(key.shape[-2], device=query.device)
+    visible = columns <= rows if is_causal else columns >= 0
+    if window is not None:
+        visible = visible & (columns > rows - window)
+    if mask is None:
+        return visible.expand(query.shape[-2], key.shape[-2])
+    return mask & visible if mask.dtype == torch.bool else torch.where(visible, mask, -math.inf)

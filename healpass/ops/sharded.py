@@ -1,4 +1,4 @@
-"""Exact products of shards: `heal::exact_scales`, `mm_partial`, `mm_total`.
+"""Exact sums over ranks, of products (`heal::mm_partial`) and of tensors (`heal::sum_partial`).
 
 A tensor-parallel layer whose K is spread over ranks sums partial products across them. In floating
 point that sum depends on the number of ranks; in integers it does not:
@@ -12,10 +12,20 @@ point that sum depends on the number of ranks; in integers it does not:
 `y` has the bits of `exact_matmul` of the whole, for any number of ranks. K of the whole is at most
 2^24; each part is checked, the whole is the caller's. Where an operand is not finite its row's or
 column's scale is NaN, and so is the result there: integers have no room for infinities.
-Imports `ops.exact_matmul`.
+
+A plain sum of tensors that lie on several ranks (gradients of micro-batches) goes the same way:
+
+    scale = heal.sum_scale(x)                   # of each row; maximum over tensors and ranks
+    partial = heal.sum_partial(x, scale)        # INT64; sum over tensors and ranks
+    y = heal.sum_total(partial, scale, 1.0)     # the one rounding, here of the sum divided by 1
+
+An element is off by at most 2^-40 of the largest power of two in its row's maximum, per tensor;
+2^22 tensors fit. Imports `ops.exact_matmul`, `ops.reduce`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -29,6 +39,7 @@ from healpass.ops.exact_matmul import (
     total_to_fp32,
 )
 from healpass.ops.pinned import register_opaque
+from healpass.ops.reduce import ELEMENT_BITS, HIGHEST, LOWEST, from_integers
 
 
 def _exact_scales(a: Tensor, b: Tensor, products: int) -> tuple[Tensor, Tensor]:
@@ -82,4 +93,55 @@ register_opaque(
     "mm_total(Tensor partial, Tensor a_scale, Tensor b_scale, int products) -> Tensor",
     _mm_total,
     _mm_total_fake,
+)
+
+
+# --------------------------------------------------------------------------------- plain sums
+
+
+def _sum_scale(x: Tensor) -> Tensor:
+    """The largest magnitude of each row of `x` `[..., K]`, FP32 `[..., 1]`; inf if not finite."""
+    size = fp64.checked(x).detach().to(torch.float32).abs()
+    if x.shape[-1] == 0:
+        return size.sum(-1, keepdim=True)
+    return torch.where(size < math.inf, size, math.inf).amax(-1, keepdim=True)
+
+
+def _sum_scale_fake(x: Tensor) -> Tensor:
+    return fp64.checked(x).new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _exponent(scale: Tensor) -> Tensor:
+    bits = scale.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS
+    return (bits - fp64.BIAS).clamp(LOWEST, HIGHEST)
+
+
+def _sum_partial(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` as INT64 of its shape, at most 2^40; 0 where a number is not finite."""
+    wide = fp64.to_fp64(x)
+    power = fp64.two_to(ELEMENT_BITS - 1 - _exponent(scale))
+    return torch.round(torch.where(wide.abs() < math.inf, wide, 0.0) * power).to(torch.int64)
+
+
+def _sum_partial_fake(x: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape, dtype=torch.int64)
+
+
+def _sum_of_partials(partial: Tensor, scale: Tensor, count: float) -> Tensor:
+    """The summed partials divided by `count`, FP32; NaN in a row that is not finite."""
+    unit = fp64.two_to(_exponent(scale) - (ELEMENT_BITS - 1))
+    mean = fp64.to_fp32(from_integers(partial) * unit / count)
+    return torch.where(scale < math.inf, mean, math.nan)
+
+
+def _sum_of_partials_fake(partial: Tensor, scale: Tensor, count: float) -> Tensor:  # noqa: ARG001
+    return partial.new_empty(partial.shape, dtype=torch.float32)
+
+
+register_opaque("sum_scale(Tensor x) -> Tensor", _sum_scale, _sum_scale_fake)
+register_opaque("sum_partial(Tensor x, Tensor scale) -> Tensor", _sum_partial, _sum_partial_fake)
+register_opaque(
+    "sum_total(Tensor partial, Tensor scale, float count) -> Tensor",
+    _sum_of_partials,
+    _sum_of_partials_fake,
 )

@@ -296,6 +296,33 @@ def test_smollm2_compiled_is_eager_in_prefill_and_decode(smol):
     assert differing(in_chunks(compiled, model.config, ids, 1), eager) == 0
 
 
+def with_heavy_tails(model):
+    """Every matrix's elements divided by powers of uniform numbers: a few are large."""
+    generator = torch.Generator().manual_seed(3)
+    model = copy.deepcopy(model)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            uniform = torch.rand(weight.shape, generator=generator).clamp(min=1e-6)
+            weight.copy_(weight / uniform**0.3)
+    return model
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("tails", ["plain", "heavy"])
+def test_smollm2_is_close_to_fp64(smol, tails):
+    """Its widths, two layers of it; once with heavier tails than a 4-bit file's weights have."""
+    model, tokenizer = smol
+    model = with_heavy_tails(model) if tails == "heavy" else model
+    ids = tokenizer(TEXTS[1], return_tensors="pt")["input_ids"]
+    truth = copy.deepcopy(model).double()(input_ids=ids, use_cache=False).logits
+    for options, worst in (({}, 1.6e-4), ({"exact_products": 8, "kv": "int24"}, 5e-6)):
+        torch._dynamo.reset()
+        logits = rewritten(model, **options)(input_ids=ids, use_cache=False).logits
+        error = float((logits.double() - truth).norm() / truth.norm())
+        print(f"{tails} {options}: error {error:.1e}, observed/bound {error / worst:.2f}")
+        assert error <= worst
+
+
 # ------------------------------------------------------------------------------------ training
 
 

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from healpass import cli
+from healpass.numerics_version import NUMERICS_VERSION
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +46,9 @@ def test_env_names_the_versions():
 
 
 def test_env_as_json_is_json_and_nothing_else():
-    assert json.loads(run("env", "--json"))["packages"]["torch"] == torch.__version__
+    found = json.loads(run("env", "--json"))
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["numerics_version"] == NUMERICS_VERSION
 
 
 def test_explain_lists_the_nodes(tiny):
@@ -57,6 +61,25 @@ def test_explain_as_json_keeps_the_options(tiny):
     report = json.loads(run("explain", "any", "--precision", "layercast", "--json"))
     assert report["config"]["precision"] == "layercast"
     assert all(node["heal_op"] for graph in report["graphs"] for node in graph["nodes"])
+
+
+class Echo(torch.nn.Module):
+    """A language model that compiles fast."""
+
+    def forward(self, input_ids, use_cache):
+        del use_cache
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 8).float())
+
+
+def test_a_fingerprint_is_as_expected_or_exit_status_1(monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda _: (Echo(), Tokenizer()))
+    found = json.loads(run("fingerprint", "any", "--prompt", "a b c", "--json"))
+    assert found["options"]["precision"] == "exact"
+    expected = ("fingerprint", "any", "--prompt", "a b c", "--expect", found["digest"])
+    assert found["digest"] in run(*expected)
+    other = CliRunner().invoke(cli.app, [*expected[:-1], "0" * 64])
+    assert other.exit_code == 1
+    assert "differs: the digest is" in other.stderr
 
 
 def main_fails(monkeypatch, capsys, *arguments):

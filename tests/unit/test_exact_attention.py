@@ -209,3 +209,97 @@ def test_opcheck_is_green():
     torch.library.opcheck(
         heal.exact_attend.default, (q, k, v, None, True, 0.25, "int16", "exact5")
     )
+
+
+# ------------------------------------------------------------------------ windows, caps and sinks
+
+
+def extras(**given) -> dict:
+    return {"window": None, "softcap": None, "sinks": None} | given
+
+
+EXTRAS = {
+    "window": extras(window=5),
+    "softcap": extras(softcap=3.0),
+    "sinks": extras(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "all": extras(window=4, softcap=2.5, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
+
+
+def extra_states(length: int = 11, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((2, 4, length, 16), (2, 2, length, 16), (2, 2, length, 8))
+    return [torch.randn(*size, generator=generator) * 2 for size in sizes]
+
+
+def in_fp64(q, k, v, window, softcap, sinks):
+    """Causal attention by its definition."""
+    k, v = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = q.double() @ k.mT / 4
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    row, column = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    hidden = (column > row) | ((column <= row - window) if window is not None else False)
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(2, 4, len(row), 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_windows_caps_and_sinks_are_what_they_should_be(name):
+    """INT24 moves q and k (16 elements) by 2^-22 of their norms, scores by twice that, weights by
+    twice the score's change, V by 2^-23; a cap's slope is at most 1."""
+    q, k, v = extra_states()
+    found = attend(q, k, v, is_causal=True, kv="int24", numerics="exact8", **EXTRAS[name])
+    exact = in_fp64(q, k, v, **EXTRAS[name])
+    size = (q.double().norm(dim=-1).amax() * k.double().norm(dim=-1).amax()).item() / 4
+    bound = (4 * (2 * size + 1) * 2.0**-23 + 2.0**-23) * v.abs().amax().item()
+    error = (found.double() - exact).abs().amax().item()
+    print(f"{name}: error {error:.1e}, observed/bound {error / bound:.3f}")
+    assert error <= bound
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_prefill_is_decode_with_windows_caps_and_sinks(name):
+    """Each query alone against the keys up to it, with padding in front, by a mask."""
+    q, k, v = extra_states()
+    options, window = EXTRAS[name], EXTRAS[name]["window"]
+    whole = attend(q, k, v, is_causal=True, **options)
+    for row in (0, 3, 10):
+        keys = torch.arange(11)
+        mask = (keys <= row) & (keys > row - (window or 99))
+        padded = [torch.nn.functional.pad(x, (0, 0, 3, 0), value=7.0) for x in (k, v)]
+        one = attend(
+            q[:, :, row : row + 1], *padded,
+            mask=torch.nn.functional.pad(mask, (3, 0))[None], **(options | {"window": None}),
+        )  # fmt: skip
+        assert differing(one, whole[:, :, row : row + 1]) == 0
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_who_adds_does_not_show_with_windows_caps_and_sinks(name):
+    q, k, v = extra_states()
+    first = attend(q, k, v, is_causal=True, **EXTRAS[name])
+    options = EXTRAS[name] | {"numerics": "exact5:a100:2"}
+    assert differing(attend(q, k, v, is_causal=True, **options), first) == 0
+
+
+def test_a_row_that_sees_nothing_is_zero_with_a_cap():
+    q, k, v = extra_states()
+    mask = torch.zeros(11, 11, dtype=torch.bool)
+    assert (attend(q, k, v, mask, softcap=2.0) == 0).all()
+
+
+def test_gradients_with_caps_and_sinks_are_those_of_fp64():
+    q, k, v = extra_states()
+    sinks = EXTRAS["sinks"]["sinks"]
+    ours = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
+    wide = [x.double().requires_grad_() for x in (q, k, v, sinks)]
+    options = {"window": 6, "softcap": 4.0}
+    attend(*ours[:3], is_causal=True, kv="int24", numerics="exact8", sinks=ours[3],
+           **options).square().sum().backward()  # fmt: skip
+    in_fp64(*wide[:3], sinks=wide[3], **options).square().sum().backward()
+    for found, exact in zip(ours, wide, strict=True):
+        error = (found.grad.double() - exact.grad).norm() / exact.grad.norm()
+        print(f"relative error {error:.1e}, observed/bound {error / 2.0**-16:.3f}")
+        assert error <= 2.0**-16

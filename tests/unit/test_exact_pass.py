@@ -13,9 +13,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from healpass.backend import inductor_patches
 from healpass.config import HealConfig
 from healpass.errors import ConfigError
-from healpass.graph.nodes import heal_name, op_name
+from healpass.graph.nodes import heal_name, op_name, value
+from healpass.ops import fp64
 
 CONFIG = HealConfig(precision="exact", outputs="fp32")
+INF, NAN = float("inf"), float("nan")
 
 
 def x(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -266,14 +268,80 @@ def test_gradients_of_biases_and_factors_are_exact_sums():
     assert differing(gradients(natural, single), gradients(order, single)) > 0
 
 
-def test_a_trained_embedding_is_listed():
-    table = x(9, 4).requires_grad_()
-    rewritten = Rewritten(lambda i: F.embedding(i, table), CONFIG)
-    rewritten(torch.tensor([1, 1, 3]))
-    assert list(rewritten.kept) == ["embedding"]
-    assert "its gradient adds" in rewritten.kept["embedding"]
-    with torch.no_grad():
+def test_a_trained_embedding_and_an_expansion_have_exact_gradients():
+    """Tokens in another order: the same bits; without the pass they differ."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (300,), generator=generator)
+    weights = x(300, 4) * 2.0 ** torch.arange(300)[:, None].remainder(20)
+    order = torch.randperm(300, generator=generator)
+
+    def function(ids, weights, table, row):
+        return (F.embedding(ids, table, padding_idx=2) + row.expand(300, 4)) * weights
+
+    def gradients(index, config):
         torch._dynamo.reset()
-        frozen = Rewritten(lambda i: F.embedding(i, table.detach()), CONFIG)
-        frozen(torch.tensor([1, 1, 3]))
+        parameters = [t.clone().requires_grad_() for t in (x(9, 4), x(1, 4, seed=4))]
+        call = Rewritten(function, config, aot=True)
+        result = call(ids[index], weights[index], *parameters)
+        return torch.autograd.grad(result, parameters, torch.ones(300, 4)), call
+
+    natural = torch.arange(300)
+    first, call = gradients(natural, CONFIG)
+    assert call.kept == {}
+    assert differing(gradients(order, CONFIG)[0], first) == 0
+    assert (first[0][2] == 0).all()
+    exact = torch.zeros(9, 4, dtype=torch.float64).index_add_(0, ids, weights.double())
+    exact[2] = 0
+    assert differing(first[0], exact.float()) == 0  # FP64 holds these sums
+    single = HealConfig(outputs="fp32")
+    assert differing(gradients(natural, single)[0], gradients(order, single)[0]) > 0
+
+
+def test_an_embedding_that_is_not_trained_stays():
+    table = x(9, 4)
+    frozen = Rewritten(lambda i: F.embedding(i, table), CONFIG)
+    frozen(torch.tensor([1, 1, 3]))
     assert frozen.kept == {}
+    assert "heal::embedding" not in map(heal_name, frozen.graphs[0].graph.nodes)
+
+
+def test_a_tied_weight_has_the_same_bits_whether_or_not_it_requires_gradients():
+    """In a model that is only run: without gradients nothing is upcast for their sake."""
+    table = torch.nn.Parameter(x(9, 6).bfloat16())
+
+    def function(ids):
+        return F.linear(F.embedding(ids, table), table)
+
+    results = []
+    for trained in (True, False):
+        torch._dynamo.reset()
+        table.requires_grad_(trained)
+        with torch.no_grad():
+            call = Rewritten(function, CONFIG)
+            results.append(call(torch.tensor([1, 1, 3])))
+        (graph,) = call.graphs
+        (linear,) = (n for n in graph.graph.nodes if heal_name(n) == "heal::linear")
+        assert value(linear.args[1]).dtype == torch.bfloat16
+    assert differing(*results) == 0
+
+
+def test_infinities_in_an_embeddings_gradient():
+    grad = torch.tensor([[1.0, INF, INF, NAN], [2.0, 1.0, -INF, 1.0], [4.0, 4.0, 4.0, 4.0]])
+    found = torch.ops.heal.scatter_rows(grad, torch.tensor([1, 1, 0]), 3, -1)
+    expected = torch.tensor([[4.0] * 4, [3.0, INF, NAN, NAN], [0.0] * 4])
+    assert differing(found, fp64.canonical(expected)) == 0
+
+
+def test_attention_with_a_window_a_cap_and_sinks_is_rewritten():
+    q, sinks = x(1, 2, 6, 8), x(2)
+
+    def function(q, sinks):
+        return torch.ops.heal.sdpa(
+            q, q, q, is_causal=True, window=3, softcap=2.0, sinks=sinks, kv="int16"
+        )
+
+    rewritten = Rewritten(function, CONFIG)
+    torch._dynamo.reset()
+    again = Rewritten(function, HealConfig(precision="exact", outputs="fp32", simulate="h100"))
+    assert differing(again(q, sinks), rewritten(q, sinks)) == 0
+    assert rewritten.kept == {}

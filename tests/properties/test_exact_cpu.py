@@ -1,0 +1,163 @@
+"""What compiled code does on CPU under `precision="exact"`: the bits of the operators' meaning."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from exactly import any_floats, compiled, differing
+from healpass.lowering import exact_cpu
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling import examples
+from strategies import DTYPES, data, fill
+from torch._inductor.utils import run_and_get_code
+
+from healpass.arithmetic.digits import DIGIT_MAX
+from healpass.ops.exact_attention import FORMATS, P_BITS
+from healpass.ops.exact_matmul import SCHEMES
+
+heal = torch.ops.heal
+NUMERICS = [f"exact{products}" for products in SCHEMES]
+BF16 = torch.bfloat16
+
+
+def test_budgets():
+    """The largest totals stay below 2^53, with every digit at its extreme."""
+    for plan in SCHEMES.values():
+        per_term = sum(DIGIT_MAX**2 * 256 ** (i + j - plan.cut) for i, j in plan.pairs)
+        assert exact_cpu.MOST_TERMS * per_term < 2**53
+    for fmt in FORMATS.values():
+        largest = max(x for x in (fmt.limit, 1 << 15) if x <= 1 << 15)
+        assert exact_cpu._largest_part(fmt) >= min(fmt.limit, (fmt.limit + 128) >> 8)
+        assert largest << P_BITS < 2**53
+
+
+@examples(60)
+@given(
+    m=st.integers(1, 4),
+    k=st.integers(2, 300),
+    n=st.integers(2, 5),
+    left=st.sampled_from(["fp32", "bf16", "fp16"]),
+    right=st.sampled_from(["bf16", "fp16", "fp32"]),
+    how=st.tuples(data(st.integers(-30, 30)), data(st.integers(-30, 30))),
+    numerics=st.sampled_from(NUMERICS),
+    seed=st.integers(0, 2**16),
+)
+def test_products_have_the_bits_of_the_meaning(m, k, n, left, right, how, numerics, seed):
+    a = fill((m, k), how[0], DTYPES[left], seed, 1)
+    b = fill((k, n), how[1], DTYPES[right], seed + 1, 0)
+    assert differing(exact_cpu.mm(a, b, numerics), heal.mm(a, b, numerics)) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_numbers_of_every_kind(rows):
+    """Every exponent, NaN and infinities, in rows, in columns, and in both."""
+    a, b = (
+        any_floats(count * 37 - 13, seed).reshape(count, 37) for count, seed in ((rows, 1), (6, 2))
+    )
+    finite = a.isfinite() & (a.abs() < 1e30)
+    for left in (a, torch.where(finite, a, 1.0)):
+        for right in (b, torch.where(b.isfinite(), b, 1.0)):
+            found = exact_cpu.mm(left, right.t(), "exact6")
+            assert differing(found, heal.mm(left, right.t(), "exact6")) == 0
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (2, 4, 1), (2, 1, 4), (2, 20000, 2)]
+)
+def test_what_does_not_fit_keeps_its_meaning(m, k, n):
+    assert exact_cpu.mm(torch.ones(m, k), torch.ones(k, n), "exact5") is NotImplemented
+
+
+@pytest.mark.parametrize("numerics", ["heal", "layercast", "exact5:a100", "exact5::2"])
+def test_other_arithmetic_keeps_its_meaning(numerics):
+    assert exact_cpu.mm(torch.ones(2, 4), torch.ones(4, 3), numerics) is NotImplemented
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("numerics", ["exact5", "exact8"])
+def test_compiled_products_too(rows, numerics):
+    """Inductor's loops: odd sizes, so that vectors have a rest; a producer that is fused in."""
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, 333), torch.randn(45, 333).to(BF16)
+
+    def layer(x, w):
+        return heal.mm(heal.silu(x), w.t(), numerics)
+
+    found, code = run_and_get_code(compiled(layer), x, w)
+    assert differing(found, layer(x, w)) == 0
+    # What is stored in the weight's size: nothing for one row, else its digits.
+    stored = re.findall(r"empty_strided_cpu\(\(45, 333\), \([^)]*\), torch\.(\w+)\)", code[0])
+    assert set(stored) == (set() if rows == 1 else {"int8"})
+
+
+def test_a_wrong_digit_is_noticed(monkeypatch):
+    """The inverse: the pair of lowest digits, which five products drop, is multiplied too."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 200), torch.randn(200, 7).to(BF16)
+    truth = heal.mm(a, b, "exact5")
+    every = {5: exact_cpu.Scheme(3, 2, 0)}
+    monkeypatch.setattr(exact_cpu, "scheme", lambda products, _: every[products])
+    assert differing(exact_cpu.mm(a, b, "exact5"), truth) > 0
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def states(batch, heads, kv_heads, length, keys, size, value_size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, length, size), (kv_heads, keys, size), (kv_heads, keys, value_size))
+    return [torch.randn(batch, *shape, generator=generator) * 3 for shape in shapes]
+
+
+@examples(40)
+@given(
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    length=st.integers(1, 4),
+    keys=st.integers(1, 40),
+    size=st.sampled_from([1, 3, 16, 64]),
+    kv=st.sampled_from(list(FORMATS)),
+    mask=st.sampled_from([None, "causal", "bool", "float"]),
+    special=st.sampled_from([None, math.nan, math.inf]),
+    seed=st.integers(0, 2**16),
+)
+def test_attention_has_the_bits_of_the_meaning(
+    batch, kv_heads, groups, length, keys, size, kv, mask, special, seed
+):
+    q, k, v = states(batch, kv_heads * groups, kv_heads, length, keys, size, size + 1, seed)
+    generator = torch.Generator().manual_seed(seed)
+    if special is not None:
+        x = (q, k, v)[seed % 3]
+        x.view(-1)[seed % x.numel()] = special
+    given_mask = None
+    if mask == "bool":
+        given_mask = torch.rand(batch, 1, length, keys, generator=generator) < 0.6
+    elif mask == "float":
+        given_mask = torch.randn(length, keys, generator=generator)
+    arguments = (q, k, v, given_mask, mask == "causal", size**-0.5, kv, "exact5")
+    assert differing(exact_cpu.attend(*arguments), heal.exact_attend(*arguments)) == 0
+
+
+def test_attention_past_a_budget_keeps_its_meaning():
+    q, k, v = states(1, 1, 1, 1, 2, 200, 2)
+    assert exact_cpu.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
+    assert exact_cpu.attend(q, k, v, None, False, 1.0, "int16", "exact5") is not NotImplemented
+    assert exact_cpu.attend(q, k[:, :, :0], v[:, :, :0], None, False, 1.0, "int16", "exact5") is (
+        NotImplemented
+    )
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_compiled_attention_too(length):
+    q, k, v = states(1, 4, 2, length, 19, 16, 16)
+    mask = torch.ones(length, 19, dtype=torch.bool).tril(19 - length)
+
+    def attention(q, k, v):
+        return heal.exact_sdpa(q, k, v, mask, enable_gqa=True)
+
+    assert differing(compiled(attention)(q, k, v), attention(q, k, v)) == 0
