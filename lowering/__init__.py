@@ -31,13 +31,14 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        exact_matmul,
         matmul,
         quantize,
     )
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    gpu = (matmul, attention, attention_gradients, quantize)
+    gpu = (matmul, attention, attention_gradients, quantize, exact_matmul)
     modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
@@ -50,6 +51,7 @@ def register() -> None:
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
     decomposition.decompositions.update(DECOMPOSITIONS)
+    decomposition.decompositions.update(exact_matmul.DECOMPOSITIONS)
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 

@@ -25,6 +25,8 @@ import torch
 from healpass.lowering import attention_check, kernels
 from torch import Tensor
 
+from healpass.errors import DeviceCheckError
+
 #: Multiplies two matrices (or batches) with the given `numerics`.
 Multiply = Callable[[Tensor, Tensor, str], Tensor]
 
@@ -112,13 +114,36 @@ def examine(multiply: Multiply) -> dict[str, str]:
 
 def broken(template: str, device: torch.device) -> bool:
     """Whether a template failed its check on this GPU; warns loudly, once, if so."""
-    if _examining.get():
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    reason = verdict(index).get(template)
+    index, reason = _reason(template, device)
     if reason is not None:
         _warn_once(template, torch.cuda.get_device_name(index), reason)
     return reason is not None
+
+
+def require(template: str, device: torch.device) -> None:
+    """Go on only if an exact template gave the bits of its meaning on this GPU.
+
+    Raises:
+        DeviceCheckError: It did not. There is no falling back: other bits break the promise, and
+            so does a graph that is exact on one machine and unchecked on another.
+    """
+    index, reason = _reason(template, device)
+    if reason is not None:
+        gpu = torch.cuda.get_device_name(index)
+        raise DeviceCheckError(
+            f"precision='exact' cannot run on {gpu}: the Triton template {template!r} failed its "
+            f"check there with torch {torch.__version__} and triton {_triton_version()}.\n"
+            f"Found: {reason}.\nNothing runs in its place, because the bits could be others. Use "
+            "another version of torch, or the CPU, which gives the same bits. Please report this."
+        )
+
+
+def _reason(template: str, device: torch.device) -> tuple[int, str | None]:
+    """The device's index, and what is wrong with a template there; None while examining."""
+    if _examining.get():
+        return -1, None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, verdict(index).get(template)
 
 
 @functools.cache

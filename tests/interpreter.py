@@ -182,7 +182,7 @@ def load(kernel: Kernel) -> Any:
     # The interpreter rewrites functions from their source, which it asks of linecache.
     linecache.cache[name] = (len(kernel.body), None, kernel.body.splitlines(keepends=True), name)
     module: dict[str, Any] = {
-        "triton": types.SimpleNamespace(jit=interpreter.InterpretedFunction),
+        "triton": types.SimpleNamespace(jit=interpreter.InterpretedFunction, language=tl),
         "tl": tl,
         "tl_math": _Math(),
         "libdevice": _Math(),

@@ -13,6 +13,7 @@ of those and of plain torch, so autograd, fake tensors and tracing see through t
 from healpass.ops import (
     attention,
     binary,
+    digit_products,
     elementary,
     exact_attention,
     exact_sdpa,
@@ -33,6 +34,7 @@ from healpass.ops import (
 __all__ = [
     "attention",
     "binary",
+    "digit_products",
     "elementary",
     "exact_attention",
     "exact_sdpa",
