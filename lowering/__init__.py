@@ -31,6 +31,7 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        exact_attention,
         exact_matmul,
         matmul,
         quantize,
@@ -38,7 +39,8 @@ def register() -> None:
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    gpu = (matmul, attention, attention_gradients, quantize, exact_matmul)
+    exact = (exact_matmul, exact_attention)
+    gpu = (matmul, attention, attention_gradients, quantize, *exact)
     modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
@@ -51,7 +53,8 @@ def register() -> None:
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
     decomposition.decompositions.update(DECOMPOSITIONS)
-    decomposition.decompositions.update(exact_matmul.DECOMPOSITIONS)
+    for module in exact:
+        decomposition.decompositions.update(module.DECOMPOSITIONS)
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 

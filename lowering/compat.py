@@ -31,6 +31,7 @@ __all__ = [
     "is_many",
     "is_static",
     "is_true",
+    "pins_contraction",
     "realize_inputs",
     "select",
     "size_hint",
@@ -50,6 +51,11 @@ def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) ->
     refusal = template.maybe_append_choice(choices, **knobs)
     if refusal is not None:
         raise refusal
+
+
+def pins_contraction() -> bool:
+    """Whether `append_choice` can turn contraction off: not in 2.11."""
+    return "triton_meta" in _generate_parameters()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healpass.lowering.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
+from healpass.lowering.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY, AttentionTile
 
 from healpass.ops.exact_matmul import Scheme
 
@@ -55,16 +55,16 @@ def exact_tiles(
     if cuts:
         rows = 16 if m <= 16 else 32
         return [
-            ExactTile(rows, 32, 128, 4, 4, swap=True),
             ExactTile(rows, 64, 64, 4, 4, swap=True),
+            ExactTile(rows, 32, 64, 4, 4, swap=True),
         ]
-    small = [ExactTile(64, 64, 64, 4, 3)]
-    if prefers_half(capability):
-        tiles = [ExactTile(64, 64, 64, 8, 3), *small]
-    elif capability >= 90:
-        tiles = [ExactTile(128, 64, 128, 8, 3), ExactTile(64, 128, 128, 8, 3), *small]
+    small = [ExactTile(64, 64, 64, 8, 3)]
+    narrow = [ExactTile(128, 32, 64, 8, 3), *small]
+    tall = [ExactTile(128, 64, 64, 8, 4), *small]
+    if plan.right == 3 and not 90 <= capability < 100:  # a fourth level of sums would spill
+        tiles = narrow if prefers_half(capability) else small
     else:
-        tiles = [ExactTile(128, 64, 64, 8, 3), ExactTile(64, 64, 64, 4, 3), *small]
+        tiles = tall
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
     return [_fit(tile, capability, plan) for tile in whole]
 
@@ -77,3 +77,21 @@ def _fit(tile: ExactTile, capability: int, plan: Scheme) -> ExactTile:
             tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages - 1
         )
     return tile
+
+
+def exact_attention_tiles(
+    capability: int, head_block: int, *, decodes: bool
+) -> list[AttentionTile]:
+    """Tiles of both kernels of exact attention, best guess first.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        decodes: At most 16 rows.
+    """
+    del capability
+    if decodes:
+        return [AttentionTile(16, 4, 2), AttentionTile(16, 4, 1)]
+    if head_block > 64:
+        return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
+    return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]

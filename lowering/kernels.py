@@ -30,7 +30,9 @@ HELPERS = ("helpers", "attention_helpers", "exact_helpers")
 def source(name: str) -> str:
     """Text of a template: its macros, itself, and the device functions that it calls."""
     text = _read(TEXTS.get(name, name))
-    if "finish_scores(" in text:
+    if "exact_scores(" in text:
+        text = _read("exact_attention_macros") + text
+    if "finish_scores(" in text or "exact_scores(" in text:
         text = _read("attention_macros") + text
     helpers = [function for part in HELPERS for function in _read(part).split("\n\n\n")]
     called: list[str] = []
@@ -111,6 +113,8 @@ GRIDS = {
     "exact_gemm_batched": batched_grid,
     "attention": attention_grid,
     "attention_merge": attention_grid,
+    "exact_attention_tops": attention_grid,
+    "exact_attention_sums": attention_grid,
     "attention_backward_query": attention_grid,
     "attention_backward_key": attention_backward_key_grid,
 }
