@@ -177,9 +177,7 @@ class AttentionProblem:
         """The mask as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
         assert self.mask is not None, "the caller asks only for a mask that is there"
         self.mask.realize()
-        return lowerings[aten.expand.default](
-            self.mask, [*self.query.size[:3], self.key.size[2]]
-        )
+        return lowerings[aten.expand.default](self.mask, [*self.query.size[:3], self.key.size[2]])
 
     def knobs(self) -> dict[str, Any]:
         """Numerics knobs that all kernels share."""

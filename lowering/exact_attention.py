@@ -81,7 +81,7 @@ def attention_on_cuda(*call: Any) -> Tensor:
     if not fits or keys > 1 << MOST_KEYS[value.shape[2]] or 0 in (*query.shape, *value.shape):
         return NotImplemented
     few = heads_per_key(query, key) * query.shape[3] <= DECODE_ROWS
-    return attention_in_parts(*call[:-1], chunk=DECODE_CHUNK if few else PREFILL_CHUNK)
+    return attention_in_parts(*call[:-1], DECODE_CHUNK if few else PREFILL_CHUNK)
 
 
 def lower_tops(
@@ -187,13 +187,18 @@ def _mask(problem: AttentionProblem) -> list[ir.IRNode]:
 
 def _tiles(problem: AttentionProblem) -> list[Any]:
     return exact_attention_tiles(
-        problem.capability, max(problem.head_blocks), decodes=problem.decodes
+        problem.capability,
+        max(problem.head_blocks),
+        problem.key.digits,
+        decodes=problem.decodes,
     )
 
 
 def _knobs(problem: AttentionProblem, chunk: int) -> dict[str, Any]:
-    """The knobs of both kernels; with them goes ACC_TYPE, the dtype that Inductor takes the output
-    for when it fuses what follows. (Seen: it rounds an FP64 output to FP32 without.)
+    """The knobs of both kernels.
+
+    With them goes ACC_TYPE, the dtype that Inductor takes the output for when it fuses what
+    follows. (Seen: without it an FP64 output is rounded to FP32.)
 
     Raises:
         ValueError: A level of scores may leave its accumulator; heads are too small for that.

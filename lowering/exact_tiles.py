@@ -40,9 +40,7 @@ def prefers_half(capability: int) -> bool:
     return 100 <= capability < 120
 
 
-def exact_tiles(
-    capability: int, m: int, n: int, plan: Scheme, *, cuts: bool
-) -> list[ExactTile]:
+def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) -> list[ExactTile]:
     """Tiles of the kernel for about `m` x `n` outputs, best guess first.
 
     Args:
@@ -80,18 +78,21 @@ def _fit(tile: ExactTile, capability: int, plan: Scheme) -> ExactTile:
 
 
 def exact_attention_tiles(
-    capability: int, head_block: int, *, decodes: bool
+    capability: int, head_block: int, digits: int, *, decodes: bool
 ) -> list[AttentionTile]:
     """Tiles of both kernels of exact attention, best guess first.
 
     Args:
         capability: As 90 for 9.0.
         head_block: The larger padded head size.
+        digits: Of Q, K and V.
         decodes: At most 16 rows.
     """
-    del capability
+    # (With 64 rows and heads of 128, Triton 3.9 compiles a trap stub for sm_100.)
+    if head_block > 128 or (prefers_half(capability) and head_block > 64):
+        return [AttentionTile(16, 8, 1)]
     if decodes:
         return [AttentionTile(16, 4, 2), AttentionTile(16, 4, 1)]
-    if head_block > 64:
+    if head_block > 64 or digits == 3:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]

@@ -1,9 +1,10 @@
 """The guard against silent miscompiles: each template proves itself once per GPU and version.
 
 At first use a second process multiplies small matrices through every template and compares with
-FP64. (A second process, because a broken kernel takes down the CUDA context it runs in.) The
-verdict is kept in the user's cache folder under the GPU's name, the versions and a hash of this
-package's sources. May import `attention_check`, `compat`, `kernels`, and the operators.
+FP64, exact templates bit by bit with their meaning on CPU. (A second process, because a broken
+kernel takes down the CUDA context it runs in.) The verdict is kept in the user's cache folder
+under the GPU's name, the versions and a hash of this package's sources. May import
+`attention_check`, `exact_check`, `kernels`, and the operators.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from healpass.lowering import attention_check, kernels
+from healpass.lowering import attention_check, exact_check, kernels
 from torch import Tensor
 
 from healpass.errors import DeviceCheckError
@@ -230,7 +231,9 @@ def main() -> None:
     token = _examining.set(True)
     try:
         index = int(sys.argv[1])
-        wrong = examine(on_gpu(index)) | attention_check.examine(attention_check.on_gpu(index))
+        wrong = examine(on_gpu(index))
+        wrong |= attention_check.examine(attention_check.on_gpu(index))
+        wrong |= exact_check.examine(exact_check.on_gpu(index))
         sys.stdout.write(json.dumps(wrong) + "\n")
     finally:
         _examining.reset(token)

@@ -170,7 +170,8 @@ def _nearbyint(x: Any) -> Any:
 def _is(predicate: Any) -> Any:
     def test(x: Any) -> Any:
         return tl.tensor(
-            interpreter.TensorHandle(predicate(x.handle.data), tl.int1), x.type.with_element_ty(tl.int1)
+            interpreter.TensorHandle(predicate(x.handle.data), tl.int1),
+            x.type.with_element_ty(tl.int1),
         )
 
     return staticmethod(test)
