@@ -67,21 +67,34 @@ def attend_on_cuda(
     return heal.exact_attention(*digits, attn_mask, is_causal, scale, numerics)
 
 
-def attention_on_cuda(*call: Any) -> Tensor:
+def attention_on_cuda(
+    query_digits: Tensor,
+    query_scale: Tensor,
+    key_digits: Tensor,
+    key_scale: Tensor,
+    value_digits: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    numerics: str,
+) -> Tensor:
     """Decompose `heal::exact_attention`; NotImplemented leaves it to its own meaning.
 
     Left are simulated adders, other devices, heads above 256, nothing to attend to, and what the
     meaning refuses.
     """
-    query, key, value = call[0], call[2], call[4]
-    how, keys = Numerics.parse(call[-1]), key.shape[3]
-    if how.simulate or how.order or not has_kernels(query.device) or not compat.pins_contraction():
+    how, keys = Numerics.parse(numerics), key_digits.shape[3]
+    if how.simulate or how.order or not has_kernels(query_digits.device):
         return NotImplemented
-    fits = max(query.shape[-1], value.shape[-1]) <= LARGEST_HEAD
-    if not fits or keys > 1 << MOST_KEYS[value.shape[2]] or 0 in (*query.shape, *value.shape):
+    fits = max(query_digits.shape[-1], value_digits.shape[-1]) <= LARGEST_HEAD
+    fits = fits and keys <= 1 << MOST_KEYS[value_digits.shape[2]]
+    if not fits or 0 in (*query_digits.shape, *value_digits.shape):
         return NotImplemented
-    few = heads_per_key(query, key) * query.shape[3] <= DECODE_ROWS
-    return attention_in_parts(*call[:-1], DECODE_CHUNK if few else PREFILL_CHUNK)
+    few = heads_per_key(query_digits, key_digits) * query_digits.shape[3] <= DECODE_ROWS
+    chunk = DECODE_CHUNK if few else PREFILL_CHUNK
+    states = (query_digits, query_scale, key_digits, key_scale, value_digits, value_scale)
+    return attention_in_parts(*states, attn_mask, is_causal, scale, chunk)
 
 
 def lower_tops(

@@ -53,8 +53,11 @@ def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether a device is a GPU that the templates are written for: sm_80 or newer."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """Whether the templates can run: a GPU from sm_80 on, and a torch that lets them pin fma off.
+
+    (What Inductor fuses behind a template is compiled with the template's settings.)
+    """
+    if device.type != "cuda" or torch.version.hip is not None or not compat.pins_contraction():
         return False
     return capability(device) >= LOWEST_CAPABILITY
 

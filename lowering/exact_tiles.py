@@ -32,12 +32,11 @@ class ExactTile:
 
 
 def prefers_half(capability: int) -> bool:
-    """Whether digits should go through the tensor core in FP16.
+    """Whether digits should go through the tensor core in FP16: the bits are the same.
 
-    Triton has no tcgen05 for INT8, and the data-centre chips after B200 have little of it; the
-    digits are the same in FP16, and so are the bits.
+    The data-centre chips after B200 (sm_100), from B300 (sm_103) on, have little INT8 left.
     """
-    return 100 <= capability < 120
+    return 100 < capability < 120
 
 
 def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) -> list[ExactTile]:
@@ -57,12 +56,11 @@ def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) ->
             ExactTile(rows, 32, 64, 4, 4, swap=True),
         ]
     small = [ExactTile(64, 64, 64, 8, 3)]
-    narrow = [ExactTile(128, 32, 64, 8, 3), *small]
-    tall = [ExactTile(128, 64, 64, 8, 4), *small]
-    if plan.right == 3 and not 90 <= capability < 100:  # a fourth level of sums would spill
-        tiles = narrow if prefers_half(capability) else small
-    else:
-        tiles = tall
+    tiles = [ExactTile(128, 64, 64, 8, 4), *small]
+    if plan.right == 3 and prefers_half(capability):  # a fourth level of sums would spill
+        tiles = [ExactTile(128, 32, 64, 8, 3), *small]
+    elif plan.right == 3 and not 90 <= capability < 120:
+        tiles = small
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
     return [_fit(tile, capability, plan) for tile in whole]
 

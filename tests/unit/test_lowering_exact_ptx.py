@@ -40,7 +40,7 @@ def units(facts: Report) -> set[str]:
         *(
             pytest.param(case.title, capability, marks=pytest.mark.deep)
             for case in CASES
-            for capability in (80, 100)
+            for capability in (80, 100, 103)
         ),
     ],
 )
@@ -58,7 +58,8 @@ def test_no_kernel_contracts_approximates_flushes_or_spills(title, capability):
     [
         ("exact prefill", 80, {"IMMA", "HMMA"}),
         ("exact prefill", 90, {"IGMMA", "HGMMA"}),
-        ("exact prefill", 100, {"UTCHMMA"}),
+        ("exact prefill", 100, {"UTCIMMA", "UTCHMMA"}),
+        ("exact prefill", 103, {"UTCHMMA"}),
         ("exact decode", 90, {"IGMMA", "HGMMA"}),
     ],
 )
