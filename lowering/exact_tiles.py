@@ -57,8 +57,8 @@ def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) ->
         ]
     small = [ExactTile(64, 64, 64, 8, 3)]
     tiles = [ExactTile(128, 64, 64, 8, 4), *small]
-    if plan.right == 3 and prefers_half(capability):  # a fourth level of sums would spill
-        tiles = [ExactTile(128, 32, 64, 8, 3), *small]
+    if prefers_half(capability):  # wider tiles and more stages spill
+        tiles = [ExactTile(128, 32 if plan.right == 3 else 64, 64, 8, 3), *small]
     elif plan.right == 3 and not 90 <= capability < 120:
         tiles = small
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]

@@ -143,7 +143,7 @@ def test_the_copy_engine_changes_no_bit(capability):
 @pytest.mark.parametrize(("capability", "how"), [(75, "exact5"), (90, "exact5:h100")])
 def test_what_has_no_kernel_runs_its_meaning(capability, how):
     a, b = operands(40, 70, 96)
-    kernel = source(lambda x, y: (heal.mm(x, y, how),), [a, b], capability)
+    kernel = source(lambda x, y: (heal.mm(x, y, how),), [a, b.to(FP16)], capability)
     assert "torch.ops.heal.mm.default" in kernel
 
 
