@@ -31,6 +31,10 @@ class StrictError(HealError):
     """`strict=True` was asked for, and the graph holds a node that cannot be rewritten."""
 
 
+class DeviceCheckError(HealError):
+    """An exact kernel gave other bits than its meaning in the check on this GPU."""
+
+
 class GraphCheckError(HealError):
     """A pass left the graph in a state that breaks a promise. Always a bug of healpass."""
 

@@ -4,13 +4,13 @@ Installed as `healpass.lowering`. `register()` gives Inductor one lowering per o
 at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
 `attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
 operator without a lowering for its device runs its own meaning, as one call from the code. Exact
-precisions are decompositions instead: pinned operators are traced as they are, and `exact_cpu` has
-matrix products and attention.
+precisions are decompositions instead: pinned operators are traced as they are, and matrix products
+and attention are opened by `exact_cpu`, or by `exact_matmul` and `exact_attention` on CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -33,14 +33,17 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        exact_attention,
         exact_cpu,
+        exact_matmul,
         matmul,
         quantize,
     )
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    gpu = (matmul, attention, attention_gradients, quantize)
+    exact = (exact_matmul, exact_attention)
+    gpu = (matmul, attention, attention_gradients, quantize, *exact)
     modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
@@ -52,8 +55,22 @@ def register() -> None:
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
-    decomposition.decompositions.update({**DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS})
+    decomposition.decompositions.update(DECOMPOSITIONS)
+    opened = [module.DECOMPOSITIONS for module in (exact_cpu, *exact)]
+    for operator in dict.fromkeys(operator for table in opened for operator in table):
+        choices = [table[operator] for table in opened if operator in table]
+        decomposition.decompositions[operator] = _first(choices)
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
+
+
+def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The decomposition that takes the operands: each looks at their device and sizes."""
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        results = (choice(*args, **kwargs) for choice in choices)
+        return next((found for found in results if found is not NotImplemented), NotImplemented)
+
+    return decompose
 
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:

@@ -169,14 +169,15 @@ class AttentionProblem:
     def nodes(self) -> list[ir.IRNode]:
         """What the kernels read, in the order of the templates' inputs."""
         states = [x for s in (self.query, self.key, self.value) for x in s.nodes()]
-        mask = None if self.mask is None else self._expanded_mask(self.mask)
+        mask = None if self.mask is None else self.expanded_mask()
         others = (mask, self.sinks, self.seed if self.dropout_p else None)
         return states + [compat.realize_inputs(x) for x in others if x is not None]
 
-    def _expanded_mask(self, mask: ir.TensorBox) -> ir.TensorBox:
+    def expanded_mask(self) -> ir.TensorBox:
         """The mask as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
-        mask.realize()
-        return lowerings[aten.expand.default](mask, [*self.query.size[:3], self.key.size[2]])
+        assert self.mask is not None, "the caller asks only for a mask that is there"
+        self.mask.realize()
+        return lowerings[aten.expand.default](self.mask, [*self.query.size[:3], self.key.size[2]])
 
     def knobs(self) -> dict[str, Any]:
         """Numerics knobs that all kernels share."""

@@ -31,6 +31,7 @@ __all__ = [
     "is_many",
     "is_static",
     "is_true",
+    "pins_contraction",
     "realize_inputs",
     "select",
     "size_hint",
@@ -50,6 +51,11 @@ def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) ->
     refusal = template.maybe_append_choice(choices, **knobs)
     if refusal is not None:
         raise refusal
+
+
+def pins_contraction() -> bool:
+    """Whether `append_choice` can turn contraction off: not in 2.11."""
+    return "triton_meta" in _generate_parameters()
 
 
 @functools.cache
@@ -99,7 +105,7 @@ def is_many(size: Any) -> bool:
 
 
 def fits_descriptor(node: ir.IRNode) -> bool:
-    """Whether a tensor descriptor can describe a 16-bit matrix (or batch) in memory.
+    """Whether a tensor descriptor can describe a matrix (or batch) in memory.
 
     One of the last two dimensions is contiguous; all other strides, that dimension's size and the
     start are multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled). Inductor's own
@@ -113,7 +119,8 @@ def fits_descriptor(node: ir.IRNode) -> bool:
     others = list(node.get_stride())
     del others[inner]
     counts = [*others, node.get_size()[inner], node.get_layout().offset]
-    return 0 not in others and all(known(count, 8) for count in counts)
+    step = 16 // node.get_dtype().itemsize
+    return 0 not in others and all(known(count, step) for count in counts)
 
 
 def size_hint(sizes: Sequence[Any], fallback: int) -> tuple[int, ...]:

@@ -21,15 +21,20 @@ TEXTS = {
     "grouped": "gemm",
     "layercast_batched": "layercast",
     "invariant": "decode",
+    "exact_gemm_batched": "exact_gemm",
 }
+#: Device functions, a file each; one calls only those that stand before it.
+HELPERS = ("helpers", "attention_helpers", "exact_helpers")
 
 
 def source(name: str) -> str:
     """Text of a template: its macros, itself, and the device functions that it calls."""
     text = _read(TEXTS.get(name, name))
-    if "finish_scores(" in text:
+    if "exact_scores(" in text:
+        text = _read("exact_attention_macros") + text
+    if "finish_scores(" in text or "exact_scores(" in text:
         text = _read("attention_macros") + text
-    helpers = [*_read("helpers").split("\n\n\n"), *_read("attention_helpers").split("\n\n\n")]
+    helpers = [function for part in HELPERS for function in _read(part).split("\n\n\n")]
     called: list[str] = []
     for function in reversed(helpers):  # a function calls only those that stand before it
         if f"{_function_name(function)}(" in "".join([text, *called]):
@@ -104,8 +109,12 @@ GRIDS = {
     "invariant": gemm_grid,
     "layercast": gemm_grid,
     "layercast_batched": batched_grid,
+    "exact_gemm": gemm_grid,
+    "exact_gemm_batched": batched_grid,
     "attention": attention_grid,
     "attention_merge": attention_grid,
+    "exact_attention_tops": attention_grid,
+    "exact_attention_sums": attention_grid,
     "attention_backward_query": attention_grid,
     "attention_backward_key": attention_backward_key_grid,
 }

@@ -1,9 +1,10 @@
 """The guard against silent miscompiles: each template proves itself once per GPU and version.
 
 At first use a second process multiplies small matrices through every template and compares with
-FP64. (A second process, because a broken kernel takes down the CUDA context it runs in.) The
-verdict is kept in the user's cache folder under the GPU's name, the versions and a hash of this
-package's sources. May import `attention_check`, `compat`, `kernels`, and the operators.
+FP64, exact templates bit by bit with their meaning on CPU. (A second process, because a broken
+kernel takes down the CUDA context it runs in.) The verdict is kept in the user's cache folder
+under the GPU's name, the versions and a hash of this package's sources. May import
+`attention_check`, `exact_check`, `kernels`, and the operators.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from healpass.lowering import attention_check, kernels
+from healpass.lowering import attention_check, exact_check, kernels
 from torch import Tensor
+
+from healpass.errors import DeviceCheckError
 
 #: Multiplies two matrices (or batches) with the given `numerics`.
 Multiply = Callable[[Tensor, Tensor, str], Tensor]
@@ -112,13 +115,36 @@ def examine(multiply: Multiply) -> dict[str, str]:
 
 def broken(template: str, device: torch.device) -> bool:
     """Whether a template failed its check on this GPU; warns loudly, once, if so."""
-    if _examining.get():
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    reason = verdict(index).get(template)
+    index, reason = _reason(template, device)
     if reason is not None:
         _warn_once(template, torch.cuda.get_device_name(index), reason)
     return reason is not None
+
+
+def require(template: str, device: torch.device) -> None:
+    """Go on only if an exact template gave the bits of its meaning on this GPU.
+
+    Raises:
+        DeviceCheckError: It did not. There is no falling back: other bits break the promise, and
+            so does a graph that is exact on one machine and unchecked on another.
+    """
+    index, reason = _reason(template, device)
+    if reason is not None:
+        gpu = torch.cuda.get_device_name(index)
+        raise DeviceCheckError(
+            f"precision='exact' cannot run on {gpu}: the Triton template {template!r} failed its "
+            f"check there with torch {torch.__version__} and triton {_triton_version()}.\n"
+            f"Found: {reason}.\nNothing runs in its place, because the bits could be others. Use "
+            "another version of torch, or the CPU, which gives the same bits. Please report this."
+        )
+
+
+def _reason(template: str, device: torch.device) -> tuple[int, str | None]:
+    """The device's index, and what is wrong with a template there; None while examining."""
+    if _examining.get():
+        return -1, None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, verdict(index).get(template)
 
 
 @functools.cache
@@ -205,7 +231,9 @@ def main() -> None:
     token = _examining.set(True)
     try:
         index = int(sys.argv[1])
-        wrong = examine(on_gpu(index)) | attention_check.examine(attention_check.on_gpu(index))
+        wrong = examine(on_gpu(index))
+        wrong |= attention_check.examine(attention_check.on_gpu(index))
+        wrong |= exact_check.examine(exact_check.on_gpu(index))
         sys.stdout.write(json.dumps(wrong) + "\n")
     finally:
         _examining.reset(token)

@@ -167,10 +167,21 @@ def _nearbyint(x: Any) -> Any:
     return tl.tensor(interpreter.TensorHandle(np.rint(x.handle.data), x.dtype), x.type)
 
 
+def _is(predicate: Any) -> Any:
+    def test(x: Any) -> Any:
+        return tl.tensor(
+            interpreter.TensorHandle(predicate(x.handle.data), tl.int1),
+            x.type.with_element_ty(tl.int1),
+        )
+
+    return staticmethod(test)
+
+
 class _Math:
     """libdevice and tl_math: the functions of `tl` and `tl.math` by the same names."""
 
     nearbyint = staticmethod(_nearbyint)
+    isnan, isinf = _is(np.isnan), _is(np.isinf)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name, None) or getattr(tl.math, name)
@@ -182,7 +193,7 @@ def load(kernel: Kernel) -> Any:
     # The interpreter rewrites functions from their source, which it asks of linecache.
     linecache.cache[name] = (len(kernel.body), None, kernel.body.splitlines(keepends=True), name)
     module: dict[str, Any] = {
-        "triton": types.SimpleNamespace(jit=interpreter.InterpretedFunction),
+        "triton": types.SimpleNamespace(jit=interpreter.InterpretedFunction, language=tl),
         "tl": tl,
         "tl_math": _Math(),
         "libdevice": _Math(),
@@ -198,7 +209,8 @@ class _Launch:
 
     kernel: Kernel
 
-    #: Tuning of Inductor's own kernels; a loop over the reduction shorter than the tests' rows.
+    #: Tuning of Inductor's own kernels; a loop over the reduction shorter than the tests' rows,
+    #: and few programs of pointwise ones, because a program costs milliseconds here.
     BLOCKS = {"XBLOCK": 16, "YBLOCK": 16, "R0_BLOCK": 64}
 
     def run(self, *arguments: Any, stream: Any) -> None:  # noqa: ARG002  the wrapper passes it
@@ -209,7 +221,8 @@ class _Launch:
             values, grid = arguments[: len(names)], arguments[len(names) :]
             function[tuple(int(size) for size in grid)](*values)
             return
-        blocks = {name: size for name, size in self.BLOCKS.items() if name in names}
+        wide = {"XBLOCK": 512} if "_poi_" in self.kernel.name else {}
+        blocks = {name: size for name, size in (self.BLOCKS | wide).items() if name in names}
         sizes = dict(zip(names, arguments, strict=False))
         grid = [
             -(-int(sizes[f"{axis}numel"]) // blocks[f"{axis.upper()}BLOCK"])

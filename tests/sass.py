@@ -21,6 +21,7 @@ import triton
 from torch._inductor.codecache import PyCodeCache
 
 from tests.attention_cases import CASES as ATTENTION
+from tests.exact_cases import CASES as EXACT
 from tests.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -76,7 +77,7 @@ def _tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _binary(kernel: Kernel, capability: int) -> Any:
+def binary(kernel: Kernel, capability: int) -> Any:
     """Compile a generated kernel as Inductor's runtime would."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,11 +99,11 @@ def _binary(kernel: Kernel, capability: int) -> Any:
 
 def compiled(kernel: Kernel, capability: int) -> Report:
     """Compile a generated kernel for an architecture and disassemble it."""
-    binary = _binary(kernel, capability)
+    built = binary(kernel, capability)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(binary.asm["cubin"])
-        ptx.write_text(binary.asm["ptx"])
+        cubin.write_bytes(built.asm["cubin"])
+        ptx.write_text(built.asm["ptx"])
         sass = (
             _tool("nvdisasm", "-c", str(cubin)).stdout
             or _tool("cuobjdump", "-sass", str(cubin)).stdout
@@ -110,7 +111,7 @@ def compiled(kernel: Kernel, capability: int) -> Report:
         usage = re.search(
             r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(cubin)).stdout
         )
-        target = re.search(r"^\.target (\w+)", binary.asm["ptx"], re.MULTILINE)
+        target = re.search(r"^\.target (\w+)", built.asm["ptx"], re.MULTILINE)
         if usage is None or target is None:
             raise RuntimeError("the CUDA tools changed their output")
         notes = _tool("ptxas", "-v", f"--gpu-name={target[1]}", str(ptx), "-o", os.devnull).stderr
@@ -120,11 +121,11 @@ def compiled(kernel: Kernel, capability: int) -> Report:
         registers=int(usage[1]),
         stack=int(usage[2]),
         spills=sum(count for name, count in opcodes.items() if name.startswith(("LDL", "STL"))),
-        shared=binary.metadata.shared,
+        shared=built.metadata.shared,
         instructions=sum(opcodes.values()),
         opcodes=opcodes,
         serialised=tuple(sorted(set(re.findall(r"C75\d\d", notes)))),
-        ptx=binary.asm["ptx"],
+        ptx=built.asm["ptx"],
     )
 
 
@@ -206,12 +207,12 @@ def main() -> None:
     """Print the table of every case, its kernels in order, and architecture."""
     chosen = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
     print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'case':24} {HEADER}")
-    for case in (*CASES, *ATTENTION):
+    print(f"{'case':26} {HEADER}")
+    for case in (*CASES, *ATTENTION, *EXACT):
         for capability in chosen:
             for kernel in case.templates(capability):
                 row = compiled(kernel, capability).row()
-                print(f"{case.title:24} {row}", flush=True)
+                print(f"{case.title:26} {row}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ of those and of plain torch, so autograd, fake tensors and tracing see through t
 from healpass.ops import (
     attention,
     binary,
+    digit_products,
     elementary,
     exact_attention,
+    exact_attention_parts,
     exact_sdpa,
     exact_special,
     flex,
@@ -35,8 +37,10 @@ from healpass.ops import (
 __all__ = [
     "attention",
     "binary",
+    "digit_products",
     "elementary",
     "exact_attention",
+    "exact_attention_parts",
     "exact_sdpa",
     "exact_special",
     "flex",

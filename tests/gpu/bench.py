@@ -40,6 +40,7 @@ NAMES = (
     "heal",
     "heal_m_invariant",
     "layercast",
+    "exact",
 )
 REPLAYS = 15
 #: No new layer is begun after this; cells that were not reached say so.
@@ -111,7 +112,19 @@ def contenders() -> dict[str, Contender]:
         "heal": Contender(compiled("heal")),
         "heal_m_invariant": Contender(compiled("heal:::m_invariant")),
         "layercast": Contender(compiled("layercast")),
+        "exact": Contender(exact()),
     }
+
+
+def exact() -> Callable[[Tensor, Tensor], Tensor]:
+    """Ours by integer digits, with the settings that `precision="exact"` compiles with."""
+    options = {"precision": "exact"}
+    return torch.compile(
+        lambda x, weight: torch.ops.heal.mm(x, weight.t(), "exact5"),
+        backend="heal",
+        dynamic=False,
+        options=options,
+    )
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,7 @@ def summary(rows: list[Row]) -> Iterator[str]:
     """Per model and number of rows: total of a block's layers, and the ratios that matter."""
     names = NAMES
     titles = "".join(f"{name[:13]:>14}" for name in names)
-    yield f"model            M {titles}  heal/bf16  fp32/heal  cut"
+    yield f"model            M {titles}  heal/bf16  exact/bf16  fp32/heal  cut"
     for model, layers in MODELS.items():
         for m in ROWS:
             taken = {
@@ -213,10 +226,12 @@ def summary(rows: list[Row]) -> Iterator[str]:
                 yield f"{model:13} {m:>5}  not measured"
                 continue
             total = {name: sum(times) for name, times in taken.items()}
-            ratios = total["heal"] / total["bf16"], total["fp32"] / total["heal"]
+            ratios = [total[name] / total["bf16"] for name in ("heal", "exact")]
+            slower = total["fp32"] / total["heal"]
             cut = (total["fp32"] - total["bf16"]) / max(total["heal"] - total["bf16"], 1e-9)
             times = "".join(f"{total[name]:>14.1f}" for name in names)
-            yield f"{model:13} {m:>5} {times}  {ratios[0]:>9.2f}  {ratios[1]:>9.2f}  {cut:.1f}"
+            columns = f"{ratios[0]:>9.2f}  {ratios[1]:>10.2f}  {slower:>9.2f}  {cut:.1f}"
+            yield f"{model:13} {m:>5} {times}  {columns}"
 
 
 def points() -> Iterator[tuple[str, int, tuple[int, int]]]:

@@ -80,6 +80,16 @@ def ours() -> tuple[Attend, Attend]:
     return integers, floats
 
 
+def exact() -> Attend:
+    """Exact attention, with the settings that `precision="exact"` compiles with."""
+
+    def digits(*states: Tensor) -> Tensor:
+        rest = (None, states[0].shape[-2] > 1, SIZE**-0.5, "exact5")
+        return torch.ops.heal.exact_attention(*states, *rest)
+
+    return torch.compile(digits, backend="heal", dynamic=False, options={"precision": "exact"})
+
+
 def contenders() -> dict[str, Contender]:
     """Everything that is compared; the first is what the ratios are to."""
     integers, floats = ours()
@@ -102,6 +112,7 @@ def contenders() -> dict[str, Contender]:
         "heal_int16": Contender(integers, lambda x: torch.ops.heal.quantize(x, "int16")),
         "heal_int24": Contender(integers, lambda x: torch.ops.heal.quantize(x, "int24")),
         "heal_fp32": Contender(floats, fp32),
+        "exact_int16": Contender(exact(), lambda x: torch.ops.heal.quantize(x, "int16")),
     }
 
 

@@ -23,8 +23,9 @@ def test_fp32_products_pass():
     assert selfcheck.examine(lambda a, b, _: selfcheck.product(a.float(), b.float())) == {}
 
 
-#: The templates of matmuls; `test_lowering_attention_check` has those of attention.
-MATMULS = {name for name in kernels.GRIDS if not name.startswith("attention")}
+#: The templates of matmuls; `test_lowering_attention_check` has those of attention, and
+#: `test_lowering_exact_check` the exact ones.
+MATMULS = {name for name in kernels.GRIDS if not name.startswith(("attention", "exact"))}
 
 
 def test_every_template_is_examined():

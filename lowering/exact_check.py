@@ -1,0 +1,125 @@
+"""The exact templates' part of `selfcheck`: small problems, and zero differing bits.
+
+The right bits are those of the operators' own meaning on CPU. May import the operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GEMM, BATCHED = "exact_gemm", "exact_gemm_batched"
+ATTENTION = ("exact_attention_tops", "exact_attention_sums")
+
+
+@dataclass(frozen=True)
+class ExactProduct:
+    """A product through one template; with `spoiled` it meets infinities and NaN."""
+
+    templates: tuple[str, ...]
+    right: torch.dtype
+    rows: int
+    columns: int = 304
+    terms: int = 208
+    numerics: str = "exact5"
+    spoiled: bool = False
+
+    def operands(self) -> list[Tensor]:
+        """Rows and columns that differ in magnitude by 2^20; B lies as a linear layer has it."""
+        generator = torch.Generator().manual_seed(0)
+        lead = (2,) if BATCHED in self.templates else ()
+        a = torch.randn(*lead, self.rows, self.terms, generator=generator)
+        b = torch.randn(*lead, self.columns, self.terms, generator=generator)
+        a *= 2.0 ** torch.randint(-10, 11, (self.rows, 1), generator=generator)
+        b *= 2.0 ** torch.randint(-10, 11, (self.columns, 1), generator=generator)
+        if self.spoiled:
+            a.view(-1)[5], a.view(-1)[self.terms + 7], b.view(-1)[3] = (
+                math.nan,
+                math.inf,
+                -math.inf,
+            )
+        return [a, b.to(self.right).mT]
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product."""
+        multiply = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
+        return multiply(a, b, self.numerics)
+
+
+@dataclass(frozen=True)
+class ExactAttention:
+    """An attention through both of its templates: three query heads per key head, a mask."""
+
+    kv: str
+    length: int
+    keys: int
+    head_size: int = 16
+    templates: tuple[str, ...] = ATTENTION
+
+    def operands(self) -> list[Tensor]:
+        """Q, K and V, and a mask that hides some keys."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = ((2, 3, self.length), (2, 1, self.keys), (2, 1, self.keys))
+        states = [torch.randn(*size, self.head_size, generator=generator) * 2 for size in sizes]
+        mask = torch.randn(self.length, self.keys, generator=generator)
+        return [*states, mask.masked_fill(mask > 1, -math.inf)]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """The attention."""
+        scale = self.head_size**-0.5
+        rest = (mask, False, scale, self.kv, "exact5")
+        return torch.ops.heal.exact_attend(query, key, value, *rest)
+
+
+Check = ExactProduct | ExactAttention
+#: What a check gives when it runs somewhere.
+Run = Callable[[Check], Tensor]
+
+
+def checks() -> Iterator[Check]:
+    """Every template, with every form of operand that it has."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for weight in (bf16, fp16, fp32):
+        yield ExactProduct((GEMM,), weight, 5)
+        yield ExactProduct((GEMM,), weight, 300)
+    for numerics in ("exact3", "exact6", "exact8"):
+        yield ExactProduct((GEMM,), fp32, 150, numerics=numerics)
+    for rows in (5, 70):
+        yield ExactProduct((GEMM,), bf16, rows, columns=33, terms=131, spoiled=True)
+    yield ExactProduct((GEMM,), bf16, 70, columns=40, terms=70_000)  # past INT32: split
+    yield ExactProduct((BATCHED,), fp32, 70)
+    for kv in ("int16", "int24"):
+        yield ExactAttention(kv, length=70, keys=70)
+        yield ExactAttention(kv, length=1, keys=600)
+    yield ExactAttention("int16", length=40, keys=70, head_size=128)
+
+
+def examine(run: Run) -> dict[str, str]:
+    """Run every check; what is wrong, by template."""
+    wrong: dict[str, str] = {}
+    for check in checks():
+        wanted, found = check(*check.operands()), run(check).cpu()
+        bits = int((found.view(torch.int32) != wanted.view(torch.int32)).sum())
+        if bits:
+            said = f"{check}: {bits} of {wanted.numel()} elements have other bits"
+            wrong |= dict.fromkeys(check.templates, said)
+    return wrong
+
+
+def on_gpu(index: int) -> Run:
+    """Run through compiled code on a GPU, compiled anew for every check."""
+
+    def run(check: Check) -> Tensor:
+        torch._dynamo.reset()
+        # By name, because this layer lies below the backend: its settings belong to the promise.
+        compiled = torch.compile(
+            functools.partial(check), backend="heal", dynamic=False, options={"precision": "exact"}
+        )
+        return compiled(*(x.to(f"cuda:{index}") for x in check.operands()))
+
+    return run

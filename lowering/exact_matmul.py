@@ -1,0 +1,243 @@
+"""`heal::mm` and `heal::bmm` of an exact precision on CUDA: digits as a graph, one template.
+
+May import `compat`, `exact_tiles`, `kernels`, `matmul` (its limits), `selfcheck`.
+`DECOMPOSITIONS` opens the two operators into `ops.digit_products.by_digits`, so Inductor fuses the
+cutting with what produced an operand; `heal::digit_mm`, which is left, becomes the template.
+
+No knob can change a bit, because every accumulator holds its sums exactly. Here that is proved per
+shape: `terms` is how many terms of K a level of digit products may add, and K is split there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from healpass.lowering import compat, kernels, selfcheck
+from healpass.lowering.exact_tiles import ExactTile, exact_tiles, prefers_half
+from healpass.lowering.matmul import LOWEST_CAPABILITY, TMA_CAPABILITY
+from torch import Tensor
+from torch._inductor import config, ir
+from torch._inductor.lowering import lowerings
+
+from healpass.arithmetic.digits import (
+    DIGIT_MAX,
+    FP32_ACCUMULATOR,
+    INT32_ACCUMULATOR,
+    exact_terms,
+)
+from healpass.cache_key import compile_options
+from healpass.ops.digit_products import by_digits
+from healpass.ops.exact_matmul import MOST_TERMS, Scheme
+from healpass.ops.numerics import Numerics
+
+#: Tuning: up to here B is read by few tiles of rows, and cut into digits as it is read.
+FEW_ROWS = 32
+
+aten = torch.ops.aten
+
+
+def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
+    """Decompose `heal::mm` and `heal::bmm`; NotImplemented leaves the operator as it is.
+
+    Left are other precisions, simulated adders, other devices than GPUs with the template's
+    instructions, and a K that the operator's own meaning refuses.
+    """
+    how = Numerics.parse(numerics)
+    if how.products is None or how.simulate or how.order or not has_kernels(a.device):
+        return NotImplemented
+    return NotImplemented if a.shape[-1] > MOST_TERMS else by_digits(a, b, how.products)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the templates can run: a GPU from sm_80 on, and a torch that lets them pin fma off.
+
+    (What Inductor fuses behind a template is compiled with the template's settings.)
+    """
+    if device.type != "cuda" or torch.version.hip is not None or not compat.pins_contraction():
+        return False
+    return capability(device) >= LOWEST_CAPABILITY
+
+
+def capability(device: torch.device) -> int:
+    """As 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def terms(plan: Scheme, *, half: bool) -> int:
+    """How many terms of K a level may add: all pairs of digits with one i + j share it.
+
+    A product of digits is at most 2^14; INT32 holds 2^31 - 1, an FP32 accumulator 2^24 exactly, on
+    every generation and in any order (`arithmetic.digits`).
+    """
+    levels = [i + j for i, j in plan.pairs]
+    shared = max(levels.count(level) for level in levels)
+    accumulator = FP32_ACCUMULATOR if half else INT32_ACCUMULATOR
+    return exact_terms(DIGIT_MAX, DIGIT_MAX, accumulator) // shared
+
+
+@dataclass(frozen=True)
+class DigitProblem:
+    """One product of digits `[(batch,) m, k] @ [(batch,) k, n]`, planes K-contiguous."""
+
+    a: ir.TensorBox
+    b: ir.TensorBox
+    a_digits: list[ir.TensorBox]
+    b_digits: list[ir.TensorBox]
+    a_scale: ir.TensorBox
+    b_scale: ir.TensorBox
+    cut: int
+
+    @property
+    def plan(self) -> Scheme:
+        """The pairs of digits that are multiplied."""
+        return Scheme(len(self.a_digits), len(self.b_digits), self.cut)
+
+    @property
+    def size(self) -> list[sympy.Expr]:
+        """Shape of the result."""
+        return [*self.a.get_size()[:-1], self.b.get_size()[-1]]
+
+    @property
+    def k(self) -> sympy.Expr:
+        """Terms of a sum."""
+        return self.a.get_size()[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.a.get_device_or_error()
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is a leading dimension."""
+        return len(self.size) == 3
+
+    @property
+    def hints(self) -> tuple[int, int]:
+        """Typical M and N."""
+        m, n = compat.size_hint(self.size[-2:], fallback=1024)
+        return m, n
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is added or nothing comes out."""
+        return any(compat.is_true(sympy.Eq(size, 0)) for size in (*self.size, self.k))
+
+
+def lower(
+    a: ir.TensorBox,
+    b: ir.TensorBox,
+    a_digits: list[ir.TensorBox],
+    b_digits: list[ir.TensorBox],
+    a_scale: ir.TensorBox,
+    b_scale: ir.TensorBox,
+    cut: int,
+) -> ir.TensorBox | None:
+    """Lower `heal::digit_mm` on CUDA; None, its own meaning, where a GPU has no kernels.
+
+    Raises:
+        DeviceCheckError: The template has failed its check on this GPU.
+    """
+    problem = DigitProblem(a, b, a_digits, b_digits, a_scale, b_scale, cut)
+    if not has_kernels(problem.device):
+        return None
+    if problem.empty:
+        return lowerings[aten.full.default](
+            problem.size, 0.0, dtype=torch.float32, device=problem.device
+        )
+    name = "exact_gemm_batched" if problem.batched else "exact_gemm"
+    selfcheck.require(name, problem.device)
+    cuts = problem.hints[0] <= FEW_ROWS
+    nodes = _nodes(problem, cuts)
+    layout = ir.FixedLayout(problem.device, torch.float32, problem.size)
+    tiles = exact_tiles(capability(problem.device), *problem.hints, problem.plan, cuts=cuts)
+    return _select(problem, name, nodes, layout, tiles)
+
+
+def _nodes(problem: DigitProblem, cuts: bool) -> list[ir.IRNode]:
+    """What the kernel reads: operands, planes with K contiguous, scales."""
+    contiguous, permute = ir.ExternKernel.require_contiguous, lowerings[aten.permute.default]
+    turned = [0, 2, 1] if problem.batched else [1, 0]
+    planes = list(problem.a_digits)
+    if not cuts:
+        planes += [permute(plane, turned) for plane in problem.b_digits]
+    operands = (problem.a, problem.b)
+    scales = (problem.a_scale, problem.b_scale)
+    return [
+        *map(compat.realize_inputs, operands),
+        *(compat.realize_inputs(contiguous(plane)) for plane in planes),
+        *map(compat.realize_inputs, scales),
+    ]
+
+
+def _select(
+    problem: DigitProblem,
+    name: str,
+    nodes: list[ir.IRNode],
+    layout: ir.Layout,
+    tiles: list[ExactTile],
+) -> ir.TensorBox:
+    """Render the template for the best guess, or for all tiles where Inductor is to time them."""
+    template = kernels.template(name)
+    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
+    choices: list[Any] = []
+    for tile in tiles if timed else tiles[:1]:
+        compat.append_choice(
+            template,
+            choices,
+            input_nodes=tuple(nodes),
+            layout=layout,
+            num_stages=tile.num_stages,
+            num_warps=tile.num_warps,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            **_knobs(problem, nodes, tile),
+        )
+    return compat.select(f"heal_{name}", choices, nodes, layout)
+
+
+def _knobs(problem: DigitProblem, nodes: list[ir.IRNode], tile: ExactTile) -> dict[str, Any]:
+    plan, half = problem.plan, prefers_half(capability(problem.device))
+    cuts = tile.swap
+    span = terms(plan, half=half) // tile.block_k * tile.block_k
+    known = compat.V.graph.sizevars.statically_known_true
+    even = known(sympy.Eq(sympy.Mod(problem.k, tile.block_k), 0))
+    return {
+        "BATCHED": problem.batched,
+        "A_DIGITS": plan.left,
+        "B_DIGITS": plan.right,
+        "CUT": plan.cut,
+        "SPAN": span,
+        "LONG": not known(sympy.Le(problem.k, span)),
+        "HALF": half,
+        "B_CUT": cuts,
+        "SWAP": cuts,
+        "EVEN_K": even,
+        "TMA": not cuts and _by_descriptor(problem, nodes),
+    }
+
+
+def _by_descriptor(problem: DigitProblem, nodes: list[ir.IRNode]) -> bool:
+    """Whether the chip has a copy engine that can fetch all planes.
+
+    It reads zeros past the end, where the other way wraps around. So a result of one element,
+    which Inductor stores without a mask, must not come this way.
+    """
+    planes = nodes[2:-2]
+    many = compat.is_many(problem.size[-1])
+    fits = all(compat.fits_descriptor(plane) for plane in planes)
+    return capability(problem.device) >= TMA_CAPABILITY and many and fits
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.heal.mm.default: digits_on_cuda,
+    torch.ops.heal.bmm.default: digits_on_cuda,
+}
+LOWERINGS: dict[Any, Callable[..., Any]] = {torch.ops.heal.digit_mm.default: lower}

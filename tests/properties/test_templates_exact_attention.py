@@ -1,0 +1,118 @@
+"""Exact attention as a GPU runs it: zero differing bits against its meaning on CPU.
+
+Generated code in Triton's interpreter, from FP32 Q, K and V to the output: digits, both passes,
+and what Inductor makes of the steps between and behind them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from exactly import differing
+from healpass.lowering import exact_attention
+from healpass.lowering.tiles import AttentionTile
+from torch import Tensor
+
+from healpass.ops.exact_attention import planes
+from healpass.ops.exact_attention_parts import attention_in_parts
+from tests.exact_gpu import Scored, run
+from tests.fake_cuda import always
+
+heal = torch.ops.heal
+
+
+def states(
+    length: int, keys: int, group: int = 1, size: int = 16, value_size: int = 16
+) -> list[Tensor]:
+    """Q, K and V of two batch entries and one key head; V's tokens differ by many powers of 2."""
+    generator = torch.Generator().manual_seed(length + keys)
+    q = torch.randn(2, group, length, size, generator=generator) * 3
+    k, v = (torch.randn(2, 1, keys, n, generator=generator) for n in (size, value_size))
+    tail = torch.randint(-20, 20, (2, 1, keys, 1), generator=generator)
+    return [q, k, v * 2.0**tail]
+
+
+def float_mask(length: int, keys: int) -> Tensor:
+    """Some keys hidden, the first query's all of them."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randn(length, keys, generator=generator)
+    mask = mask.masked_fill(mask > 1, -math.inf)
+    mask[0] = -math.inf
+    return mask
+
+
+def bits_that_differ(tensors: list[Tensor], scored: Scored, capability: int = 90) -> int:
+    return differing(run(scored, tensors, capability), scored(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "group", "scored", "capability"),
+    [
+        (33, 33, 1, Scored(is_causal=True), 90),
+        (20, 37, 3, Scored(kv="int24", scale=-0.3), 90),
+        (20, 37, 1, Scored(scale=0.0), 80),
+        (33, 33, 1, Scored(is_causal=True, kv="int24"), 103),
+        (1, 300, 2, Scored(), 90),
+        (1, 300, 1, Scored(kv="int24"), 103),
+        (1, 1, 1, Scored(is_causal=True), 90),
+    ],
+)
+def test_attention_has_the_bits_of_its_meaning(length, keys, group, scored, capability):
+    assert bits_that_differ(states(length, keys, group), scored, capability) == 0
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+def test_masks_and_what_is_not_finite(boolean):
+    """Rows that see nothing are 0; rows that see a NaN or an infinity are NaN; others see none."""
+    q, k, v = states(20, 37, value_size=24)
+    k[0, 0, 5, 2], v[1, 0, 7, 0] = math.nan, math.inf
+    q[0, 0, 3, 1] = -math.inf
+    mask = float_mask(20, 37)
+    mask = mask > 0 if boolean else mask
+    (wanted,) = Scored()(q, k, v, mask)
+    assert wanted.isnan().any()
+    assert (wanted[:, :, 0] == 0).all()
+    assert bits_that_differ([q, k, v, mask], Scored()) == 0
+
+
+def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
+    tensors, scored = states(20, 150), Scored(is_causal=True)
+    (wanted,) = scored(*tensors)
+    for chunk, rows, keys, span in ((64, 16, 32, 1 << 20), (256, 32, 64, 64)):
+        monkeypatch.setattr(exact_attention, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(exact_attention, "BLOCK_N", keys)
+        monkeypatch.setattr(exact_attention, "terms", always(span))
+        tile = AttentionTile(rows, 4, 1)
+        monkeypatch.setattr(exact_attention, "exact_attention_tiles", always([tile]))
+        assert differing(run(scored, tensors)[0], wanted) == 0
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("chunk", [3, 7, 1000])
+def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
+    q, k, v = states(5, 17, 3)
+    k[0, 0, 5, 2], v[1, 0, 7, 0] = math.nan, math.inf
+    digits = [part for x in (q, k, v) for part in planes(x, kv)]
+    for mask, causal in ((None, True), (float_mask(5, 17), False), (float_mask(5, 17) > 0, False)):
+        whole = heal.exact_attention(*digits, mask, causal, 0.25, "exact5")
+        assert differing(attention_in_parts(*digits, mask, causal, 0.25, chunk), whole) == 0
+
+
+# ------------------------------------------------------------------------------ inverse tests
+
+
+def test_a_chunk_with_a_maximum_of_its_own_shows(monkeypatch):
+    """A running maximum, as in flash attention, would leave its trace in fixed point."""
+    q, k, v = states(5, 40)
+    digits = [part for x in (q, k, v) for part in planes(x, "int16")]
+    whole = heal.exact_attention(*digits, None, False, 0.25, "exact5")
+    tops = heal.exact_tops
+
+    def first_chunk_only(*call):
+        top, scales = tops(*call)
+        return top[:1], scales
+
+    monkeypatch.setattr(heal, "exact_tops", first_chunk_only)
+    assert differing(attention_in_parts(*digits, None, False, 0.25, 8), whole) > 0

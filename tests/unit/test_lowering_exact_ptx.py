@@ -1,0 +1,107 @@
+"""What the CUDA compiler makes of the exact kernels: integers on the tensor core, nothing free.
+
+`test_exact_model_on_gpu` reads the PTX of a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from functools import cache
+
+import pytest
+
+from healpass.ops import coefficients
+from tests.exact_cases import CASES
+from tests.fake_cuda import Kernel
+from tests.ptx import free
+from tests.sass import Report, compiled
+
+BY_TITLE = {case.title: case for case in CASES}
+#: Instructions that spill, where every tile does: three digits by three in FP16.
+FEW_SPILLS = {("exact attention 128, int24", 103): 15}
+
+
+@cache
+def reports(title: str, capability: int) -> list[Report]:
+    return [compiled(kernel, capability) for kernel in BY_TITLE[title].templates(capability)]
+
+
+def units(facts: Report) -> set[str]:
+    """Kinds of tensor-core instructions."""
+    return {re.sub(r"\..*", "", name) for name in facts.mma}
+
+
+@pytest.mark.parametrize(
+    ("title", "capability"),
+    [
+        *((case.title, 90) for case in CASES),
+        *(
+            pytest.param(case.title, capability, marks=pytest.mark.deep)
+            for case in CASES
+            for capability in (80, 100, 103)
+        ),
+    ],
+)
+def test_no_kernel_contracts_approximates_flushes_or_spills(title, capability):
+    for facts in reports(title, capability):
+        assert free(facts.ptx) == set()
+        assert facts.spills <= FEW_SPILLS.get((title, capability), 0)
+        assert facts.registers > 10, "a trap stub was compiled instead of the kernel"
+        assert facts.serialised == (), "ptxas runs the tensor core step by step"
+        assert "tf32" not in facts.ptx
+
+
+@pytest.mark.parametrize(
+    ("title", "capability", "expected"),
+    [
+        ("exact prefill", 80, {"IMMA", "HMMA"}),
+        ("exact prefill", 90, {"IGMMA", "HGMMA"}),
+        ("exact prefill", 100, {"UTCIMMA", "UTCHMMA"}),
+        ("exact prefill", 103, {"UTCHMMA"}),
+        ("exact decode", 90, {"IGMMA", "HGMMA"}),
+    ],
+)
+def test_digits_go_through_the_tensor_core(title, capability, expected):
+    """HMMA beside IMMA is the loop over signs, for operands that are not finite."""
+    (facts,) = reports(title, capability)
+    assert units(facts) == expected
+
+
+def test_the_exponential_has_its_constants_in_fp64():
+    """Triton may take a Python float for an FP32 number."""
+    _, sums = reports("exact attention 64", 90)
+    for constant in (1 / math.log(2), *coefficients.EXPM1):
+        assert f"0d{struct.pack('>d', constant).hex().upper()}" in sums.ptx
+
+
+# ------------------------------------------------------------------------------ inverse tests
+
+
+def changed(title: str, old: str, new: str) -> Report:
+    """The last kernel of a case with its text changed: something a check has to notice."""
+    kernel = BY_TITLE[title].templates(90)[-1]
+    assert re.search(old, kernel.source)
+    return compiled(Kernel(kernel.name, re.sub(old, new, kernel.source)), 90)
+
+
+def test_contraction_is_seen():
+    facts = changed("exact attention 64", "'enable_fp_fusion': False", "'enable_fp_fusion': True")
+    assert any(found.startswith("fma.rn.f64") for found in free(facts.ptx))
+
+
+def test_a_hardware_exponential_is_seen():
+    facts = changed(
+        "exact attention 64",
+        r"return tl\.where\(x < limit, 0\.0, .*\)",
+        "return tl.exp2(x.to(tl.float32)).to(tl.float64)",
+    )
+    assert any("ex2.approx" in found for found in free(facts.ptx))
+
+
+def test_a_tile_that_is_too_large_is_seen_to_spill():
+    facts = changed(
+        "exact prefill", r"BLOCK_N : tl.constexpr = \d+", "BLOCK_N : tl.constexpr = 128"
+    )
+    assert facts.spills > 0
