@@ -1,9 +1,10 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
-`attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
-operator without a lowering for its device runs its own meaning, as one call from the code.
+at the device and hands on to `cpu`, `cpu_attention` and `cpu_attention_gradients` (C++ code), to
+`matmul`, `attention` and `attention_gradients` (Triton templates on CUDA), or to `quantize`
+(pointwise code on either). An operator without a lowering for its device runs its own meaning, as
+one call from the code.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        cpu_attention_gradients,
         matmul,
         quantize,
     )
@@ -38,7 +40,7 @@ def register() -> None:
     from torch._inductor.lowering import fallback_handler, register_lowering
 
     gpu = (matmul, attention, attention_gradients, quantize)
-    modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
+    modules = {"cpu": (cpu, cpu_attention, cpu_attention_gradients, quantize), "cuda": gpu}
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
         for device, found in modules.items()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,18 +89,20 @@ class AttentionProblem:
     @classmethod
     def of_integers(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::integer_attention`."""
-        query, key, value = (States(call[i], call[i + 1]) for i in (0, 2, 4))
-        mask, sinks, seed, is_causal, scale, window, *rest = call[6:]
-        window = None if window is None else compat.as_int(window)
-        return cls(query, key, value, mask, sinks, seed, is_causal, scale, window, *rest)
+        return cls._read([States(call[i], call[i + 1]) for i in (0, 2, 4)], *call[6:])
 
     @classmethod
     def of_floats(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::attention`."""
-        query, key, value = (States(x, None) for x in call[:3])
-        mask, is_causal, scale, numerics = call[3:]
-        rest = (is_causal, scale, None, None, 0.0, numerics)
-        return cls(query, key, value, mask, None, None, *rest)
+        return cls._read([States(x, None) for x in call[:3]], *call[3:])
+
+    @classmethod
+    def _read(cls, states: Sequence[States], *rest: Any) -> AttentionProblem:
+        mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics = rest
+        window = None if window is None else compat.as_int(window)
+        query, key, value = states
+        scoring = (mask, sinks, seed, is_causal, scale, window, softcap, dropout_p)
+        return cls(query, key, value, *scoring, numerics)
 
     @property
     def device(self) -> torch.device:
@@ -251,27 +253,16 @@ def keys_per_block(head_block: int, digits: int) -> int:
 
 def lower_integers(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::integer_attention` on CUDA; None where its own meaning shall run."""
-    query, value, numerics = call[0], call[4], call[-1]
-    if not has_templates(query, value, numerics):
+    if not has_templates(call[0], call[4], call[-1]):
         return None
     return _lower(AttentionProblem.of_integers(*call))
 
 
-def lower_floats(
-    query: ir.TensorBox,
-    key: ir.TensorBox,
-    value: ir.TensorBox,
-    attn_mask: ir.TensorBox | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str = "heal",
-) -> ir.TensorBox | None:
+def lower_floats(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::attention` on CUDA; None where its own meaning shall run."""
-    if not has_templates(query, value, numerics):
+    if not has_templates(call[0], call[2], call[-1]):
         return None
-    call = (query, key, value, attn_mask, is_causal, scale, numerics)
-    results = _lower(AttentionProblem.of_floats(*call))
-    return None if results is None else results[0]
+    return _lower(AttentionProblem.of_floats(*call))
 
 
 def _lower(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox] | None:

@@ -131,16 +131,20 @@ def attention_tiles(
 
 
 def attention_backward_tiles(
-    capability: int, head_block: int
+    capability: int, head_block: int, digits: int
 ) -> tuple[list[AttentionTile], list[AttentionTile]]:
     """Tiles of the backward kernels for Q and for K and V, best guess first.
 
     Args:
         capability: As 90 for 9.0.
         head_block: The larger padded head size.
+        digits: Of Q and K; 0 for FP32 states.
     """
-    if head_block > 128:  # with the fewest spills, from 2 to 14 instructions on sm_90 and sm_100
-        return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, 3)]
+    if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
+        return [AttentionTile(16, 8, 1)], [AttentionTile(16, 8, 1)]
+    if head_block > 128:  # with the fewest spills: on sm_90 14 and 0, on sm_100 8 and 3
+        stages = 1 if 90 <= capability < 100 else 3
+        return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, stages)]
     if 100 <= capability < 120:
         return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
     if 90 <= capability < 100:
