@@ -11,7 +11,8 @@ and GPU of one generation):
 
 * decode, at most 16 rows (queries times heads that share a key head): a program per fixed chunk of
   keys, then the chunks of each row are added in order;
-* prefill: a program per tile of rows goes through all keys that the tile may see.
+* prefill: a program per tile of rows goes through all keys that the tile may see; with
+  `m_invariant` it adds the sums of each chunk as decode does, so that no row tells its family.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ CHUNK = 256
 LARGEST_HEAD = 256
 #: Numerics: the smallest depth of an INT8 and of an FP16 tensor-core product.
 SMALLEST_E, SMALLEST_V = 32, 16
-#: Tuning of the merge: chunks whose tops are read at once, and whose parts are on the way at once.
-MERGE = {"BLOCK_C": 256, "UNROLL": 8}
+#: Tuning of the merge: chunks whose parts are on the way at once.
+MERGE = {"UNROLL": 8}
 
 aten = torch.ops.aten
 
@@ -142,7 +143,13 @@ class AttentionProblem:
     def tiles(self) -> list[AttentionTile]:
         """Tiles of the family, best guess first."""
         digits = max(self.key.digits, self.query.digits)
-        return attention_tiles(self.capability, max(self.head_blocks), digits, self.decodes)
+        tiles = attention_tiles(self.capability, max(self.head_blocks), digits, self.decodes)
+        return [tile.halved() for tile in tiles] if self.m_invariant else tiles
+
+    @property
+    def m_invariant(self) -> bool:
+        """Whether prefill has to give the bits of decode."""
+        return Numerics.parse(self.numerics).m_invariant
 
     @property
     def decodes(self) -> bool:
@@ -321,7 +328,8 @@ def _prefill(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
         mutated=[logsumexp],
         programs=[problem.key_heads, problem.rows, 1],
     )
-    return select(launch, problem.knobs() | {"CHUNK": 0}, problem.tiles), logsumexp
+    knobs = problem.knobs() | {"CHUNK": 0, "JOINED": CHUNK if problem.m_invariant else 0}
+    return select(launch, knobs, problem.tiles), logsumexp
 
 
 def _decode(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
@@ -336,7 +344,7 @@ def _decode(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
         mutated=[top, total],
         programs=[problem.key_heads, problem.rows, chunks],
     )
-    part = select(launch, problem.knobs() | {"CHUNK": CHUNK}, problem.tiles)
+    part = select(launch, problem.knobs() | {"CHUNK": CHUNK, "JOINED": 0}, problem.tiles)
     return _merge(problem, part, top, total)
 
 

@@ -103,6 +103,10 @@ class AttentionTile:
     num_warps: int
     num_stages: int
 
+    def halved(self) -> AttentionTile:
+        """With half the rows, where there is a second accumulator."""
+        return AttentionTile(max(16, self.block // 2), self.num_warps, self.num_stages)
+
 
 def attention_tiles(
     capability: int, head_block: int, digits: int, decodes: bool

@@ -25,6 +25,7 @@ class Problem:
     key: Operand
     value: Operand
     scoring: Scoring
+    numerics: str = "heal"
 
     @property
     def name(self) -> str:
@@ -35,7 +36,7 @@ class Problem:
         """Arguments of the operator."""
         states = (self.query, self.key, self.value)
         operands = [part for x in states for part in x.arguments]
-        return [*operands, *self.scoring.arguments, "heal"]
+        return [*operands, *self.scoring.arguments, self.numerics]
 
     def with_scoring(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, scoring=dataclasses.replace(self.scoring, **changes))
@@ -46,7 +47,7 @@ class Problem:
         mask = self.scoring.attn_mask
         mask = None if mask is None else mask[..., keys]
         scoring = dataclasses.replace(self.scoring, attn_mask=mask)
-        return Problem(self.query.part(batch), key, value, scoring)
+        return Problem(self.query.part(batch), key, value, scoring, self.numerics)
 
 
 Change = Callable[[str], str]

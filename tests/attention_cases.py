@@ -99,6 +99,12 @@ CASES = (
     AttentionCase("attention 128, int24", 2048, 2048, kv="int24", scoring=CAUSAL),
     AttentionCase("attention 128, fp32", 2048, 2048, kv="fp32", scoring=CAUSAL),
     AttentionCase("attention 256, fp32", 2048, 2048, 256, kv="fp32", scoring=CAUSAL),
+    AttentionCase(
+        "attention 128, invariant",
+        2048,
+        2048,
+        scoring=Scoring(True, numerics="heal:::m_invariant"),
+    ),
     AttentionCase("decode 128", 1, 8192, mask=torch.bool),
     AttentionCase("decode 64", 1, 8192, 64),
     AttentionCase("decode 256", 1, 8192, 256),

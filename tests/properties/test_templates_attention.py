@@ -195,6 +195,19 @@ def test_a_query_does_not_depend_on_those_behind_it():
         assert torch.equal(left[:, :, :20], right)
 
 
+@pytest.mark.parametrize(("kv", "sinks"), [("int16", torch.ones(2)), ("fp32", None)])
+def test_with_m_invariant_a_row_of_prefill_has_the_bits_of_decode(kv, sinks):
+    """The inverse: without it some row tells its family."""
+    plain = family("prefill", kv=kv, batch=1, keys=700, sinks=sinks)
+    asked = dataclasses.replace(plain, numerics="heal:::m_invariant")
+    rows = FAMILIES["decode"]
+    decoded = attend(dataclasses.replace(asked, query=asked.query.part(rows=slice(0, rows))))
+    assert_within_bound(asked, attend(asked))
+    for prefill, decode in zip(attend(asked), decoded, strict=True):
+        assert torch.equal(prefill[:, :, :rows], decode)
+    assert not torch.equal(attend(plain)[0][:, :, :rows], decoded[0])
+
+
 @pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tiles_leave_bits_alone(name, kv, monkeypatch):
