@@ -13,6 +13,7 @@ import torch
 from healpass.lowering.expressions import (
     aten,
     call,
+    equals,
     fp32,
     is_static,
     same_size,
@@ -46,6 +47,8 @@ def _lower(grad: Any, states: tuple[Any, ...], *rest: Any) -> tuple[Any, Any, An
     mask = None if scoring.attn_mask is None else _float_mask(scoring.attn_mask, query, key)
     groups = _groups(query, key)
     assert groups is not None, "_fits_flash has looked"
+    # A row that sees nothing has the logsumexp -inf, of which the kernel would make NaN.
+    logsumexp = where(equals(logsumexp, -math.inf), 0.0, logsumexp)
     kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     of_query, *others = call(
         kernel,

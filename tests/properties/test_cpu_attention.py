@@ -15,7 +15,11 @@ import torch
 from healpass.lowering.cpu_attention import BLOCK_N
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bounds_integer_attention import Case, assert_output_within_bound
+from test_bounds_integer_attention import (
+    Case,
+    assert_gradients_within_bound,
+    assert_output_within_bound,
+)
 from torch._inductor.utils import run_and_get_code
 
 from healpass.ops.scores import Scoring
@@ -179,3 +183,26 @@ def test_views_of_one_buffer_windows_and_caps_need_no_copy_and_no_operator():
     assert largest < 2 * 2048 * 32
     for ours, meaning in zip(found, layer(states, cache), strict=True):
         assert (ours - meaning).norm() <= 2.0**-20 * meaning.norm()
+
+
+@pytest.mark.parametrize("kv", ["int16", "fp32"])
+def test_compiled_gradients_are_within_their_bounds(kv):
+    """Grouped heads, and rows that see no key: torch's flash kernel does it, no score matrix."""
+    lowering.register()
+    case = case_of((kv, "bool", None, None, False, 0.0), length=40, keys=3, value_size=64)
+    operands, arguments = case.operands(), case.arguments()
+
+    def differentiate(grad, tensors, mask):
+        call = (*tensors, mask, *arguments[1:])
+        results = case.operator(*call)
+        return (*results, *case.backward(grad, *call, *results))
+
+    grad = torch.randn(2, 4, 40, 64, generator=torch.Generator().manual_seed(2))
+    compiled = torch.compile(differentiate, fullgraph=True)
+    found, (source,) = run_and_get_code(compiled, grad, operands, arguments[0])
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in source
+    hidden = ~arguments[0].any(-1).expand(2, 4, 40)
+    assert hidden.any()
+    assert (found[1] == -math.inf).equal(hidden)
+    assert_output_within_bound(case, operands, arguments, *found[:2])
+    assert_gradients_within_bound(case, operands, arguments, grad, found[2:])
