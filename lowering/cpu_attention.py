@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from healpass.lowering import compat
+from healpass.lowering.cpu_flash import attend_one
 from healpass.lowering.expressions import aten, call, is_static
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
@@ -32,7 +33,9 @@ FEW_ROWS, CHUNK = 64, 1024
 
 def lower_attention(query: Any, key: Any, value: Any, *rest: Any) -> tuple[Any, Any] | None:
     """`heal::attention` on CPU; None where its own meaning shall run."""
-    return attend(States(query), States(key), States(value), Scoring.read(*rest[:-1]))
+    scoring = Scoring.read(*rest[:-1])
+    one = attend_one(query, key, value, scoring)
+    return attend(States(query), States(key), States(value), scoring) if one is None else one
 
 
 def lower_integer_attention(*args: Any) -> tuple[Any, Any] | None:

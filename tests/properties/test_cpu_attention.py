@@ -206,3 +206,16 @@ def test_compiled_gradients_are_within_their_bounds(kv):
     assert (found[1] == -math.inf).equal(hidden)
     assert_output_within_bound(case, operands, arguments, *found[:2])
     assert_gradients_within_bound(case, operands, arguments, grad, found[2:])
+
+
+def test_one_query_of_fp32_goes_through_torchs_flash_kernel():
+    """Grouped heads are folded into rows; a row that sees nothing is zero, its logsumexp -inf."""
+    lowering.register()
+    case = case_of(("fp32", "bool", None, None, False, 0.0), length=1, keys=3, value_size=64)
+    mask = torch.tensor([[True, False, True], [False, False, False]])[:, None, None]
+    operands, arguments = case.operands(), (mask, *case.arguments()[1:])
+    compiled = torch.compile(lambda *tensors: case.operator(*tensors, *arguments[1:]))
+    found, (source,) = run_and_get_code(compiled, *operands, mask)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in source
+    assert_output_within_bound(case, operands, arguments, *found)
+    assert (found[1][1] == -math.inf).all()
