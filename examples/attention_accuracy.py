@@ -2,22 +2,27 @@
 
     python examples/attention_accuracy.py [--tokens 2048]
 
-The model reads its own license, teacher-forced, with weights that are BF16 numbers and FP32
-arithmetic, so that the format of Q, K and V is all that differs between the rows:
+The model reads its own license, teacher-forced, with weights that are BF16 numbers. In eager code
+the arithmetic is FP32, so that the format of Q, K and V is all that differs between the rows:
 
 * BF16 model: everything in BF16, for scale.
 * BF16 cache: keys and values rounded to BF16, the best a caller's BF16 cache allows.
 * INT16, INT24: Q, K and V as healpass quantizes them.
 * FP32 model: plain torch.
 
+The rows "compiled" are the BF16 model itself, through `torch.compile(backend="heal")`.
+
 The second table fills one layer of each cache and counts the bytes of what it holds.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from rich.console import Console
 from rich.table import Table
@@ -31,14 +36,27 @@ from healpass.integrations import smollm2
 from healpass.integrations.transformers import HealCache, register
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
-#: Rows of the table: name, dtype of the model, attention implementation.
-RUNS = (
-    ("BF16 model", torch.bfloat16, "sdpa"),
-    ("BF16 cache", torch.float32, "bf16_cache"),
-    ("INT16", torch.float32, "heal"),
-    ("INT24", torch.float32, "heal_int24"),
-    ("FP32 model", torch.float32, "sdpa"),
-)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table: dtype of the model, attention implementation, `kv` if compiled."""
+
+    dtype: torch.dtype
+    attention: str = "sdpa"
+    kv: str | None = None
+
+
+EAGER = {
+    "BF16 model": Run(torch.bfloat16),
+    "BF16 cache": Run(torch.float32, "bf16_cache"),
+    "INT16": Run(torch.float32, "heal"),
+    "INT24": Run(torch.float32, "heal_int24"),
+    "FP32 model": Run(torch.float32),
+}
+COMPILED = {
+    f"{kv}, compiled": Run(torch.bfloat16, kv=kv.lower()) for kv in ("INT16", "INT24", "FP32")
+}
 #: Tokens whose logits exist at once: a vocabulary of logits in FP64 is large.
 CHUNK = 128
 
@@ -56,27 +74,32 @@ def text(tokens: int) -> Tensor:
     return ids[:, :tokens]
 
 
-def logits(dtype: torch.dtype, attention: str, ids: Tensor) -> Iterator[Tensor]:
+def logits(run: Run, ids: Tensor) -> Iterator[Tensor]:
     """The logits of all tokens in FP64, `CHUNK` tokens at a time."""
-    model, _ = smollm2.load(dtype)
-    model.set_attn_implementation(attention)
-    hidden = model.model(ids, use_cache=False).last_hidden_state
+    model, _ = smollm2.load(run.dtype)
+    model.set_attn_implementation(run.attention)
+    body, head = model.model, model.lm_head
+    if run.kv is not None:
+        options = {"kv": run.kv, "outputs": "fp32"}
+        body = torch.compile(body, backend="heal", options=options)
+        head = partial(F.linear, weight=head.weight.float())
+    hidden = body(ids, use_cache=False).last_hidden_state
     for part in hidden.split(CHUNK, 1):
-        yield model.lm_head(part).double()
+        yield head(part).double()
 
 
-def errors(ids: Tensor) -> dict[str, float]:
+def errors(ids: Tensor, runs: dict[str, Run]) -> dict[str, float]:
     """Per run `|logits - exact| / |exact|` in the Frobenius norm over all tokens."""
     register()
     ALL_ATTENTION_FUNCTIONS.register("bf16_cache", bf16_cache)
     ALL_MASK_ATTENTION_FUNCTIONS.register("bf16_cache", sdpa_mask)
-    found = {name: logits(dtype, attention, ids) for name, dtype, attention in RUNS}
+    found = {name: logits(run, ids) for name, run in runs.items()}
     squares, size = dict.fromkeys(found, 0.0), 0.0
     with torch.no_grad():
-        for exact in logits(torch.float64, "sdpa", ids):
+        for exact in logits(Run(torch.float64), ids):
             size += float(exact.square().sum())
-            for name, run in found.items():
-                squares[name] += float((next(run) - exact).square().sum())
+            for name, parts in found.items():
+                squares[name] += float((next(parts) - exact).square().sum())
     return {name: (square / size) ** 0.5 for name, square in squares.items()}
 
 
@@ -112,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
     ids = text(parser.parse_args().tokens)
-    found = errors(ids)
+    found = errors(ids, EAGER | COMPILED)
     table = Table("run", "relative logit error", "/ FP32 model", title=f"{ids.shape[1]} tokens")
     for name, error in found.items():
         table.add_row(name, f"{error:.2e}", f"{error / found['FP32 model']:.2f}")

@@ -1,11 +1,12 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu` and `cpu_attention` (C++ code), to `matmul`, `attention` and
-`attention_gradients` (Triton templates on CUDA), or to `quantize` (pointwise code on either). An
-operator without a lowering for its device runs its own meaning, as one call from the code. Exact
-precisions are decompositions instead: pinned operators are traced as they are, and matrix products
-and attention are opened by `exact_cpu`, or by `exact_matmul` and `exact_attention` on CUDA.
+at the device and hands on to `cpu`, `cpu_attention` and `cpu_attention_gradients` (C++ code), to
+`matmul`, `attention` and `attention_gradients` (Triton templates on CUDA), or to `quantize`
+(pointwise code on either). An operator without a lowering for its device runs its own meaning, as
+one call from the code. Exact precisions are decompositions instead: pinned operators are traced as
+they are, and matrix products and attention are opened by `exact_cpu`, or by `exact_matmul` and
+`exact_attention` on CUDA.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def register() -> None:
         attention_gradients,
         cpu,
         cpu_attention,
+        cpu_attention_gradients,
         exact_attention,
         exact_cpu,
         exact_matmul,
@@ -43,8 +45,10 @@ def register() -> None:
     from torch._inductor.lowering import fallback_handler, register_lowering
 
     exact = (exact_matmul, exact_attention)
-    gpu = (matmul, attention, attention_gradients, quantize, *exact)
-    modules = {"cpu": (cpu, cpu_attention, quantize), "cuda": gpu}
+    modules = {
+        "cpu": (cpu, cpu_attention, cpu_attention_gradients, quantize),
+        "cuda": (matmul, attention, attention_gradients, quantize, *exact),
+    }
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
         for device, found in modules.items()

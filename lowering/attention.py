@@ -11,14 +11,15 @@ and GPU of one generation):
 
 * decode, at most 16 rows (queries times heads that share a key head): a program per fixed chunk of
   keys, then the chunks of each row are added in order;
-* prefill: a program per tile of rows goes through all keys that the tile may see.
+* prefill: a program per tile of rows goes through all keys that the tile may see; with
+  `m_invariant` it adds the sums of each chunk as decode does, so that no row tells its family.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ CHUNK = 256
 LARGEST_HEAD = 256
 #: Numerics: the smallest depth of an INT8 and of an FP16 tensor-core product.
 SMALLEST_E, SMALLEST_V = 32, 16
-#: Tuning of the merge: chunks whose tops are read at once, and whose parts are on the way at once.
-MERGE = {"BLOCK_C": 256, "UNROLL": 8}
+#: Tuning of the merge: chunks whose parts are on the way at once.
+MERGE = {"UNROLL": 8}
 
 aten = torch.ops.aten
 
@@ -89,18 +90,20 @@ class AttentionProblem:
     @classmethod
     def of_integers(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::integer_attention`."""
-        query, key, value = (States(call[i], call[i + 1]) for i in (0, 2, 4))
-        mask, sinks, seed, is_causal, scale, window, *rest = call[6:]
-        window = None if window is None else compat.as_int(window)
-        return cls(query, key, value, mask, sinks, seed, is_causal, scale, window, *rest)
+        return cls._read([States(call[i], call[i + 1]) for i in (0, 2, 4)], *call[6:])
 
     @classmethod
     def of_floats(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::attention`."""
-        query, key, value = (States(x, None) for x in call[:3])
-        mask, is_causal, scale, numerics = call[3:]
-        rest = (is_causal, scale, None, None, 0.0, numerics)
-        return cls(query, key, value, mask, None, None, *rest)
+        return cls._read([States(x, None) for x in call[:3]], *call[3:])
+
+    @classmethod
+    def _read(cls, states: Sequence[States], *rest: Any) -> AttentionProblem:
+        mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics = rest
+        window = None if window is None else compat.as_int(window)
+        query, key, value = states
+        scoring = (mask, sinks, seed, is_causal, scale, window, softcap, dropout_p)
+        return cls(query, key, value, *scoring, numerics)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +143,13 @@ class AttentionProblem:
     def tiles(self) -> list[AttentionTile]:
         """Tiles of the family, best guess first."""
         digits = max(self.key.digits, self.query.digits)
-        return attention_tiles(self.capability, max(self.head_blocks), digits, self.decodes)
+        tiles = attention_tiles(self.capability, max(self.head_blocks), digits, self.decodes)
+        return [tile.halved() for tile in tiles] if self.m_invariant else tiles
+
+    @property
+    def m_invariant(self) -> bool:
+        """Whether prefill has to give the bits of decode."""
+        return Numerics.parse(self.numerics).m_invariant
 
     @property
     def decodes(self) -> bool:
@@ -252,27 +261,16 @@ def keys_per_block(head_block: int, digits: int) -> int:
 
 def lower_integers(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::integer_attention` on CUDA; None where its own meaning shall run."""
-    query, value, numerics = call[0], call[4], call[-1]
-    if not has_templates(query, value, numerics):
+    if not has_templates(call[0], call[4], call[-1]):
         return None
     return _lower(AttentionProblem.of_integers(*call))
 
 
-def lower_floats(
-    query: ir.TensorBox,
-    key: ir.TensorBox,
-    value: ir.TensorBox,
-    attn_mask: ir.TensorBox | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str = "heal",
-) -> ir.TensorBox | None:
+def lower_floats(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::attention` on CUDA; None where its own meaning shall run."""
-    if not has_templates(query, value, numerics):
+    if not has_templates(call[0], call[2], call[-1]):
         return None
-    call = (query, key, value, attn_mask, is_causal, scale, numerics)
-    results = _lower(AttentionProblem.of_floats(*call))
-    return None if results is None else results[0]
+    return _lower(AttentionProblem.of_floats(*call))
 
 
 def _lower(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox] | None:
@@ -331,7 +329,8 @@ def _prefill(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
         mutated=[logsumexp],
         programs=[problem.key_heads, problem.rows, 1],
     )
-    return select(launch, problem.knobs() | {"CHUNK": 0}, problem.tiles), logsumexp
+    knobs = problem.knobs() | {"CHUNK": 0, "JOINED": CHUNK if problem.m_invariant else 0}
+    return select(launch, knobs, problem.tiles), logsumexp
 
 
 def _decode(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
@@ -346,7 +345,7 @@ def _decode(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
         mutated=[top, total],
         programs=[problem.key_heads, problem.rows, chunks],
     )
-    part = select(launch, problem.knobs() | {"CHUNK": CHUNK}, problem.tiles)
+    part = select(launch, problem.knobs() | {"CHUNK": CHUNK, "JOINED": 0}, problem.tiles)
     return _merge(problem, part, top, total)
 
 

@@ -47,8 +47,13 @@ class AttentionCheck:
             self.is_causal, self.keys - 3, 6.0,
         )  # fmt: skip
 
+    @property
+    def operator(self) -> str:
+        """The name of the format's operator."""
+        return "attention" if self.kv == "fp32" else "integer_attention"
+
     def operands(self) -> tuple[Tensor, ...]:
-        """Digits and scales of Q, K and V, and the gradient of the output."""
+        """Q, K and V as the operator takes them, and the gradient of the output."""
         generator = torch.Generator().manual_seed(0)
         sizes = (
             (self.GROUP, self.length, self.head_size),
@@ -57,14 +62,22 @@ class AttentionCheck:
         )
         states = [torch.randn(2, *size, generator=generator) / 2 for size in sizes]
         grad = torch.randn(2, self.GROUP, self.length, self.value_size, generator=generator)
-        digits = [part for x in states for part in torch.ops.heal.quantize(x, self.kv)]
-        return (*digits, grad)
+        if self.kv == "fp32":
+            return (*states, grad)
+        return (*(part for x in states for part in torch.ops.heal.quantize(x, self.kv)), grad)
+
+    def values(self) -> tuple[Tensor, ...]:
+        """What the operands stand for, and the gradient, in FP64."""
+        *parts, grad = self.operands()
+        if self.kv == "fp32":
+            return tuple(x.double() for x in (*parts, grad))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        states = (integers(digits) * scale.double()[..., None] for digits, scale in pairs)
+        return (*states, grad.double())
 
     def call(self) -> tuple[object, ...]:
-        """The arguments of `heal::integer_attention`."""
-        s = self.scoring()
-        rest = (s.is_causal, s.scale, s.window, s.softcap, s.dropout_p, "heal")
-        return (*self.operands()[:6], s.attn_mask, s.sinks, s.seed, *rest)
+        """The arguments of the operator."""
+        return (*self.operands()[:-1], *self.scoring().arguments, "heal")
 
 
 #: Output, logsumexp and the gradients of Q, K and V of a check.
@@ -75,7 +88,7 @@ BACKWARD = ("attention_backward_query", "attention_backward_key")
 
 def checks() -> Iterator[AttentionCheck]:
     """Both families and formats; few keys, so that the promise notices a lost piece."""
-    for kv in ("int16", "int24"):
+    for kv in ("int16", "int24", "fp32"):
         yield AttentionCheck((FORWARD,), kv, length=20, keys=20, is_causal=True)
         yield AttentionCheck((FORWARD, MERGE), kv, length=2, keys=20)
     yield AttentionCheck((FORWARD, MERGE), "int16", length=1, keys=600)
@@ -100,10 +113,7 @@ def examine(attend: Attend) -> dict[str, str]:
 
 def promises(check: AttentionCheck) -> Iterator[tuple[Tensor, Tensor]]:
     """Output, logsumexp and three gradients in FP64, each with the error that is allowed."""
-    *digits, grad = (x.double() if x.is_floating_point() else x for x in check.operands())
-    q, k, v = (
-        integers(x) * scale[..., None] for x, scale in zip(digits[::2], digits[1::2], strict=True)
-    )
+    q, k, v, grad = check.values()
     scoring, everything = check.scoring(), (slice(0, check.length), slice(0, check.keys))
     product = scoring.scale * (q @ k.mT)
     capped, slope = scoring.cap(product)
@@ -136,16 +146,17 @@ def on_gpu(index: int) -> Attend:
     options = {"fx_graph_cache": False}
 
     @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    def forward_and_backward(grad: Tensor, *call: object) -> tuple[Tensor, ...]:
-        results = torch.ops.heal.integer_attention(*call)
-        return (*results, *torch.ops.heal.integer_attention_backward(grad, *call, *results))
+    def forward_and_backward(name: str, grad: Tensor, *call: object) -> tuple[Tensor, ...]:
+        results = getattr(torch.ops.heal, name)(*call)
+        backward = getattr(torch.ops.heal, f"{name}_backward")
+        return (*results, *backward(grad, *call, *results))
 
     def attend(check: AttentionCheck) -> tuple[Tensor, ...]:
         torch._dynamo.reset()
         grad, *call = (
             x.to(f"cuda:{index}") if isinstance(x, Tensor) else x
-            for x in (check.operands()[6], *check.call())
+            for x in (check.operands()[-1], *check.call())
         )
-        return forward_and_backward(grad, *call)
+        return forward_and_backward(check.operator, grad, *call)
 
     return attend

@@ -1,4 +1,4 @@
-"""`heal::integer_attention_backward` on CUDA: a kernel for Q's gradient, one for K's and V's.
+"""Attention's gradients on CUDA: a kernel for that of Q, one for those of K and V.
 
 May import `attention` and what it may. Both kernels compute the weights again from the scores, so
 no score matrix exists; sums over queries run in order within one program, without atomics. The
@@ -26,12 +26,23 @@ Gradients = tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]
 NAMES = ("attention_backward_query", "attention_backward_key")
 
 
-def lower(grad: ir.TensorBox, *call: Any) -> Gradients | None:
-    """Lower the operator on CUDA; None where its own meaning shall run."""
-    *arguments, output, logsumexp = call
-    if not has_templates(arguments[0], arguments[4], arguments[-1]):
+def lower_integers(grad: ir.TensorBox, *call: Any) -> Gradients | None:
+    """Lower `heal::integer_attention_backward`; None where its own meaning shall run."""
+    if not has_templates(call[0], call[4], call[-3]):
         return None
-    problem = AttentionProblem.of_integers(*arguments)
+    return _lower(AttentionProblem.of_integers(*call[:-2]), grad, *call[-2:])
+
+
+def lower_floats(grad: ir.TensorBox, *call: Any) -> Gradients | None:
+    """Lower `heal::attention_backward`; None where its own meaning shall run."""
+    if not has_templates(call[0], call[2], call[-3]):
+        return None
+    return _lower(AttentionProblem.of_floats(*call[:-2]), grad, *call[-2:])
+
+
+def _lower(
+    problem: AttentionProblem, grad: ir.TensorBox, output: ir.TensorBox, logsumexp: ir.TensorBox
+) -> Gradients | None:
     # The logsumexp holds what the sinks add to the denominator.
     problem = dataclasses.replace(problem, sinks=None)
     results = [list(states.size) for states in (problem.query, problem.key)]
@@ -48,7 +59,9 @@ def _kernels(
     states, (batch, key_heads, keys, _) = problem.nodes(), problem.key.size
     delta = problem.buffer(*problem.output_size[:-1])
     block = block_of(max(problem.head_blocks), problem.key.digits)
-    query_tiles, key_tiles = attention_backward_tiles(problem.capability, max(problem.head_blocks))
+    query_tiles, key_tiles = attention_backward_tiles(
+        problem.capability, max(problem.head_blocks), problem.key.digits
+    )
     of_query = select(
         Launch(
             NAMES[0],
@@ -81,4 +94,7 @@ def block_of(head_block: int, digits: int) -> int:
     return 32 if head_block * (digits or 3) <= 256 else 16
 
 
-LOWERINGS = {torch.ops.heal.integer_attention_backward.default: lower}
+LOWERINGS = {
+    torch.ops.heal.attention_backward.default: lower_floats,
+    torch.ops.heal.integer_attention_backward.default: lower_integers,
+}

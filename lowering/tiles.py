@@ -105,6 +105,10 @@ class AttentionTile:
     num_warps: int
     num_stages: int
 
+    def halved(self) -> AttentionTile:
+        """With half the rows, where there is a second accumulator."""
+        return AttentionTile(max(16, self.block // 2), self.num_warps, self.num_stages)
+
 
 def attention_tiles(
     capability: int, head_block: int, digits: int, decodes: bool
@@ -133,16 +137,20 @@ def attention_tiles(
 
 
 def attention_backward_tiles(
-    capability: int, head_block: int
+    capability: int, head_block: int, digits: int
 ) -> tuple[list[AttentionTile], list[AttentionTile]]:
     """Tiles of the backward kernels for Q and for K and V, best guess first.
 
     Args:
         capability: As 90 for 9.0.
         head_block: The larger padded head size.
+        digits: Of Q and K; 0 for FP32 states.
     """
-    if head_block > 128:  # with the fewest spills, from 2 to 14 instructions on sm_90 and sm_100
-        return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, 3)]
+    if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
+        return [AttentionTile(16, 8, 1)], [AttentionTile(16, 8, 1)]
+    if head_block > 128:  # with the fewest spills: on sm_90 14 and 0, on sm_100 8 and 3
+        stages = 1 if 90 <= capability < 100 else 3
+        return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, stages)]
     if 100 <= capability < 120:
         return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
     if 90 <= capability < 100:

@@ -14,39 +14,40 @@ from torch import Tensor
 from healpass.ops.scores import Scoring
 from tests import interpreter
 from tests.fake_cuda import Device, generated_source
-from tests.gpu.attention_bounds import Digits, Exact, exact, gradients
+from tests.gpu.attention_bounds import Digits, Exact, Floats, Operand, exact, gradients
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An attention to compute: operands in digits and how they are scored."""
+    """An attention to compute: operands, in digits or as stored, and how they are scored."""
 
-    query: Digits
-    key: Digits
-    value: Digits
+    query: Operand
+    key: Operand
+    value: Operand
     scoring: Scoring
+    numerics: str = "heal"
+
+    @property
+    def name(self) -> str:
+        """Of the operator."""
+        return "integer_attention" if self.query.digits else "attention"
 
     def call(self) -> list[Any]:
-        """Arguments of `heal::integer_attention`."""
-        s = self.scoring
+        """Arguments of the operator."""
         states = (self.query, self.key, self.value)
-        digits = [part for x in states for part in (x.planes, x.scale)]
-        return [
-            *digits, s.attn_mask, s.sinks, s.seed, s.is_causal, s.scale, s.window, s.softcap,
-            s.dropout_p, "heal",
-        ]  # fmt: skip
+        operands = [part for x in states for part in x.arguments]
+        return [*operands, *self.scoring.arguments, self.numerics]
 
     def with_scoring(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, scoring=dataclasses.replace(self.scoring, **changes))
 
     def part(self, batch: slice = slice(None), keys: slice = slice(None)) -> Problem:
         """Some of the batch and some of the keys."""
-        key, value = (Digits(x.planes[batch, :, :, keys], x.scale[batch, :, keys])
-                      for x in (self.key, self.value))  # fmt: skip
+        key, value = (x.part(batch, keys) for x in (self.key, self.value))
         mask = self.scoring.attn_mask
         mask = None if mask is None else mask[..., keys]
-        query = Digits(self.query.planes[batch], self.query.scale[batch])
-        return Problem(query, key, value, dataclasses.replace(self.scoring, attn_mask=mask))
+        scoring = dataclasses.replace(self.scoring, attn_mask=mask)
+        return Problem(self.query.part(batch), key, value, scoring, self.numerics)
 
 
 Change = Callable[[str], str]
@@ -72,7 +73,7 @@ def attend(
     problem: Problem, capability: int = 90, change: Change | None = None
 ) -> tuple[Tensor, ...]:
     """Output and logsumexp."""
-    return run(torch.ops.heal.integer_attention, problem.call(), capability, change)
+    return run(getattr(torch.ops.heal, problem.name), problem.call(), capability, change)
 
 
 def differentiate(
@@ -86,7 +87,8 @@ def differentiate(
     of = problem if forward is None else forward
     reference = exact(of.query, of.key, of.value, of.scoring)
     call = [grad, *problem.call(), reference.output.float(), reference.logsumexp.float()]
-    return run(torch.ops.heal.integer_attention_backward, call, capability, change)
+    operator = getattr(torch.ops.heal, f"{problem.name}_backward")
+    return run(operator, call, capability, change)
 
 
 def random(shape: tuple[int, ...], seed: int, exponent: int = 0) -> Tensor:
@@ -103,7 +105,7 @@ def build(
     query = random((batch, heads * groups, length, size), seed, exponents[0])
     key = random((batch, heads, keys, size), seed + 1, -exponents[0])
     value = random((batch, heads, keys, value_size), seed + 2, exponents[1])
-    parts = (Digits.of(x, kv) for x in (query, key, value))
+    parts = (Floats(x) if kv == "fp32" else Digits.of(x, kv) for x in (query, key, value))
     return Problem(*parts, Scoring(**{"scale": size**-0.5, "seed": drops, **scoring}))
 
 
@@ -154,13 +156,6 @@ FAMILIES = {"decode": 3, "prefill": 40}
 def family(name: str, **arguments: Any) -> Problem:
     """A problem of either family with more keys than a chunk has."""
     return build(**{"heads": 1, "length": FAMILIES[name], "keys": 300, "batch": 3, **arguments})
-
-
-def poisoned(states: Digits, keys: slice) -> Digits:
-    """Rows that must not matter: the largest digits, and NaN for a scale."""
-    planes, scale = states.planes.clone(), states.scale.clone()
-    planes[:, :, :, keys], scale[:, :, keys] = 127, math.nan
-    return Digits(planes, scale)
 
 
 def without_products_of(piece: str) -> Change:

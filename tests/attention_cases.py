@@ -75,15 +75,13 @@ class AttentionCase:
         """The operator, as a graph has it."""
         rest = list(tensors)
         mask = None if self.mask is None else rest.pop()
-        if self.kv == "fp32":
-            scoring = (self.scoring.is_causal, self.scoring.scale, self.scoring.numerics)
-            return (torch.ops.heal.attention(*rest, mask, *scoring),)
+        name = "attention" if self.kv == "fp32" else "integer_attention"
         extra = (mask, None, None, *self.scoring.arguments())
         if self.backward:
             grad, *states, output, logsumexp = rest
             call = (grad, *states, *extra, output, logsumexp)
-            return torch.ops.heal.integer_attention_backward(*call)
-        return torch.ops.heal.integer_attention(*rest, *extra)
+            return getattr(torch.ops.heal, f"{name}_backward")(*call)
+        return getattr(torch.ops.heal, name)(*rest, *extra)
 
     def templates(self, capability: int = 90) -> list[Kernel]:
         """The template kernels that Inductor generates for it, in order."""
@@ -101,6 +99,12 @@ CASES = (
     AttentionCase("attention 128, int24", 2048, 2048, kv="int24", scoring=CAUSAL),
     AttentionCase("attention 128, fp32", 2048, 2048, kv="fp32", scoring=CAUSAL),
     AttentionCase("attention 256, fp32", 2048, 2048, 256, kv="fp32", scoring=CAUSAL),
+    AttentionCase(
+        "attention 128, invariant",
+        2048,
+        2048,
+        scoring=Scoring(True, numerics="heal:::m_invariant"),
+    ),
     AttentionCase("decode 128", 1, 8192, mask=torch.bool),
     AttentionCase("decode 64", 1, 8192, 64),
     AttentionCase("decode 256", 1, 8192, 256),
@@ -110,4 +114,6 @@ CASES = (
     AttentionCase("backward 64", 2048, 2048, 64, scoring=CAUSAL, backward=True),
     AttentionCase("backward 256", 2048, 2048, 256, scoring=CAUSAL, backward=True),
     AttentionCase("backward 128, int24", 2048, 2048, kv="int24", scoring=CAUSAL, backward=True),
+    AttentionCase("backward 128, fp32", 2048, 2048, kv="fp32", scoring=CAUSAL, backward=True),
+    AttentionCase("backward 256, fp32", 2048, 2048, 256, kv="fp32", scoring=CAUSAL, backward=True),
 )

@@ -5,9 +5,9 @@ Importing this package registers them; they then work in eager code too, as
 
 Primitive operators carry their own autograd formula and are what a lowering replaces: `mm`, `bmm`,
 `grouped_mm`, `attention`. So are the integer ones, which carry no gradient: `quantize`,
-`dequantize`, `integer_attention` and its two gradients. Composite operators are written in terms
-of those and of plain torch, so autograd, fake tensors and tracing see through them: `linear`,
-`matmul`, `sdpa`.
+`dequantize`, `integer_attention`. The gradients of both attentions are operators, too. Composite
+operators are written in terms of those and of plain torch, so autograd, fake tensors and tracing
+see through them: `linear`, `matmul`, `sdpa`.
 """
 
 from healpass.ops import (
@@ -21,7 +21,6 @@ from healpass.ops import (
     exact_special,
     flex,
     integer_attention,
-    integer_gradients,
     lookup,
     matmul,
     normalize,
@@ -45,7 +44,6 @@ __all__ = [
     "exact_special",
     "flex",
     "integer_attention",
-    "integer_gradients",
     "lookup",
     "matmul",
     "normalize",

@@ -1,111 +1,92 @@
-"""Attention in FP32: `heal::attention` (primitive). `ops.sdpa` has all of SDPA's arguments.
+"""Attention in FP32 on states as stored: `heal::attention` and its gradients.
 
-Meaning, in FP32 throughout: `softmax(scale * Q K^T + mask) V`. A row whose keys are all masked
-gives zeros, as torch's SDPA does. Error: `arithmetic.attention_bounds`.
+The meaning is that of `ops.blockwise`, in FP32 throughout: `q . k`, rounded as a matmul rounds it,
+and P V the same. As in any FP32 attention a key that is NaN, or that makes a score overflow,
+reaches the rows that see it; a hidden one with a finite value counts for nothing. Error:
+`arithmetic.attention_bounds` and `arithmetic.attention_gradients`.
+
+`ops.sdpa` has all of SDPA's arguments. May import `tensorcore`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from healpass.ops.ieee import ieee_fp32
+from healpass.ops import attention_operators
+from healpass.ops.blockwise import Attention, fold
 from healpass.ops.matmul import check_operands
 from healpass.ops.numerics import Numerics
-from healpass.tensorcore.attention import heal_attention
+from healpass.ops.scores import Scoring
+from healpass.tensorcore.attention import weighted_values
 from healpass.tensorcore.matmul import Accumulation
 
 
-def _mask_scores(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Add a float mask, or put -inf where a bool mask or causality hides a key."""
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-    if attn_mask is None:
-        return scores
-    if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, -math.inf)
-    return scores + attn_mask
+@dataclass(frozen=True)
+class Floats:
+    """One operand as stored: FP16, BF16 or FP32 `[B, H, S, E]`."""
+
+    states: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """B, H, S, E."""
+        return tuple(self.states.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.states.device
+
+    def values(self) -> Tensor:
+        """`[B, H, S, E]`."""
+        return self.states
 
 
-def _probabilities(scores: Tensor) -> Tensor:
-    """Softmax over the keys; a row of nothing but -inf gives zeros instead of NaN."""
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(scores, -1).masked_fill(empty, 0.0)
+class FloatAttention(Attention):
+    """Attention on `Floats`."""
+
+    def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """As matmuls of query heads that share a key head."""
+        query, key = self.query.values(), self.key.values()
+        for rows, columns in self.blocks():
+            block = query[:, :, rows]
+            keys = key[:, :, columns].flatten(0, 1).mT
+            scores = self.how.multiply(fold(block, self.heads), keys) * self.scoring.scale
+            yield rows, columns, scores.reshape(*block.shape[:-1], keys.shape[-1])
+
+    def weighted_sum(self, weights: Tensor, visible: Tensor, columns: slice) -> Tensor:
+        """As one matmul; simulated, with V's token scales folded into the weights."""
+        del visible
+        how, rows = self.how, fold(weights, self.heads)
+        value = self.value.values()[:, :, columns].flatten(0, 1)
+        if how.simulate is not None and how.precision == "heal":
+            adders = Accumulation(how.simulate, order=how.order)
+            result = weighted_values(rows, value, adders)
+        else:
+            result = how.multiply(rows, value)
+        return result.reshape(*weights.shape[:-1], value.shape[-1])
 
 
-def _fold(states: Tensor, heads: int) -> Tensor:
-    """`[B, H, L, E]` to `[B * heads, (H / heads) * L, E]`: query heads that share a key head."""
-    batch, all_heads, length, size = states.shape
-    return states.reshape(batch * heads, (all_heads // heads) * length, size)
-
-
-def _attention_probabilities(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str,
-) -> Tensor:
-    """`softmax(scale * Q K^T + mask)`, `[B, H, L, S]`, query heads grouped over their key head."""
-    heads = key.shape[1]
-    scores = torch.ops.heal.bmm(_fold(query, heads), _fold(key, heads).mT, numerics) * scale
-    scores = scores.reshape(*query.shape[:-1], key.shape[-2])
-    return _probabilities(_mask_scores(scores, attn_mask, is_causal))
-
-
-@torch.library.custom_op("heal::attention", mutates_args=())
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str = "heal",
-) -> Tensor:
-    """Attention in FP32 over `[B, H, L, E]`, `[B, Hkv, S, E]`, `[B, Hkv, S, Ev]`.
+def read(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> FloatAttention:
+    """Read and check the arguments of one call.
 
     Args:
-        query: FP16, BF16 or FP32; `H` is a multiple of `Hkv` (grouped-query attention).
-        key: Its dtype may differ from the query's, as 16-bit caches do.
-        value: `Ev` may differ from `E`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key `s` from query `l` where `s > l`, counted from the first of each.
-        scale: Factor of the scores.
-        numerics: As `heal::mm`.
+        query: FP16, BF16 or FP32 `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`; its dtype may differ from the query's, as 16-bit caches do.
+        value: `[B, Hkv, S, Ev]`; Ev may differ from E.
+        *rest: What `Scoring.read` takes, and `numerics` as `heal::mm` does.
 
-    Returns:
-        `[B, H, L, Ev]` in FP32.
+    Raises:
+        TypeError: Another dtype.
+        RuntimeError: Ranks or sizes do not fit, or the seed is missing.
+        ValueError: `numerics` is unknown.
     """
-    check_operands("attention", numerics, query, key, value)
-    how = Numerics.parse(numerics)
-    if how.simulate is not None and how.precision == "heal":
-        adders = Accumulation(how.simulate, order=how.order)
-        with ieee_fp32(query.device.type):
-            return heal_attention(
-                query, key, value, attn_mask, is_causal=is_causal, scale=scale, accumulate=adders
-            )
-    heads = key.shape[1]
-    weights = _attention_probabilities(query, key, attn_mask, is_causal, scale, numerics)
-    result = torch.ops.heal.bmm(_fold(weights, heads), _fold(value, heads), numerics)
-    return result.reshape(*query.shape[:-1], value.shape[-1])
-
-
-@attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,  # noqa: ARG001
-    is_causal: bool,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    numerics: str = "heal",
-) -> Tensor:
+    *scoring, numerics = rest
     check_operands("attention", numerics, query, key, value)
     torch._check(
         query.dim() == key.dim() == value.dim() == 4,
@@ -115,41 +96,57 @@ def _(
         query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
         lambda: "heal::attention: head sizes of Q and K, or lengths of K and V, differ",
     )
-    return query.new_empty((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+    states = (Floats(query), Floats(key), Floats(value))
+    return FloatAttention(*states, Scoring.read(*scoring), Numerics.parse(numerics))
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4], output)
-    ctx.is_causal, ctx.scale, ctx.numerics = inputs[4:]
+OPERATORS = attention_operators.define("attention", "Tensor query, Tensor key, Tensor value", read)
 
 
-def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The standard gradient of attention, P being the probabilities, G what comes in.
+# --------------------------------------------------------------------------------- autograd
 
-    dV = P^T G,  dP = G V^T,  dS = P * (dP - rowsum(G * O)),  dQ = scale dS K,  dK = scale dS^T Q.
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.rest = inputs[6:]
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, output, logsumexp = ctx.saved_tensors
+    call, needed = (*tensors, *ctx.rest), ctx.needs_input_grad
+    found = OPERATORS.gradients(grad, call, (output, logsumexp), needed[:5])
+    states = [
+        None if x is None else x.to(operand.dtype)
+        for x, operand in zip(found[:3], tensors[:3], strict=True)
+    ]
+    return (*states, *found[3:], *[None] * (1 + len(ctx.rest)))
+
+
+OPERATORS.attend.register_autograd(_backward, setup_context=_save)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:7])
+    ctx.rest = inputs[7:-2]
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative: of the operator's meaning, which is differentiable as it stands.
+
+    The output and the logsumexp are functions of the other operands, so that the whole derivative
+    with regard to those is theirs.
     """
-    query, key, value, attn_mask, output = ctx.saved_tensors
-    heads, bmm, numerics = key.shape[1], torch.ops.heal.bmm, ctx.numerics
-    weights = _attention_probabilities(query, key, attn_mask, ctx.is_causal, ctx.scale, numerics)
-    grad_rows, weight_rows = _fold(grad, heads), _fold(weights, heads)
-    grad_value = bmm(weight_rows.mT, grad_rows, numerics)
-    grad_weights = bmm(grad_rows, _fold(value, heads).mT, numerics).reshape(weights.shape)
-    grad_scores = weights * (grad_weights - (grad * output).sum(-1, keepdim=True))
-    score_rows = _fold(grad_scores, heads)
-    grad_query = bmm(score_rows, _fold(key, heads), numerics) * ctx.scale
-    grad_key = bmm(score_rows.mT, _fold(query, heads), numerics) * ctx.scale
-    grad_mask = None
-    if attn_mask is not None and ctx.needs_input_grad[3]:
-        grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    return (
-        grad_query.reshape(query.shape).to(query.dtype),
-        grad_key.reshape(key.shape).to(key.dtype),
-        grad_value.reshape(value.shape).to(value.dtype),
-        grad_mask,
-        None,
-        None,
-        None,
-    )
+    tensors, needed = list(ctx.saved_tensors), ctx.needs_input_grad[:7]
+    wanted = [index for index, need in enumerate(needed) if need]
+    with torch.enable_grad():
+        for index in {*wanted, 1, 2, 3}:
+            tensors[index] = tensors[index].detach().requires_grad_()
+        output, _ = read(*tensors[1:], *ctx.rest).attend()
+        first = torch.autograd.grad(output, tensors[1:4], tensors[0], create_graph=True)
+    leaves = [tensors[index] for index in wanted]
+    second = dict(zip(wanted, torch.autograd.grad(first, leaves, grads), strict=True))
+    return (*map(second.get, range(7)), *[None] * (len(ctx.rest) + 2))
 
 
-attention.register_autograd(_attention_backward, setup_context=_save_attention)
+OPERATORS.backward.register_autograd(_second_backward, setup_context=_save_backward)

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 #: Numbers that a 32-bit hash word can be.
 _WORD = 1 << 32
+#: What attention operators take besides their operands and `numerics`; `Scoring.read` reads it.
+SCORING = (
+    "Tensor? attn_mask, Tensor? sinks, Tensor? seed, bool is_causal, float scale, SymInt? window, "
+    "float? softcap, float dropout_p"
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,42 @@ class Scoring:
     softcap: float | None = None
     dropout_p: float = 0.0
 
+    @classmethod
+    def read(
+        cls,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        dropout_p: float,
+    ) -> Scoring:
+        """Read the arguments `SCORING` of an operator.
+
+        Raises:
+            RuntimeError: The dropout's seed is missing.
+        """
+        torch._check(
+            dropout_p == 0.0 or seed is not None,
+            lambda: "attention needs a seed (INT64, one element) where dropout_p > 0",
+        )
+        return cls(scale, attn_mask, sinks, seed, is_causal, window, softcap, dropout_p)
+
     @property
     def is_plain(self) -> bool:
         """Whether scale, mask and causality are all there is."""
         extras = (self.window, self.softcap, self.sinks)
         return self.dropout_p == 0.0 and all(extra is None for extra in extras)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments `SCORING` of an operator."""
+        return (
+            self.attn_mask, self.sinks, self.seed, self.is_causal, self.scale, self.window,
+            self.softcap, self.dropout_p,
+        )  # fmt: skip
 
     def columns(self, rows: slice, keys: int) -> slice:
         """The keys that some query of `rows` may see, causality and window considered."""
@@ -99,12 +136,13 @@ class Scoring:
         Returns:
             Weights as `scores`, zeros in a row that sees nothing, and `[B, H, L]`, -inf there.
         """
-        sink = scores.new_full((1,), -math.inf) if self.sinks is None else self.sinks
-        column = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        logits = torch.cat([column, scores], -1)
+        logits = scores
+        if self.sinks is not None:
+            column = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            logits = torch.cat([scores, column], -1)
         empty = (logits == -math.inf).all(-1, keepdim=True)
         weights = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
-        return weights[..., 1:], torch.logsumexp(logits, -1)
+        return weights[..., : scores.shape[-1]], torch.logsumexp(logits, -1)
 
     def survivors(self, shape: torch.Size, rows: slice, columns: slice) -> Tensor | None:
         """The factor that dropout gives each weight of `[B, H, rows, columns]`; None without."""

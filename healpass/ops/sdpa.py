@@ -1,11 +1,10 @@
 """`heal::sdpa` (composite): all of SDPA's arguments, and those of current models, in every format.
 
 `kv="fp32"` attends in FP32 (`heal::attention`); `int16` and `int24` quantize Q, K and V
-(`heal::quantize`) and attend over integers (`heal::integer_attention`). May import `ops.attention`
-and below.
+(`heal::quantize`) and attend over integers (`heal::integer_attention`). Both take windows, caps,
+sinks and dropout, and neither holds the scores of a whole sequence.
 
-Window, softcap, sinks and dropout belong to the integer operator. With `kv="fp32"` they are
-written out in plain operations, which hold the scores of the whole sequence in memory.
+May import `ops.attention`, `ops.integer_attention` and below.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from healpass.ops.integer_attention import fold
+from healpass.ops.integer_attention import OPERATORS
 from healpass.ops.matmul import check_operands, library
 from healpass.ops.scores import Scoring
 
@@ -87,19 +86,8 @@ def _attend_fp32(
     query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, kv: str, numerics: str
 ) -> Tensor:
     del kv
-    if scoring.is_plain:
-        return torch.ops.heal.attention(
-            query, key, value, scoring.attn_mask, scoring.is_causal, scoring.scale, numerics
-        )
-    heads, shape = key.shape[1], (*query.shape[:-1], key.shape[-2])
-    rows, columns = slice(0, shape[-2]), slice(0, shape[-1])
-    products = torch.ops.heal.bmm(fold(query, heads), fold(key, heads).mT, numerics)
-    scores = scoring.cap(products.reshape(shape) * scoring.scale)[0]
-    weights = scoring.softmax(scoring.hide(scores, rows, columns))[0]
-    kept = scoring.survivors(weights.shape, rows, columns)
-    weights = weights if kept is None else weights * kept
-    result = torch.ops.heal.bmm(fold(weights, heads), fold(value, heads), numerics)
-    return result.reshape(*query.shape[:-1], value.shape[-1])
+    result: Tensor = torch.ops.heal.attention(query, key, value, *scoring.arguments, numerics)[0]
+    return result
 
 
 def _attend_integers(
@@ -129,16 +117,10 @@ class _ThroughIntegers(torch.autograd.Function):
         kv: str,
         numerics: str,
     ) -> Tensor:
+        del attn_mask, sinks  # autograd sees them here, the operator takes them from `scoring`
         digits = [part for x in (query, key, value) for part in torch.ops.heal.quantize(x, kv)]
-        tensors = (*digits, attn_mask, sinks, scoring.seed)
-        ctx.rest = (
-            scoring.is_causal,
-            scoring.scale,
-            scoring.window,
-            scoring.softcap,
-            scoring.dropout_p,
-            numerics,
-        )
+        tensors = (*digits, *scoring.arguments[:3])
+        ctx.rest = (*scoring.arguments[3:], numerics)
         output, logsumexp = torch.ops.heal.integer_attention(*tensors, *ctx.rest)
         ctx.save_for_backward(*tensors, output, logsumexp)
         ctx.dtypes = [x.dtype for x in (query, key, value)]
@@ -148,18 +130,13 @@ class _ThroughIntegers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, output, logsumexp = ctx.saved_tensors
-        attn_mask, sinks = tensors[6:8]
-        call = (grad, *tensors, *ctx.rest, output, logsumexp)
-        grads: list[Tensor | None] = [None] * 5
-        if any(ctx.needs_input_grad[:3]):
-            found = torch.ops.heal.integer_attention_backward(*call)
-            grads[:3] = [x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)]
-        if ctx.needs_input_grad[3]:
-            grads[3] = torch.ops.heal.integer_attention_mask_grad(*call).to(attn_mask.dtype)
-        if ctx.needs_input_grad[4]:
-            share = torch.exp(sinks[:, None] - logsumexp)
-            grads[4] = -(share * (grad * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return (*grads, None, None, None)
+        call, wanted = (*tensors, *ctx.rest), ctx.needs_input_grad[:5]
+        found = OPERATORS.gradients(grad, call, (output, logsumexp), wanted)
+        states = [
+            None if x is None else x.to(dtype)
+            for x, dtype in zip(found[:3], ctx.dtypes, strict=True)
+        ]
+        return (*states, *found[3:], None, None, None)
 
 
 def leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:

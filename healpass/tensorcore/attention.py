@@ -67,10 +67,10 @@ def heal_attention(
         scores = scores + added
     hidden = (scores == -math.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores, -1).masked_fill(hidden, 0.0)
-    return _weighted_sum(weights, value, accumulate)
+    return weighted_values(weights, value, accumulate)
 
 
-def _weighted_sum(weights: Tensor, value: Tensor, accumulate: Accumulation | str) -> Tensor:
+def weighted_values(weights: Tensor, value: Tensor, accumulate: Accumulation | str) -> Tensor:
     """`weights [..., L, S] @ value [..., S, Ev]`, V's token scales folded into the weights."""
     how = Accumulation(accumulate) if isinstance(accumulate, str) else accumulate
     split = fp16_pieces(value, -1)

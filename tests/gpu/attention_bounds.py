@@ -16,6 +16,9 @@ With u = 2^-24, n visible keys in blocks of N, b blocks, c chunks, and per key j
   aligned to 25 fraction bits, chopped to FP32: arXiv 2511.10909) N (2^-25 + 2^-23 / 16), with the
   low products on top of it; one rounding per block and chunk; 1 / total and its product, 2u.
 
+Of operands as stored, q . k is one such chain over the padded head size: each of q and k is cut
+within 2^-22 and 2^-39 of its row's largest element, and the product of the low pieces is dropped.
+
 The factors multiply as they stand; nothing is linearised.
 """
 
@@ -25,7 +28,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from healpass.lowering.attention import CHUNK, DECODE_ROWS, keys_per_block
+from healpass.lowering.attention import CHUNK, DECODE_ROWS, SMALLEST_E, keys_per_block
 from torch import Tensor
 
 from healpass.ops.quantize import integers
@@ -53,9 +56,71 @@ class Digits:
         """FP64 `[B, H, S, E]`, exact."""
         return integers(self.planes) * self.scale.double()[..., None]
 
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What the operator takes."""
+        return self.planes, self.scale
+
+    @property
+    def digits(self) -> int:
+        """Their number."""
+        return self.planes.shape[2]
+
+    def part(self, batch: slice = slice(None), rows: slice = slice(None)) -> Digits:
+        """Some of the batch and some of the rows."""
+        return Digits(self.planes[batch, :, :, rows], self.scale[batch, :, rows])
+
     def repeated(self, groups: int) -> Digits:
         """One per query head."""
         return Digits(*(x.repeat_interleave(groups, 1) for x in (self.planes, self.scale)))
+
+    def poisoned(self, rows: slice) -> Digits:
+        """Rows that must not matter: the largest digits, and NaN for a scale."""
+        planes, scale = self.planes.clone(), self.scale.clone()
+        planes[:, :, :, rows], scale[:, :, rows] = 127, math.nan
+        return Digits(planes, scale)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """One operand of the kernels as stored: `[B, H, S, E]` in FP32 or 16 bits."""
+
+    states: Tensor
+
+    #: No digits.
+    digits = 0
+
+    @property
+    def values(self) -> Tensor:
+        """FP64 `[B, H, S, E]`, exact."""
+        return self.states.double()
+
+    @property
+    def scale(self) -> Tensor:
+        """What a row's pieces are in units of, at most: 2^-14 of its largest element."""
+        return (self.states.float().abs().amax(-1) * 2.0**-14).clamp_min(2.0**-126)
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What the operator takes."""
+        return (self.states,)
+
+    def part(self, batch: slice = slice(None), rows: slice = slice(None)) -> Floats:
+        """Some of the batch and some of the rows."""
+        return Floats(self.states[batch, :, rows])
+
+    def repeated(self, groups: int) -> Floats:
+        """One per query head."""
+        return Floats(self.states.repeat_interleave(groups, 1))
+
+    def poisoned(self, rows: slice) -> Floats:
+        """Rows that must not matter: NaN."""
+        states = self.states.clone()
+        states[:, :, rows] = math.nan
+        return Floats(states)
+
+
+Operand = Digits | Floats
 
 
 @dataclass(frozen=True)
@@ -84,12 +149,24 @@ def low_weights(head_size: int, left: int, right: int) -> float:
     return head_size * 2.0**14 * sum(count * 256**w for w, count in enumerate(pairs))
 
 
-def scores_and_errors(query: Digits, key: Digits, scoring: Scoring) -> tuple[Tensor, Tensor]:
+def product_error(query: Operand, key: Operand) -> Tensor:
+    """Error of q . k before the scales round, `[B, H, L, S]`."""
+    if query.digits:
+        low = low_weights(query.planes.shape[-1], query.digits, key.digits)
+        return 3 * UNIT * low * query.scale.double()[..., None] * key.scale.double()[..., None, :]
+    left, right = query.values.abs(), key.values.abs()
+    sums = left.sum(-1, keepdim=True) * right.amax(-1)[..., None, :]
+    sums = sums + left.amax(-1, keepdim=True) * right.sum(-1)[..., None, :]
+    depth = max(SMALLEST_E, padded(left, right))
+    # Below FP32's normal range pieces have the fixed unit 2^-126.
+    tiny = 2.0**-149 * depth * (left.amax((-2, -1)) + right.amax((-2, -1)))[..., None, None]
+    return (3 * 2.0**-22 + chain_error(depth)) * (left @ right.mT) + 2.0**-38 * sums + tiny
+
+
+def scores_and_errors(query: Operand, key: Operand, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Exact scores `[B, H, L, S]`, -inf where hidden, and the kernels' error of each."""
     product = scoring.scale * (query.values @ key.values.mT)
-    low = low_weights(query.planes.shape[-1], query.planes.shape[2], key.planes.shape[2])
-    scales = query.scale.double()[..., None] * key.scale.double()[..., None, :]
-    error = 5 * UNIT * product.abs() + 3 * UNIT * low * abs(scoring.scale) * scales
+    error = 5 * UNIT * product.abs() + abs(scoring.scale) * product_error(query, key)
     if scoring.softcap is not None:
         product = scoring.softcap * torch.tanh(product / scoring.softcap)
         error = error + 16 * UNIT * product.abs()
@@ -103,10 +180,10 @@ def scores_and_errors(query: Digits, key: Digits, scoring: Scoring) -> tuple[Ten
     return scores, error * (1 + 2.0**-10)  # the errors of erroneous numbers
 
 
-def exact(query: Digits, key: Digits, value: Digits, scoring: Scoring) -> Exact:
+def exact(query: Operand, key: Operand, value: Operand, scoring: Scoring) -> Exact:
     """Attention in FP64, and the bound of the kernels."""
-    groups = query.planes.shape[1] // key.planes.shape[1]
-    rows = groups * query.planes.shape[-2]
+    groups = query.scale.shape[1] // key.scale.shape[1]
+    rows = groups * query.scale.shape[-1]
     key, value = key.repeated(groups), value.repeated(groups)
     scores, error = scores_and_errors(query, key, scoring)
     sink = torch.full((1,), -math.inf) if scoring.sinks is None else scoring.sinks
@@ -119,7 +196,7 @@ def exact(query: Digits, key: Digits, value: Digits, scoring: Scoring) -> Exact:
     largest = torch.maximum(scores.amax(-1, keepdim=True), sink)
     distance = torch.where(visible, largest - scores, 0.0)
     eta = torch.exp(error + UNIT * (distance + 1)) * (1 + 4 * UNIT) - 1
-    block = keys_per_block(padded(query.planes, value.planes), key.planes.shape[2])
+    block = keys_per_block(padded(query.values, value.values), key.digits)
     blocks = -(-scores.shape[-1] // block)
     chunks = -(-scores.shape[-1] // CHUNK) if rows <= DECODE_ROWS else 0
     steps = (2 * blocks + chunks + 4) * UNIT
@@ -135,7 +212,7 @@ def exact(query: Digits, key: Digits, value: Digits, scoring: Scoring) -> Exact:
     # Nothing is promised, and NaN is right, where a visible key is NaN.
     bound = (used * relative) @ magnitude
     folded = (used * value.scale.double()[..., None, :]).amax(-1, keepdim=True)
-    cut = visible.double() @ integers(value.planes).abs()
+    cut = visible.double() @ (magnitude / value.scale.double()[..., None])
     bound = bound + 2.0**-38 * folded * cut
     floor = (count + 2 * blocks) * (2.0**-125 * magnitude.amax((-2, -1), keepdim=True) + 2.0**-128)
     log_error = tau / (1 - tau) + UNIT * (4 * logsumexp.abs()[..., None].nan_to_num(0.0, 0.0, 0.0))
@@ -196,10 +273,10 @@ def chain_error(terms: int) -> float:
 
 
 def gradients(
-    query: Digits, key: Digits, value: Digits, scoring: Scoring, grad: Tensor
+    query: Operand, key: Operand, value: Operand, scoring: Scoring, grad: Tensor
 ) -> tuple[Gradient, Gradient, Gradient]:
     """Gradients of Q, K and V in FP64, and the bounds of the kernels."""
-    groups = query.planes.shape[1] // key.planes.shape[1]
+    groups = query.scale.shape[1] // key.scale.shape[1]
     scale = abs(scoring.scale)
     rows = _rows(query, key.repeated(groups), value.repeated(groups), scoring, grad)
     many, wide = rows.grad_scores, rows.grad_scores_error
@@ -231,7 +308,7 @@ class _Values:
     scale: Tensor
 
 
-def _product(left: Tensor, error: Tensor, right: Digits | _Values) -> Gradient:
+def _product(left: Tensor, error: Tensor, right: Operand | _Values) -> Gradient:
     """`left [.., M, K] @ right [.., K, N]` by blocks of pieces, `left` being off by `error`."""
     values, terms = right.values.abs(), left.shape[-1]
     grown = left.abs() + error
@@ -245,7 +322,7 @@ def _product(left: Tensor, error: Tensor, right: Digits | _Values) -> Gradient:
     return Gradient(left @ right.values, bound + tiny)
 
 
-def _rows(query: Digits, key: Digits, value: Digits, scoring: Scoring, grad: Tensor) -> _Row:
+def _rows(query: Operand, key: Operand, value: Operand, scoring: Scoring, grad: Tensor) -> _Row:
     reference = exact(query, key, value, scoring)
     scores, error = scores_and_errors(query, key, scoring)
     finite = torch.where(reference.logsumexp.isfinite(), reference.logsumexp, 0.0)[..., None]

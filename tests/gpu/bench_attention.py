@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from healpass import lowering
+from healpass.ops.scores import Scoring
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
 #: Queries and keys, in order of interest: what the time does not reach comes last.
@@ -66,16 +67,16 @@ def ours() -> tuple[Attend, Attend]:
     """Integer and FP32 attention, through Inductor."""
     lowering.register()
 
+    def scoring(query: Tensor) -> tuple[object, ...]:
+        return Scoring(SIZE**-0.5, is_causal=query.shape[-2] > 1).arguments
+
     @torch.compile(fullgraph=True, dynamic=False)
     def integers(*digits: Tensor) -> Tensor:
-        causal = digits[0].shape[-2] > 1
-        rest = (None, None, None, causal, SIZE**-0.5, None, None, 0.0, "heal")
-        return torch.ops.heal.integer_attention(*digits, *rest)[0]
+        return torch.ops.heal.integer_attention(*digits, *scoring(digits[0]), "heal")[0]
 
     @torch.compile(fullgraph=True, dynamic=False)
     def floats(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        causal = query.shape[-2] > 1
-        return torch.ops.heal.attention(query, key, value, None, causal, SIZE**-0.5, "heal")
+        return torch.ops.heal.attention(query, key, value, *scoring(query), "heal")[0]
 
     return integers, floats
 

@@ -13,6 +13,7 @@ from healpass.lowering.tiles import AttentionTile
 from torch import Tensor
 
 from healpass import lowering
+from healpass.ops.scores import Scoring
 from tests.attending import (
     FAMILIES,
     Problem,
@@ -21,15 +22,11 @@ from tests.attending import (
     build,
     family,
     mask_of,
-    poisoned,
     random,
 )
 
 OPTIONS = {"fx_graph_cache": False}
-OPERATORS = {
-    "forward": torch.ops.heal.integer_attention,
-    "backward": torch.ops.heal.integer_attention_backward,
-}
+FORMATS = ("int16", "int24", "fp32")
 
 
 def compiled(name: str, call: list[Any]) -> tuple[Tensor, ...]:
@@ -37,19 +34,20 @@ def compiled(name: str, call: list[Any]) -> tuple[Tensor, ...]:
     lowering.register()
     torch._dynamo.reset()
     call = [x.cuda() if isinstance(x, Tensor) else x for x in call]
-    function = torch.compile(OPERATORS[name], fullgraph=True, dynamic=False, options=OPTIONS)
+    operator = getattr(torch.ops.heal, name)
+    function = torch.compile(operator, fullgraph=True, dynamic=False, options=OPTIONS)
     return tuple(result.cpu() for result in function(*call))
 
 
 def attend(problem: Problem) -> tuple[Tensor, ...]:
-    return compiled("forward", problem.call())
+    return compiled(problem.name, problem.call())
 
 
 def gradients_of(problem: Problem, grad: Tensor) -> tuple[Tensor, ...]:
-    return compiled("backward", [grad, *problem.call(), *attend(problem)])
+    return compiled(f"{problem.name}_backward", [grad, *problem.call(), *attend(problem)])
 
 
-@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (80, 40), (256, 256), (3, 5)])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 1000), (5, 77), (130, 130), (300, 513)])
 def test_attention_is_within_its_bound(lengths, size, kv):
@@ -68,15 +66,16 @@ SCORINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kv", ["int16", "fp32"])
 @pytest.mark.parametrize("kind", SCORINGS)
-def test_scoring_and_its_gradients_are_within_their_bounds(kind):
-    problem = build(length=70, keys=90, value_size=48, **SCORINGS[kind])
+def test_scoring_and_its_gradients_are_within_their_bounds(kind, kv):
+    problem = build(length=70, keys=90, value_size=48, kv=kv, **SCORINGS[kind])
     assert_within_bound(problem, attend(problem))
     grad = random((1, 4, 70, 48), 9)
     assert_gradients_within_bound(problem, grad, gradients_of(problem, grad))
 
 
-@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_gradients_are_within_their_bound(size, kv):
     problem = build(length=100, keys=100, size=size, value_size=size, kv=kv, is_causal=True)
@@ -93,13 +92,13 @@ def test_batch_padding_and_more_keys_leave_bits_alone(name):
     hidden = slice(visible, None)
     padded = dataclasses.replace(
         problem.with_scoring(attn_mask=mask),
-        key=poisoned(problem.key, hidden),
-        value=poisoned(problem.value, hidden),
+        key=problem.key.poisoned(hidden),
+        value=problem.value.poisoned(hidden),
     )
     assert all(map(torch.equal, attend(padded), attend(problem.part(keys=slice(0, visible)))))
 
 
-@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_tile_gives_the_same_bits(name, kv, monkeypatch):
     """Up to 32 rows the compiler takes mma.sync, from 64 on wgmma: the same bits, too."""
@@ -125,7 +124,7 @@ def test_floats_are_as_close_to_fp64_as_fp32_attention():
     lowering.register()
     torch._dynamo.reset()
     function = torch.compile(torch.ops.heal.attention, fullgraph=True, options=OPTIONS)
-    found = function(*states, None, True, 0.125, "heal")
+    found, _ = function(*states, *Scoring(0.125, is_causal=True).arguments, "heal")
     query, key, value = (x.double() for x in states)
     scores = (query @ key.mT * 0.125).masked_fill(
         ~torch.ones(200, 200, dtype=torch.bool, device="cuda").tril(), -math.inf

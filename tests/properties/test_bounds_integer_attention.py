@@ -1,6 +1,7 @@
-"""heal::integer_attention and its gradients lie within their bounds, and quantization within its.
+"""Attention in every format and its gradients lie within their bounds, and quantization too.
 
-The reference is FP64 attention on the quantized inputs: what the integers stand for, exactly.
+The reference is FP64 attention on the operands: states as stored, or exactly what the integers
+stand for.
 """
 
 import math
@@ -29,7 +30,7 @@ heal = torch.ops.heal
 
 @dataclass(frozen=True)
 class Case:
-    """One attention over integers."""
+    """One attention."""
 
     kv: str
     heads: int
@@ -47,6 +48,24 @@ class Case:
     dropout_p: float
     rule: str | None
     seed: int
+
+    @property
+    def operator(self):
+        """The format's operator."""
+        return heal.attention if self.kv == "fp32" else heal.integer_attention
+
+    @property
+    def backward(self):
+        """And that of its gradients."""
+        floats = self.kv == "fp32"
+        return heal.attention_backward if floats else heal.integer_attention_backward
+
+    def operands(self):
+        """What the operator takes."""
+        states = self.states()
+        if self.kv == "fp32":
+            return states
+        return tuple(part for x in states for part in heal.quantize(x, self.kv))
 
     def states(self):
         """Q, K, V in FP32, grouped heads in K and V."""
@@ -74,7 +93,7 @@ class Case:
 
 cases = st.builds(
     Case,
-    kv=st.sampled_from(["int16", "int24"]),
+    kv=st.sampled_from(["int16", "int24", "fp32"]),
     heads=st.integers(1, 2),
     groups=st.integers(1, 3),
     length=st.sampled_from([1, 2, 7, 130]),
@@ -93,18 +112,18 @@ cases = st.builds(
 )
 
 
-def digits_of(case, states):
-    return tuple(part for x in states for part in heal.quantize(x, case.kv))
-
-
 def exact_values(digits, scale):
     return integers(digits) * scale.double().unsqueeze(-1)
 
 
-def exact(case: Case, digits, arguments, grad) -> AttentionValues:
+def exact(case: Case, operands, arguments, grad) -> AttentionValues:
     """The same attention in FP64, written independently of the operator."""
     mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, _ = arguments
-    query, key, value = (exact_values(*digits[i : i + 2]) for i in (0, 2, 4))
+    query, key, value = (
+        (x.double() for x in operands)
+        if case.kv == "fp32"
+        else (exact_values(*operands[i : i + 2]) for i in (0, 2, 4))
+    )
     key, value = (x.repeat_interleave(case.groups, 1) for x in (key, value))
     products = scale * query @ key.mT
     scores = products if softcap is None else softcap * torch.tanh(products / softcap)
@@ -131,8 +150,9 @@ def exact(case: Case, digits, arguments, grad) -> AttentionValues:
     )
 
 
-def forward_bound(case: Case, truth: AttentionValues, arguments, kv="digits"):
+def forward_bound(case: Case, truth: AttentionValues, arguments):
     """The bound of the output, and that of a score."""
+    kv = "fp32" if case.kv == "fp32" else "digits"
     shape = AttentionShape(
         case.head_size, case.keys + case.sinks, "heal" if case.rule else "layercast", case.rule, kv
     )
@@ -153,9 +173,13 @@ def forward_bound(case: Case, truth: AttentionValues, arguments, kv="digits"):
 
 @given(case=cases)
 def test_the_output_is_within_its_bound_of_fp64_on_the_quantized_inputs(case):
-    digits, arguments = digits_of(case, case.states()), case.arguments()
-    output, logsumexp = heal.integer_attention(*digits, *arguments)
-    truth = exact(case, digits, arguments, torch.zeros_like(output))
+    operands, arguments = case.operands(), case.arguments()
+    output, logsumexp = case.operator(*operands, *arguments)
+    assert_output_within_bound(case, operands, arguments, output, logsumexp)
+
+
+def assert_output_within_bound(case, operands, arguments, output, logsumexp):
+    truth = exact(case, operands, arguments, torch.zeros_like(output))
     bound, _ = forward_bound(case, truth, arguments)
     ratio = worst_ratio(output, truth.output, bound)
     print(f"observed/bound {ratio:.3f}")
@@ -168,11 +192,15 @@ def test_the_output_is_within_its_bound_of_fp64_on_the_quantized_inputs(case):
 
 @given(case=cases.filter(lambda case: case.rule is None))
 def test_the_gradients_are_within_their_bounds(case):
-    digits, arguments = digits_of(case, case.states()), case.arguments()
-    output, logsumexp = heal.integer_attention(*digits, *arguments)
+    operands, arguments = case.operands(), case.arguments()
+    output, logsumexp = case.operator(*operands, *arguments)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(case.seed + 2))
-    found = heal.integer_attention_backward(grad, *digits, *arguments, output, logsumexp)
-    truth = exact(case, digits, arguments, grad)
+    found = case.backward(grad, *operands, *arguments, output, logsumexp)
+    assert_gradients_within_bound(case, operands, arguments, grad, found)
+
+
+def assert_gradients_within_bound(case, operands, arguments, grad, found):
+    truth = exact(case, operands, arguments, grad)
     bound, delta = forward_bound(case, truth, arguments)
     bounds = gradient_bounds(truth, delta, bound)
     for name, ours, wanted, budget in zip("QKV", found, truth.gradients(), bounds, strict=True):
@@ -186,16 +214,17 @@ def test_the_gradients_are_within_their_bounds(case):
         assert ratio <= 1
 
 
-def test_the_bounds_mean_something():
+@pytest.mark.parametrize("kv", ["int24", "fp32"])
+def test_the_bounds_mean_something(kv):
     """On plain data they are within three orders of magnitude of what is observed."""
-    case = Case("int24", 2, 2, 130, 150, 64, 5, 1.0, 1.0, "none", None, None, False, 0.0, None, 3)
-    digits, arguments = digits_of(case, case.states()), case.arguments()
-    output, logsumexp = heal.integer_attention(*digits, *arguments)
+    case = Case(kv, 2, 2, 130, 150, 64, 5, 1.0, 1.0, "none", None, None, False, 0.0, None, 3)
+    operands, arguments = case.operands(), case.arguments()
+    output, logsumexp = case.operator(*operands, *arguments)
     grad = torch.randn(output.shape)
-    truth = exact(case, digits, arguments, grad)
+    truth = exact(case, operands, arguments, grad)
     bound, delta = forward_bound(case, truth, arguments)
     assert worst_ratio(output, truth.output, bound) > 1e-3
-    found = heal.integer_attention_backward(grad, *digits, *arguments, output, logsumexp)
+    found = case.backward(grad, *operands, *arguments, output, logsumexp)
     for ours, wanted, budget in zip(
         found, truth.gradients(), gradient_bounds(truth, delta, bound), strict=True
     ):
@@ -210,7 +239,7 @@ def test_the_bounds_mean_something():
 def test_a_coarser_format_breaks_the_bound(kv):
     """The inverse: values of 8 bits are found."""
     case = Case(kv, 1, 1, 7, 17, 64, 5, 1.0, 1.0, "none", None, None, False, 0.0, None, 3)
-    digits, arguments = digits_of(case, case.states()), case.arguments()
+    digits, arguments = case.operands(), case.arguments()
     truth = exact(case, digits, arguments, torch.zeros(2, 1, 7, 5))
     bound, _ = forward_bound(case, truth, arguments)
     poorer = list(digits)

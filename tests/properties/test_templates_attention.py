@@ -36,7 +36,6 @@ from tests.attending import (
     differentiate,
     family,
     mask_of,
-    poisoned,
     random,
     without_products_of,
 )
@@ -44,6 +43,7 @@ from tests.attention_cases import PLANES
 from tests.fake_cuda import always, generated_source
 from tests.gpu.attention_bounds import Digits
 
+FORMATS = ("int16", "int24", "fp32")
 lengths = st.one_of(st.integers(1, 12), st.sampled_from([31, 33, 65]))
 key_lengths = st.one_of(st.integers(1, 70), st.sampled_from([127, 129, 300]))
 problems = st.fixed_dictionaries({
@@ -54,7 +54,7 @@ problems = st.fixed_dictionaries({
     "keys": key_lengths,
     "size": st.sampled_from([1, 3, 16, 64, 80]),
     "value_size": st.sampled_from([1, 5, 16, 40]),
-    "kv": st.sampled_from(["int16", "int24"]),
+    "kv": st.sampled_from(FORMATS),
     "seed": st.integers(0, 2**20),
     "exponents": st.sampled_from([(0, 0), (0, 0), (60, 0), (0, 60), (-60, -90), (2, 100)]),
     "mask": st.sampled_from(["none", "none", "bool", "float"]),
@@ -119,7 +119,7 @@ def test_the_bound_that_the_package_prints_holds_for_the_kernels(name, kv):
     assert (error <= bound).all()
 
 
-@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("size", [128, 256])
 def test_the_largest_heads_are_within_their_bound(size, kv):
     problem = build(heads=1, keys=40, size=size, value_size=size, kv=kv)
@@ -142,18 +142,21 @@ def test_digits_at_their_limits_do_not_overflow_int32(kv):
 # --------------------------------------------------------------------------- bits that must agree
 
 
+@pytest.mark.parametrize("kv", ["int16", "fp32"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_entry_does_not_depend_on_its_batch(name):
-    problem = family(name, is_causal=name == "prefill")
+def test_an_entry_does_not_depend_on_its_batch(name, kv):
+    problem = family(name, kv=kv, is_causal=name == "prefill")
     whole, alone = attend(problem), attend(problem.part(batch=slice(1, 2)))
     for left, right in zip(whole, alone, strict=True):
         assert torch.equal(left[1:2], right)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize(
+    ("kv", "dtype"), [("int16", torch.bool), ("int16", torch.float32), ("fp32", torch.bool)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_right_padding_and_keys_that_nobody_sees_leave_bits_alone(name, dtype):
-    problem, visible = family(name), 130
+def test_right_padding_and_keys_that_nobody_sees_leave_bits_alone(name, kv, dtype):
+    problem, visible = family(name, kv=kv), 130
     mask = (torch.arange(300) < visible).expand(FAMILIES[name], 300)
     if dtype != torch.bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
@@ -161,8 +164,8 @@ def test_right_padding_and_keys_that_nobody_sees_leave_bits_alone(name, dtype):
     hidden = slice(visible, None)
     padded = dataclasses.replace(
         problem.with_scoring(attn_mask=mask),
-        key=poisoned(problem.key, hidden),
-        value=poisoned(problem.value, hidden),
+        key=problem.key.poisoned(hidden),
+        value=problem.value.poisoned(hidden),
     )
     for left, right in zip(attend(short), attend(padded), strict=True):
         assert torch.equal(left, right)
@@ -179,20 +182,33 @@ def test_causality_hides_what_comes_later():
     problem = family("prefill", is_causal=True)
     later = slice(FAMILIES["prefill"], None)
     other = dataclasses.replace(
-        problem, key=poisoned(problem.key, later), value=poisoned(problem.value, later)
+        problem, key=problem.key.poisoned(later), value=problem.value.poisoned(later)
     )
     assert all(map(torch.equal, attend(problem), attend(other)))
 
 
 def test_a_query_does_not_depend_on_those_behind_it():
     problem = family("prefill", is_causal=True)
-    first = Digits(problem.query.planes[..., :20, :], problem.query.scale[..., :20])
+    first = problem.query.part(rows=slice(0, 20))
     short = dataclasses.replace(problem, query=first)
     for left, right in zip(attend(problem), attend(short), strict=True):
         assert torch.equal(left[:, :, :20], right)
 
 
-@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize(("kv", "sinks"), [("int16", torch.ones(2)), ("fp32", None)])
+def test_with_m_invariant_a_row_of_prefill_has_the_bits_of_decode(kv, sinks):
+    """The inverse: without it some row tells its family."""
+    plain = family("prefill", kv=kv, batch=1, keys=700, sinks=sinks)
+    asked = dataclasses.replace(plain, numerics="heal:::m_invariant")
+    rows = FAMILIES["decode"]
+    decoded = attend(dataclasses.replace(asked, query=asked.query.part(rows=slice(0, rows))))
+    assert_within_bound(asked, attend(asked))
+    for prefill, decode in zip(attend(asked), decoded, strict=True):
+        assert torch.equal(prefill[:, :, :rows], decode)
+    assert not torch.equal(attend(plain)[0][:, :, :rows], decoded[0])
+
+
+@pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tiles_leave_bits_alone(name, kv, monkeypatch):
     problem = family(name, kv=kv, batch=1, window=200, sinks=torch.ones(2))
@@ -224,7 +240,7 @@ def test_a_visible_nan_reaches_the_rows_that_see_it_and_no_other():
     problem = build(length=40, keys=70, is_causal=True)
     for name in ("key", "value"):
         states = getattr(problem, name)
-        spoiled = dataclasses.replace(problem, **{name: poisoned(states, slice(20, 21))})
+        spoiled = dataclasses.replace(problem, **{name: states.poisoned(slice(20, 21))})
         output, _ = attend(spoiled)
         assert output[:, :, 20:].isnan().all()
         assert torch.equal(output[:, :, :20], attend(problem)[0][:, :, :20])
@@ -328,9 +344,13 @@ def assert_noticed(change: Change) -> None:
         assert_within_bound(problem, attend(problem, change=change))
 
 
-@pytest.mark.parametrize("lost", ["s_low", "p_low", "g_low"])
-def test_the_bound_of_gradients_notices_a_lost_piece(lost):
-    problem, grad = family("prefill", batch=1, size=16), random((1, 2, 40, 64), 9)
+@pytest.mark.parametrize(
+    ("kv", "lost"),
+    [("int16", "s_low"), ("int16", "p_low"), ("int16", "g_low"), ("fp32", "q_low"),
+     ("fp32", "k_low"), ("fp32", "v_low")],
+)  # fmt: skip
+def test_the_bound_of_gradients_notices_a_lost_piece(kv, lost):
+    problem, grad = family("prefill", kv=kv, batch=1, size=16), random((1, 2, 40, 64), 9)
     assert_gradients_within_bound(problem, grad, differentiate(problem, grad))
     found = differentiate(problem, grad, change=without_products_of(lost))
     with pytest.raises(AssertionError, match="observed / bound"):
@@ -340,7 +360,7 @@ def test_the_bound_of_gradients_notices_a_lost_piece(lost):
 def test_hidden_nans_would_show():
     """Without the guard of hidden weights, 0 * NaN is NaN."""
     problem = build(length=40, keys=70, is_causal=True)
-    problem = dataclasses.replace(problem, value=poisoned(problem.value, slice(20, 21)))
+    problem = dataclasses.replace(problem, value=problem.value.poisoned(slice(20, 21)))
     guard = 'tl.where(scores == float("-inf"), 0.0, weights * v_unit[None, :])'
     output, _ = attend(problem, change=lambda s: s.replace(guard, "weights * v_unit[None, :]"))
     assert output[:, :, :20].isnan().any()

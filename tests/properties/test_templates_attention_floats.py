@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -37,14 +36,9 @@ class Floats:
         return float(torch.tensor(self.query.shape[-1] ** -0.5))
 
     def attend(self, capability: int = 90, change: Change | None = None) -> Tensor:
-        states = (self.query, self.key, self.value, self.mask)
-        call = [*states, self.is_causal, self.scale, "heal"]
-
-        def operator(*arguments: Any) -> tuple[Tensor]:
-            return (torch.ops.heal.attention(*arguments),)
-
-        (output,) = run(operator, call, capability, change)
-        return output
+        scoring = Scoring(self.scale, self.mask, is_causal=self.is_causal)
+        call = [self.query, self.key, self.value, *scoring.arguments, "heal"]
+        return run(torch.ops.heal.attention, call, capability, change)[0]
 
     def assert_within_bound(self, output: Tensor) -> float:
         """Against FP64 and the bound that the package prints for FP32 states."""

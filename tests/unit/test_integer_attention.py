@@ -13,8 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from healpass.ops import integer_attention as module
-from healpass.ops import integer_gradients
+from healpass.ops import attention, blockwise, integer_attention
 from healpass.ops.quantize import integers
 from healpass.ops.scores import dropout_words
 
@@ -119,7 +118,7 @@ def test_huge_and_tiny_magnitudes_stay_finite(magnitude, numerics):
 def test_blocks_of_queries_change_nothing(monkeypatch):
     digits = operands(length=150, keys=150)
     expected = attend(digits, causal=True, window=40)
-    monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(blockwise, "ROWS", 7)
     for ours, theirs in zip(attend(digits, causal=True, window=40), expected, strict=True):
         assert (ours - theirs).abs().max() <= 2**-20
 
@@ -136,30 +135,36 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("kv", [*KV, "fp32"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_memory_grows_linearly_with_the_length(backward):
-    """Twice the length is twice the largest tensor; the inverse, FP32 with a cap, has its square.
+def test_memory_grows_linearly_with_the_length(backward, kv):
+    """Twice the length is twice the largest tensor; the inverse, one block of all, has its square.
 
     The operator's function is called itself: inside the operator a mode sees nothing.
     """
-    sizes = []
-    for length in (512, 1024):
-        call = (*operands(length=length, keys=length), None, None, None, True, 0.25, None, 2.0)
-        call = (*call, 0.0, "heal")
-        with LargestTensor() as forward:
-            output, logsumexp = module.integer_attention._init_fn(*call)
-        with LargestTensor() as mode:
-            if backward:
-                integer_gradients.integer_attention_backward._init_fn(
-                    output, *call, output, logsumexp
-                )
-        sizes.append((mode if backward else forward).elements)
+    sizes = [largest_tensor(kv, length, backward) for length in (512, 1024)]
     assert sizes[1] <= 2 * sizes[0]
     assert sizes[1] < 8 * 1024 * 1024 / 4
-    query = torch.randn(1, 2, 1024, 8)
-    with LargestTensor() as whole:
-        heal.sdpa(query, query, query, softcap=2.0, kv="fp32")
-    assert whole.elements >= 2 * 1024 * 1024
+
+
+def test_the_check_of_memory_notices_a_score_matrix(monkeypatch):
+    monkeypatch.setattr(blockwise, "ROWS", 1024)
+    for kv in ("int16", "fp32"):
+        assert largest_tensor(kv, 1024, backward=False) >= 8 * 1024 * 1024
+
+
+def largest_tensor(kv: str, length: int, backward: bool) -> int:
+    operators = (attention if kv == "fp32" else integer_attention).OPERATORS
+    states = operands("int16" if kv == "fp32" else kv, length=length, keys=length)
+    if kv == "fp32":
+        states = [heal.dequantize(*states[i : i + 2]) for i in (0, 2, 4)]
+    sinks, seed = torch.randn(4), torch.tensor([1])
+    call = (*states, None, sinks, seed, True, 0.25, None, 2.0, 0.5, "heal")
+    with LargestTensor() as forward:
+        output, logsumexp = operators.attend._init_fn(*call)
+    with LargestTensor() as mode:
+        operators.backward._init_fn(output, *call, output, logsumexp)
+    return (mode if backward else forward).elements
 
 
 def test_compiled_prefill_stores_no_score_matrix():

@@ -17,17 +17,18 @@ def exact(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
 def meaning(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
     """The operators' own FP32 arithmetic."""
     call = check.call()
-    results = torch.ops.heal.integer_attention(*call)
-    backward = torch.ops.heal.integer_attention_backward
-    return (*results, *backward(check.operands()[6], *call, *results))
+    results = getattr(torch.ops.heal, check.operator)(*call)
+    backward = getattr(torch.ops.heal, f"{check.operator}_backward")
+    return (*results, *backward(check.operands()[-1], *call, *results))
 
 
 def interpreted(check: AttentionCheck, change: Change | None = None) -> tuple[torch.Tensor, ...]:
     """The generated kernels, in the interpreter."""
     call = list(check.call())
-    results = run(torch.ops.heal.integer_attention, call, change=change)
-    call = [check.operands()[6], *call, *results]
-    return (*results, *run(torch.ops.heal.integer_attention_backward, call, change=change))
+    results = run(getattr(torch.ops.heal, check.operator), call, change=change)
+    call = [check.operands()[-1], *call, *results]
+    backward = getattr(torch.ops.heal, f"{check.operator}_backward")
+    return (*results, *run(backward, call, change=change))
 
 
 def test_right_results_pass():

@@ -12,7 +12,7 @@ from tests.fake_cuda import Kernel
 from tests.sass import Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
-#: Both backward kernels for heads of 256 spill a little on sm_90 and sm_100, whatever the tile.
+#: The backward kernels for heads of 256 spill a little on sm_90 and sm_100, whatever the tile.
 FEW_SPILLS = {"backward 256": 14}
 
 

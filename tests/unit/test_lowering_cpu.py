@@ -185,19 +185,30 @@ def test_the_operator_obeys_a_mask_and_causality_at_once():
     mask.fill_diagonal_(True)
 
     def attend(*states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.heal.attention(*states, mask, True, 0.25)
+        rest = (None, None, True, 0.25, None, None, 0.0, "heal")
+        return torch.ops.heal.attention(*states, mask, *rest)[0]
 
     found, eager = source_of(attend, query, key, value)[0], attend(query, key, value)
-    assert torch.equal(found, eager)
+    options = {"attn_mask": mask.tril(), "scale": 0.25, "enable_gqa": True}
+    exact, budget = exact_and_budget(query, key, value, **options)
+    for result in (found, eager):
+        assert worst_ratio(result, exact, budget) <= 1
 
 
-def test_attention_without_a_kernel_runs_its_meaning():
-    """Head sizes of K and V that differ: torch's kernel cannot, the operator can."""
-    query, key, value = (torch.randn(1, 2, 3, e).to(BF16) for e in (8, 8, 5))
+def exact_and_budget(query, key, value, **options):
+    """SDPA in FP64, and what FP32 may be off by: E + 8 and S + 4 roundings of scores and sums."""
+    query, key, value = (x.double() for x in (query, key, value))
+    exact = F.scaled_dot_product_attention(query, key, value, **options)
+    size = F.scaled_dot_product_attention(query, key, value.abs(), **options)
+    length = query.norm(dim=-1).amax() * key.norm(dim=-1).amax()
+    scores = (query.shape[-1] + 8) * length * options.get("scale", query.shape[-1] ** -0.5)
+    return exact, (2 * scores + key.shape[-2] + 4) * U * size
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(3, True), (1, False)])
+def test_head_sizes_may_differ_and_a_single_row_runs_the_meaning(rows, kernel):
+    query, key, value = (torch.randn(1, 1, rows, e).to(BF16) for e in (8, 8, 5))
     found, source = source_of(F.scaled_dot_product_attention, query, key, value)
-    assert "heal.attention" in source
-    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    size = F.scaled_dot_product_attention(query.double(), key.double(), value.double().abs())
-    scores = 8 * (query.double().abs() @ key.double().abs().mT).amax() / 8**0.5
-    budget = (2 * (scores + 8) * U + (3 + 4) * U) * size
-    assert worst_ratio(found, exact, budget) <= 1
+    assert ("product_tile" in source) == kernel
+    assert ("heal.attention" in source) != kernel
+    assert worst_ratio(found, *exact_and_budget(query, key, value)) <= 1

@@ -111,6 +111,12 @@ def test_sdpa_refuses_a_mask_beside_is_causal():
 # ------------------------------------------------------------------------------------ opcheck
 
 
+def attention_backward_call(q, k):
+    call = (q, k, k, torch.randn(3, 5), None, None, False, 0.5, None, None, 0.0, "heal")
+    output, logsumexp = heal.attention(*call)
+    return (torch.randn_like(output), *call, output, logsumexp)
+
+
 def operator_calls():
     """One call per operator, operands that need gradients and mixed dtypes among them."""
     a = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
@@ -124,7 +130,10 @@ def operator_calls():
     yield "linear", (a, b.t(), torch.randn(5, dtype=torch.float16)), {}
     yield "matmul", (a, b), {}
     yield "grouped_mm", (a, torch.stack([b, b]), offs), {}
-    yield "attention", (q, k, k, mask, False, 0.5), {}
+    rest = (mask, torch.randn(4, requires_grad=True), None, False, 0.5, 3, 2.0, 0.0, "heal")
+    yield "attention", (q, k, k, *rest), {}
+    yield "attention_backward", attention_backward_call(q.detach(), k.detach()), {}
+    yield "attention_mask_grad", attention_backward_call(q.detach(), k.detach()), {}
     yield "sdpa", (q, k, k), {"enable_gqa": True, "is_causal": True}
 
 

@@ -1,4 +1,4 @@
-"""Gradients of `heal::integer_attention`. May import `ops.integer_attention` and below.
+"""Gradients of `ops.blockwise.Attention`, block by block as the forward pass.
 
 With P the weights after the softmax, K the dropout's factors, G what comes in, O the output::
 
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from healpass.ops.blockwise import Attention, fold
 from healpass.ops.ieee import ieee_fp32
-from healpass.ops.integer_attention import CALL, Problem, fold, problem
 from healpass.ops.scores import Scoring
 
 
@@ -50,7 +49,7 @@ class Block:
         return self.grad_scores if self.slope is None else self.grad_scores * self.slope
 
 
-def _blocks(asked: Problem, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Iterator[Block]:
+def _blocks(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Iterator[Block]:
     scoring, value = asked.scoring, asked.value.values().flatten(0, 1)
     inner = (grad * output).sum(-1, keepdim=True)
     for rows, columns, products in asked.products():
@@ -69,26 +68,26 @@ def _blocks(asked: Problem, grad: Tensor, output: Tensor, logsumexp: Tensor) -> 
         yield Block(rows, columns, part, dropped, grad_scores, slope)
 
 
-_SCHEMA = f"(Tensor grad, {CALL}, Tensor output, Tensor logsumexp)"
+def memory(asked: Attention) -> tuple[Tensor, ...]:
+    """Memory for the gradients of Q, K and V, in FP32 and in their shapes."""
+    operands = (asked.query, asked.key, asked.value)
+    return tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in operands)
 
 
-@torch.library.custom_op(
-    "heal::integer_attention_backward",
-    mutates_args=(),
-    schema=f"{_SCHEMA} -> (Tensor, Tensor, Tensor)",
-)
-def integer_attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    """Gradients with regard to the dequantized Q, K and V, in FP32 and in their shapes.
+def gradients(
+    asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients with regard to the values of Q, K and V.
 
     Args:
+        asked: The attention.
         grad: FP32 `[B, H, L, Ev]`.
-        *call: The arguments of `heal::integer_attention` (see `problem`) and its two results.
+        output: Of the forward pass.
+        logsumexp: Of the forward pass.
     """
-    *arguments, output, logsumexp = call
-    asked = problem(*arguments)
     multiply, heads, scale = asked.how.multiply, asked.heads, asked.scoring.scale
     query, key = asked.query.values(), asked.key.values()
-    of_query, of_key, of_value = (grad_like.zero_() for grad_like in _gradients(asked))
+    of_query, of_key, of_value = (grad_like.zero_() for grad_like in memory(asked))
     with ieee_fp32(grad.device.type):
         for block in _blocks(asked, grad, output, logsumexp):
             rows, columns = block.rows, block.columns
@@ -102,24 +101,8 @@ def integer_attention_backward(grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
     return of_query, of_key, of_value
 
 
-@integer_attention_backward.register_fake
-def _(grad: Tensor, *call: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
-    return _gradients(problem(*call[:-2]))
-
-
-def _gradients(asked: Problem) -> tuple[Tensor, ...]:
-    """Memory for the gradients of Q, K and V."""
-    operands = (asked.query, asked.key, asked.value)
-    return tuple(x.scale.new_empty((*x.scale.shape, x.digits.shape[-1])) for x in operands)
-
-
-@torch.library.custom_op(
-    "heal::integer_attention_mask_grad", mutates_args=(), schema=f"{_SCHEMA} -> Tensor"
-)
-def integer_attention_mask_grad(grad: Tensor, *call: Any) -> Tensor:
-    """The gradient of a float mask, in FP32 and in its shape; arguments as in the backward."""
-    *arguments, output, logsumexp = call
-    asked = problem(*arguments)
+def mask_gradient(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+    """The gradient of a float mask, in FP32 and in its shape; arguments as in `gradients`."""
     assert asked.scoring.attn_mask is not None, "asked for the gradient of a mask"
     result = torch.zeros_like(asked.scoring.attn_mask, dtype=torch.float32)
     into = Scoring(asked.scoring.scale, attn_mask=result)
@@ -131,8 +114,13 @@ def integer_attention_mask_grad(grad: Tensor, *call: Any) -> Tensor:
     return result
 
 
-@integer_attention_mask_grad.register_fake
-def _(grad: Tensor, *call: Any) -> Tensor:  # noqa: ARG001
-    mask = problem(*call[:-2]).scoring.attn_mask
-    assert mask is not None, "asked for the gradient of a mask"
-    return torch.empty_like(mask, dtype=torch.float32)
+@torch.library.custom_op("heal::attention_sinks_grad", mutates_args=())
+def sinks_gradient(sinks: Tensor, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+    """The gradient of the sinks `[H]`, in their dtype; the other arguments as in `gradients`."""
+    share = torch.exp(sinks[:, None] - logsumexp)
+    return -(share * (grad * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
+
+
+@sinks_gradient.register_fake
+def _(sinks: Tensor, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(sinks)
