@@ -26,6 +26,7 @@ from healpass.ops import (
     sdpa,
     sharded,
     softmax,
+    tensor_parallel,
     ties,
     weighted_sum,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "sdpa",
     "sharded",
     "softmax",
+    "tensor_parallel",
     "ties",
     "weighted_sum",
 ]
