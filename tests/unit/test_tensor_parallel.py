@@ -92,3 +92,20 @@ def test_another_arrangement_is_left_to_dtensor_and_listed(styles):
 def test_the_pass_can_be_left_out():
     call, _ = rewritten(ColwiseParallel(), RowwiseParallel(), disable=("tensor_parallel",))
     assert [heal_op for _, heal_op in operators(call)] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["cut_mm", "summed_mm"])
+@pytest.mark.parametrize("numerics", ["heal", "exact5"])
+def test_the_products_are_operators_in_good_order(name, numerics):
+    group = init_device_mesh("cpu", (4,)).get_group().group_name
+    torch.manual_seed(0)
+    a = torch.randn(3, 4, requires_grad=True)
+    b = torch.randn(4, 5, dtype=torch.bfloat16).requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.heal, name).default, (a, b, group, numerics))
+
+
+@pytest.mark.parametrize("name", ["column_linear", "row_linear"])
+def test_another_dtype_is_refused(name):
+    wide = torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"got a torch\.float64 operand"):
+        getattr(torch.ops.heal, name)(wide, wide, None, "0", "heal")
