@@ -34,7 +34,6 @@ def tokenizer():
 def in_the_task_folder(monkeypatch):
     """The task names its file relative to the working folder."""
     monkeypatch.chdir(DATA)
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
 
 
 def evaluate(lm, batch_size, **arguments):
