@@ -91,7 +91,7 @@ def test_tensor_parallel_exact_has_the_bits_of_one_process(ranks, tmp_path):
 
 
 def test_tensor_parallel_bf16_and_heal_do_not(tmp_path):
-    """The inverse. heal differs in last bits only: twice its own distance from FP64 at most."""
+    """The inverse. heal differs in last bits only, with `kv="int24"`."""
     found = {}
     for precision in ("bf16", "heal"):
         torch._dynamo.reset()
