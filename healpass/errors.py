@@ -23,6 +23,10 @@ class UnavailableError(HealError):
     """An option is known, but this version of healpass cannot do it yet."""
 
 
+class MissingExtraError(HealError, ImportError):
+    """A module needs a package that a plain installation of healpass leaves out."""
+
+
 class UnsupportedTorchError(HealError):
     """The installed torch lies outside the supported range."""
 
@@ -57,6 +61,14 @@ class StudyError(HealError, ValueError):
 
 class BenchError(HealError):
     """A contender of `healpass bench` could not run."""
+
+
+def missing_extra(module: str, extra: str, error: ImportError) -> MissingExtraError:
+    """What to raise where an optional package cannot be imported: it names the pip command."""
+    return MissingExtraError(
+        f"{module} cannot be imported: {error}. Install what it needs with: "
+        f"pip install 'healpass[{extra}]'"
+    )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -81,8 +81,8 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
 
 
 def _computes(node: Node) -> bool:
-    """Whether floating-point numbers come out."""
-    return any(map(is_floating, tensors([value(node)])))
+    """Whether floating-point numbers come out; `to_local` hands out a DTensor's part as it is."""
+    return op_name(node) != "to_local" and any(map(is_floating, tensors([value(node)])))
 
 
 def _why_not(node: Node, name: str | None) -> str | None:

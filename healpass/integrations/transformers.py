@@ -16,21 +16,26 @@ with it only the decode step, and only on accelerators: the prefill stays uncomp
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
-
 from healpass.config import HealConfig
-from healpass.errors import CacheError, ConfigError
+from healpass.errors import CacheError, ConfigError, missing_extra
+
+try:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+except ImportError as error:
+    raise missing_extra("healpass.integrations.transformers", "hf", error) from error
+
 from healpass.integrations.attention import register
 from healpass.integrations.cache import HealCache, foreign_layers
 
 __all__ = ["HealCache", "heal_model", "register"]
 
 
-def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
+def heal_model(model: Any, **config: Any) -> Any:
     """Compile a transformers model with HEAL, in place: arithmetic, attention, mask and cache.
 
     The model stays the object it was (a `PreTrainedModel`, so Trainer, PEFT and evaluation
@@ -39,7 +44,7 @@ def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
     `outputs="traced"` is given): rounded to BF16, the best two tokens often tie.
 
     Args:
-        model: A `PreTrainedModel`; not the result of `torch.compile`.
+        model: A `PreTrainedModel`, or a `PeftModel` around one; not the result of `torch.compile`.
         **config: Fields of `healpass.HealConfig`, as `precision="layercast"`; `outputs` is
             `"fp32"` by default. `kv` decides the cache's format too: None is INT16 with
             `precision="heal"`, FP32 with `layercast`.
@@ -52,22 +57,37 @@ def heal_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
     """
     config = {"outputs": "fp32"} | config
     options = HealConfig.from_options(config, None)
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"heal_model needs a transformers PreTrainedModel, got {type(model).__name__}. Pass "
-            "the model itself, before torch.compile; for other modules use torch.compile(model, "
-            "backend='heal')."
-        )
-    model.compile(backend="heal", dynamic=True, options=config)
-    if options.rewrites and model._can_set_attn_implementation():
+    base, entries = _entry_points(model)
+    for entry in entries:
+        entry.compile(backend="heal", dynamic=True, options=config)
+    if options.rewrites and base._can_set_attn_implementation():
         register()
-        model.set_attn_implementation("heal")
-    if options.rewrites and hasattr(model, "_prepare_cache_for_generation"):
+        base.set_attn_implementation("heal")
+    if options.rewrites and hasattr(base, "_prepare_cache_for_generation"):
         # `generate` makes its cache in this method and offers no public hook. It is replaced on
         # this one object; the class, and every other model, stay as they are.
-        hook: Any = functools.partial(_prepare_cache, model, options)
-        model._prepare_cache_for_generation = hook
+        hook: Any = functools.partial(_prepare_cache, base, options)
+        base._prepare_cache_for_generation = hook
     return model
+
+
+def _entry_points(model: Any) -> tuple[Any, list[Any]]:
+    """The model of transformers, and the modules whose call has to be compiled.
+
+    PEFT wraps a model in a tuner (LoRA), which calls the model's `forward` and not the model, so
+    that compiling the model alone would leave training uncompiled; `generate` calls the model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model, [model]
+    peft = sys.modules.get("peft")  # whoever has a PeftModel has imported it
+    if peft is not None and isinstance(model, peft.PeftModel):
+        base, tuner = model.get_base_model(), model.base_model
+        return base, [base] if tuner is base else [base, tuner]
+    raise ConfigError(
+        f"heal_model needs a transformers PreTrainedModel, or a PeftModel, got "
+        f"{type(model).__name__}. Pass the model itself, before torch.compile; for other modules "
+        "use torch.compile(model, backend='heal')."
+    )
 
 
 def _prepare_cache(

@@ -29,6 +29,7 @@ from healpass.ops import (
     sdpa,
     sharded,
     softmax,
+    tensor_parallel,
     ties,
     weighted_sum,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "sdpa",
     "sharded",
     "softmax",
+    "tensor_parallel",
     "ties",
     "weighted_sum",
 ]

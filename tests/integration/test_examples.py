@@ -1,0 +1,142 @@
+"""The examples run: at a tiny size, and with the result that their docstrings promise.
+
+`generate_reproducibly`, `one_line` and `simulated_gpus` have tests of their own, and so has
+`reported_issues` (test_reports). Here torch runs the rewritten graphs: Inductor, which takes most
+of an example's time, has its own tests.
+"""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch._dynamo.backends.debugging import aot_eager
+
+from healpass.integrations.transformers import heal_model
+
+pytestmark = pytest.mark.model
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_by_torch(graph_module, inputs, config):
+    """What stands in for Inductor."""
+    trained = torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    )
+    return aot_eager(graph_module, inputs) if trained else graph_module.forward
+
+
+@pytest.fixture(autouse=True)
+def without_inductor(monkeypatch):
+    monkeypatch.setattr("healpass.backend._inductor", run_by_torch)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """Examples decide for themselves."""
+    with torch.enable_grad():
+        yield
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rl_mismatch_is_zero_in_exact_and_not_in_bf16():
+    example = load("rl_mismatch")
+    found = {}
+    for name, (dtype, config) in example.WAYS.items():
+        torch._dynamo.reset()
+        model, tokenizer = example.load(dtype, layers=2, vocabulary=500)
+        model = model if config is None else heal_model(model, **config)
+        found[name] = example.measure(model, tokenizer, new_tokens=4)
+    worst = {name: float(mismatch.difference.abs().max()) for name, mismatch in found.items()}
+    print(worst)
+    assert worst["exact"] == 0
+    assert worst["BF16"] > 0
+    # A rounding to BF16 is 2**16 roundings to FP32; the BF16 network makes at least one more.
+    assert worst["heal"] * 2**8 < worst["BF16"]
+    out = io.StringIO()
+    Console(file=out, width=120).print(example.table_of(found))
+    (row,) = (line.split("│") for line in out.getvalue().splitlines() if "exact" in line)
+    assert [cell.strip() for cell in row[3:7]] == ["0", "0", "0", "1"]
+
+
+def test_train_distributed_learns_on_one_process(capsys):
+    load("train_distributed").main(["--steps", "3"])
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+
+
+def test_train_distributed_asks_for_torchrun(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        load("train_distributed").main(["--how", "fsdp"])
+    assert "start it with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_train_distributed_on_two_processes_agrees_with_one(how, capsys):
+    load("train_distributed").main(["--steps", "3"])
+    one = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(EXAMPLES / "train_distributed.py"), "--how", how, "--steps", "3"],
+        capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    two = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
+    assert two == pytest.approx(one, abs=2e-6), "printed with six digits"
+
+
+@pytest.mark.parametrize("adapter", [[], ["--lora"]], ids=["full", "lora"])
+def test_finetune_prints_falling_losses(adapter, capsys):
+    pytest.importorskip("peft")
+    load("finetune").main(["--steps", "2", "--layers", "1", "--length", "8", *adapter])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 2
+
+
+def test_static_cache_answers_two_prompts_through_one_cache(capsys):
+    load("static_cache").main(["--layers", "1", "--new-tokens", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    # 64 tokens x 3 heads x keys and values, of 64 INT16 numbers and one FP32 scale each.
+    assert lines[-1] == f"int16 cache of 64 tokens: {64 * 3 * 2 * (64 * 2 + 4)} bytes"
+
+
+def test_evaluate_prints_a_line_per_batch_size(capsys):
+    pytest.importorskip("lm_eval")
+    load("evaluate").main(["--layers", "1", "--questions", "2", "--batch-sizes", "1", "2"])
+    lines = capsys.readouterr().out.replace("\n", " ")
+    assert "batch size 2: " in lines
+    assert "of 6 scores differ" in lines
+
+
+BY_TORCH = """
+import healpass.backend
+healpass.backend._inductor = lambda graph_module, inputs, config: graph_module.forward
+"""
+
+
+def test_the_notebook_shows_what_it_says():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "batch_invariance.ipynb", as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(BY_TORCH))
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    shown = [out["data"] for out in outputs if "data" in out]
+    plain, heal, exact = (float(data["text/plain"]) for data in shown[:3])
+    assert exact == 0
+    # A rounding to BF16 is 2**16 roundings to FP32; the BF16 network makes at least one more.
+    assert heal * 2**8 < plain
+    assert "text/html" in shown[-1], "the report shows itself as a table"
