@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,15 +24,24 @@ from healpass.tensorcore import simulate_matmul
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Products:
+    """The two matmuls of attention: Q by K^T, and P by V."""
+
+    scores: Multiply
+    values: Multiply
+
+
 def baseline_functions(configuration: Configuration) -> dict[Any, Callable[..., Any]]:
     """What stands for torch's functions in a baseline's graph; {} where they are as they are."""
     c = configuration
     if not c.is_baseline or not (c.order or c.gpu):
         return {}
     multiply = multiplier(c.gpu, c.order)
+    products = Products(multiply, multiply)
     return {
         torch._C._nn.linear: lambda x, w, b=None: linear(multiply, x, w, b),
-        torch._C._nn.scaled_dot_product_attention: lambda *a, **k: attention(multiply, *a, **k),
+        torch._C._nn.scaled_dot_product_attention: lambda *a, **k: attention(products, *a, **k),
     }
 
 
@@ -64,7 +74,7 @@ def linear(multiply: Multiply, x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def attention(
-    multiply: Multiply,
+    products: Products,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,7 +91,7 @@ def attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = multiply(query, key.transpose(-1, -2)) * scale
+    scores = products.scores(query, key.transpose(-1, -2)) * scale
     if is_causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, -math.inf)
@@ -89,4 +99,4 @@ def attention(
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if is_bool else scores + attn_mask
     probs = scores.softmax(-1).nan_to_num(0.0)  # a row that sees nothing is 0, as in torch
-    return multiply(probs.to(value.dtype), value).to(query.dtype)
+    return products.values(probs.to(value.dtype), value).to(query.dtype)

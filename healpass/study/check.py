@@ -19,7 +19,8 @@ from rich.progress import (
 )
 
 from healpass.environment import collect
-from healpass.study import tables
+from healpass.study import page, tables
+from healpass.study.anatomy import dissect
 from healpass.study.configuration import StudyPlan, Unit
 from healpass.study.records import Store
 from healpass.study.results import StudyResult, evaluate
@@ -62,7 +63,10 @@ def check(plan: StudyPlan, request: Request, console: Console) -> StudyResult:
     with progress_bar(console, hidden=request.quiet) as bar:
         watch = Watcher(bar, store)
         run(store, materials, watch)
-    return evaluate(store)
+        dissect(store, materials, watch.say)
+    result = evaluate(store)
+    page.write(store, result)
+    return result
 
 
 def progress_bar(console: Console, *, hidden: bool) -> Progress:
@@ -94,14 +98,18 @@ class Watcher:
             completed=sum(self.done.values()),
         )
 
-    def __call__(self, unit: Unit, done: int, total: int) -> None:
-        """Note that a unit has `done` of its `total` prompts."""
+    def __call__(self, unit: Unit, done: int) -> None:
+        """Note that a unit has `done` prompts."""
         self.bar.update(
             self.task,
             advance=done - self.done[unit.name],
             description=f"{unit.kind} {unit.configuration.precision}, {unit.configuration.label}",
         )
         self.done[unit.name] = done
+
+    def say(self, text: str) -> None:
+        """Show what is done besides prompts."""
+        self.bar.update(self.task, description=text)
 
 
 def show(result: StudyResult, console: Console, folder: Path) -> None:
@@ -112,7 +120,7 @@ def show(result: StudyResult, console: Console, folder: Path) -> None:
     for line in tables.notes(result):
         console.print(line, highlight=False, markup=False)
     console.print(summary(result))
-    console.print(f"Records and report: {folder}", highlight=False, markup=False)
+    console.print(f"Report: {folder / page.PAGE}", highlight=False, markup=False)
 
 
 def summary(result: StudyResult) -> str:

@@ -266,5 +266,6 @@ class Axes:
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise StudyError(
-            f"{name}={value!r} is not one of {', '.join(choices)}.{suggestion(str(value), choices)}"
+            f"{name}={value!r} is not one of {', '.join(choices)}."
+            + suggestion(str(value), choices)
         )

@@ -26,9 +26,11 @@ from healpass.study.baselines import baseline_functions
 from healpass.study.configuration import Configuration
 
 #: Functions that change no value: what follows them is the operation.
-_MOVES = frozenset(
-    ["to", "type_as", "float", "half", "bfloat16", "contiguous", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "getitem", "clone", "flatten", "unflatten", "slice", "detach", "split", "chunk", "unbind", "t"]
-)
+_MOVES = {
+    *("to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach"),
+    *("view", "reshape", "flatten", "unflatten", "transpose", "t", "permute", "expand"),
+    *("unsqueeze", "squeeze", "getitem", "slice", "split", "chunk", "unbind"),
+}
 #: One name for what a baseline's and a rewritten graph call differently.
 _NAMES = {
     "scaled_dot_product_attention": "attention",
@@ -44,9 +46,11 @@ class Watch:
 
     Attributes:
         see: Called with an operation's name and value; what it returns goes on through the graph.
+        functions: What stands for torch's functions in the graph.
     """
 
     see: Callable[[str, Tensor], Tensor]
+    functions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,7 +78,8 @@ def backend(configuration: Configuration, watch: Watch | None = None) -> Callabl
         names = operations(graph_module) if watch else {}
 
         def run(*args: Any) -> Any:
-            return _Watched(graph_module, functions, names, watch).run(*args)
+            stand_ins = functions | dict(watch.functions if watch else {})
+            return _Watched(graph_module, stand_ins, names, watch).run(*args)
 
         return run
 

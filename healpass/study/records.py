@@ -154,8 +154,12 @@ class Store:
 
     def save_json(self, name: str, content: Any) -> Path:
         """Keep a JSON file beside the plan."""
+        return self.save_bytes(name, json.dumps({"schema": SCHEMA, **content}, indent=1).encode())
+
+    def save_bytes(self, name: str, content: bytes) -> Path:
+        """Keep a file of the report."""
         path = self.folder / name
-        _write(path, json.dumps({"schema": SCHEMA, **content}, indent=1).encode())
+        _write(path, content)
         return path
 
     def load_json(self, name: str) -> Any:

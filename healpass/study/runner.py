@@ -20,8 +20,8 @@ from healpass.study.records import Answer, Batch, Scores, Store
 from healpass.study.scoring import Text, score
 from healpass.study.tasks import Task
 
-#: Told after each batch: the unit, prompts done in it, prompts it has.
-Progress = Callable[[Unit, int, int], None]
+#: Told after each batch: the unit, and how many of its prompts are done.
+Progress = Callable[[Unit, int], None]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _run_unit(
             store.save_scores(unit, start, _scored(store, materials, model, unit, start, stop))
         else:
             store.save_answers(unit, start, _answered(store, materials, model, unit, start, stop))
-        progress(unit, stop, total)
+        progress(unit, stop)
 
 
 def _batches(start: int, total: int, size: int) -> Iterator[tuple[int, int]]:

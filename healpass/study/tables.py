@@ -88,16 +88,21 @@ def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> li
     if prediction is None:
         return [UNKNOWN] * 5
     low, high = prediction.interval
-    margins = found.margins
-    flips = sum(int(m.flipped.sum()) for m in margins)
-    tokens = sum(m.flipped.numel() for m in margins)
     chances = [prediction.agreement(count) for count in (1_000, 16_000)]
     return [
         number(prediction.median_shift),
-        f"{flips} of {tokens}",
+        flips(found),
         f"{prediction.rate:.2g} ({low:.2g} to {high:.2g})",
         *[f"{100 * chance.chance:.3g} %" for chance in chances],
     ]
+
+
+def flips(found: PrecisionResult) -> str:
+    """How many best tokens differed, of how many; a dash where nothing was scored."""
+    flipped = [m.flipped for m in found.margins]
+    if not flipped:
+        return UNKNOWN
+    return f"{sum(int(f.sum()) for f in flipped)} of {sum(f.numel() for f in flipped)}"
 
 
 def notes(result: StudyResult) -> list[str]:
