@@ -115,6 +115,7 @@ def check(
     Exit code: 0 every precision asked for was shown to be reproducible, 1 it was not, 2 wrong use.
     """
     from rich.console import Console
+    from transformers.utils import logging
 
     from healpass.study import check as study
     from healpass.study import presets
@@ -132,6 +133,7 @@ def check(
         plan = presets.plan(preset, model, axes, tasks=tasks, **sizes)
         folder = out or Path(f"healpass-check-{Path(model).name}")
         request = study.Request(folder, shlex.join(_command()), resume, quiet or as_json)
+        logging.disable_progress_bar()  # that of loading weights; ours tells of everything
         with _interruptible(folder):
             result = study.check(plan, request, Console(stderr=True))
         if as_json:
@@ -139,6 +141,27 @@ def check(
         elif not quiet:
             study.show(result, Console(), folder)
     raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="A report.json of healpass check.")],
+    other: Annotated[Path, typer.Argument(help="That of another machine.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say where two machines' studies part: first token, first operation.
+
+    Exit code: 0 nothing differs, 1 something does, 2 wrong use.
+    """
+    from healpass.study import diff as study
+
+    with _wrong_use():
+        found = study.compare(study.read(one), study.read(other))
+    if as_json:
+        typer.echo(json.dumps(study.to_dict(found), indent=2))
+    else:
+        typer.echo("\n".join(map(str, found)))
+    raise typer.Exit(0 if all(d.same for d in found) else 1)
 
 
 def main() -> None:

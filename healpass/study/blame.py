@@ -243,11 +243,11 @@ def deviation(reference: Tensor, other: Tensor) -> float:
     """
     if not _comparable(reference, other):
         return float("inf")
-    a, b = reference.double().expand_as(other), other.double()
-    fine = (a == b) | (a.isnan() & b.isnan())
-    gap = torch.where(fine, 0.0, b - a).flatten(1).norm(dim=1) if a.dim() > 1 else (b - a).norm()
-    size = torch.where(a.isfinite(), a, 0.0).norm() / max(1.0, a.shape[0] if a.dim() else 1) ** 0.5
-    worst = float(gap.max()) if gap.numel() else 0.0
-    if worst == 0.0:
-        return 0.0
-    return worst / float(size) if float(size) > 0 and worst == worst else float("inf")
+    rows = other.shape[0] if other.dim() > 1 else 1
+    a = reference.double().expand_as(other).reshape(rows, -1)
+    b = other.double().reshape(rows, -1)
+    same = (a == b) | (a.isnan() & b.isnan())
+    gaps = torch.where(same, 0.0, b - a).norm(dim=1)
+    sizes = torch.where(a.isfinite(), a, 0.0).norm(dim=1)
+    shares = torch.where(gaps == 0, 0.0, gaps / sizes).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(shares.max()) if shares.numel() else 0.0

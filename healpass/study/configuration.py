@@ -152,16 +152,16 @@ class StudyPlan:
         for name in ("prompts", "max_new_tokens", "forced_prompts", "simulated_prompts"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name}={getattr(self, name)}: 1 or more is needed.")
-        names = [unit.name for unit in self.units]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise StudyError(f"{', '.join(twice)} stands twice in the plan. Ask for it once.")
         missing = {c.precision for c in self.forced} - {c.precision for c in self.greedy}
         if missing:
             raise StudyError(
                 f"{', '.join(sorted(missing))} has no greedy configuration, so there is no text "
                 "to score. Add one."
             )
+        names = [unit.name for unit in self.units]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise StudyError(f"{', '.join(twice)} stands twice in the plan. Ask for it once.")
 
     @property
     def precisions(self) -> tuple[str, ...]:

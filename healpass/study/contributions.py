@@ -4,8 +4,8 @@ Layer: study. Imports `study` only.
 
 The model runs in FP32, and one kind of its values is rounded to 16 bits as the 16-bit model rounds
 it. The relative error of the logits then tells what that kind costs alone. The kinds: what a
-key/value cache keeps, the attention weights P, the results of matmuls, of norms, the rest (residual
-stream, activations), and all of them at once.
+key/value cache keeps, the attention weights P, the results of matmuls, of norms, the rest
+(residual stream, activations), and all of them at once.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def write(store: Store, result: StudyResult) -> Path:
         store.save_bytes(f"plots/{plot.name}.svg", plot.svg.encode())
         store.save_bytes(f"plots/{plot.name}.png", plot.png)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": tables.number, "svg": Markup}
+    environment.filters |= {"number": tables.number, "percent": tables.percent, "svg": Markup}
     text = (resources.files("healpass.study") / "templates" / "report.html.jinja").read_text()
     page = environment.from_string(text).render(
         result=result,

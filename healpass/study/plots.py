@@ -1,7 +1,7 @@
 """The study's figures: survival, depth, margins, cost. Layer: study. Imports `study`, matplotlib.
 
-Figures are made without pyplot, so nothing global is touched, and saved as SVG and PNG. Colours are
-those of Okabe and Ito, which colour-blind readers tell apart; each precision keeps its own.
+Figures are made without pyplot, so nothing global is touched, and saved as SVG and PNG. Colours
+are those of Okabe and Ito, which colour-blind readers tell apart; each precision keeps its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from healpass.study.anatomy import Anatomy
 from healpass.study.results import PrecisionResult, StudyResult, survival
@@ -27,7 +28,7 @@ COLORS = {
     "heal": "#009e73",
     "exact": "#5b3fa8",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -42,7 +43,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "healpass",
 }
-SIZE = (6.4, 3.9)
+SIZE = (5.4, 3.5)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _depth(axes: Axes, anatomies: Mapping[str, Anatomy]) -> bool:
             drawn = True
     if drawn:
         axes.set(xlabel="layer", ylabel="relative deviation", yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=3, fontsize=9)
     return drawn
 

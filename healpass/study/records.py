@@ -124,7 +124,7 @@ class Store:
 
         fields = [field.name for field in dataclasses.fields(Scores)]
         tensors = {
-            f"{index}.{name}": getattr(entry, name).contiguous()
+            f"{index}.{name}": getattr(entry, name).clone()  # safetensors takes no views
             for index, entry in enumerate(scores)
             for name in fields
         }

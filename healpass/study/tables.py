@@ -93,8 +93,13 @@ def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> li
         number(prediction.median_shift),
         flips(found),
         f"{prediction.rate:.2g} ({low:.2g} to {high:.2g})",
-        *[f"{100 * chance.chance:.3g} %" for chance in chances],
+        *[percent(chance.chance) for chance in chances],
     ]
+
+
+def percent(share: float) -> str:
+    """A share in percent; below a hundredth of one its size does not matter."""
+    return "< 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.3g} %"
 
 
 def flips(found: PrecisionResult) -> str:
