@@ -91,11 +91,16 @@ def check(
     precision: Annotated[
         str, typer.Option(help="Which to compare, with commas between.")
     ] = "bf16,fp16,fp32,layercast,heal,exact",
-    batch_sizes: Annotated[str, typer.Option(help="With commas between.")] = "1,8,16,32",
-    orders: Annotated[str, typer.Option(help="Seeds of other orders of summation.")] = "1,2",
+    batch_sizes: Annotated[
+        str | None, typer.Option(help="With commas between; else the preset's.")
+    ] = None,
+    orders: Annotated[
+        str | None, typer.Option(help="Seeds of other orders of summation; else the preset's.")
+    ] = None,
     gpus: Annotated[
-        str, typer.Option(help="Generations to simulate; '' for none.")
-    ] = "v100,a100,h100,b200",
+        str | None,
+        typer.Option(help="Simulated: v100,a100,h100,b200, or '' for none; else the preset's."),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="mission-critical, or a file with one JSON object per line.")
     ] = "mission-critical",
@@ -119,18 +124,16 @@ def check(
 
     from healpass.study import check as study
     from healpass.study import presets
-    from healpass.study.configuration import Axes
 
     with _wrong_use():
-        axes = Axes(
-            precisions=_names(precision),
-            batch_sizes=_numbers("--batch-sizes", batch_sizes),
-            orders=_numbers("--orders", orders),
-            gpus=_names(gpus),
-        )
+        axes = {
+            "precisions": _names(precision),
+            "batch_sizes": _numbers("--batch-sizes", batch_sizes),
+            "orders": _numbers("--orders", orders),
+            "gpus": _names(gpus),
+        }
         given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "compiled": compiled}
-        sizes = {name: value for name, value in given.items() if value is not None}
-        plan = presets.plan(preset, model, axes, tasks=tasks, **sizes)
+        plan = presets.plan(preset, model, _given(axes), tasks=tasks, **_given(given))
         folder = out or Path(f"healpass-check-{Path(model).name}")
         request = study.Request(folder, shlex.join(_command()), resume, quiet or as_json)
         logging.disable_progress_bar()  # that of loading weights; ours tells of everything
@@ -204,12 +207,21 @@ def _say(error: HealError) -> None:
     typer.secho(f"error: {error}", fg="red", err=True)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the options that were left out."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     words = _names(text)
+    if words is None:
+        return None
     if not all(word.isdecimal() for word in words):
         raise StudyError(f"{option} {text!r}: whole numbers with commas between are needed.")
     return tuple(int(word) for word in words)

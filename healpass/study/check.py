@@ -56,7 +56,9 @@ def check(plan: StudyPlan, request: Request, console: Console) -> StudyResult:
         FetchError: The model cannot be loaded.
         StudyError: The plan, the model or the records cannot be used.
         TaskError: The tasks cannot be read.
+        UnavailableError: A package that the report needs is not installed.
     """
+    page.require()
     materials = gather(plan)
     stamp = {"environment": collect().to_dict(), "command": request.command}
     store = Store.open(request.folder, plan, stamp, resume=request.resume)

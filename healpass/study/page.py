@@ -7,6 +7,7 @@ The page needs no network: style, figures and data stand in it.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,33 +24,46 @@ PAGE = "report.html"
 DATA = "report.json"
 
 
+def require() -> None:
+    """Refuse to begin what could not be reported.
+
+    Raises:
+        UnavailableError: jinja2 or matplotlib is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UnavailableError(
+                f"the report needs {package}, which is not installed.\n"
+                "Way out: pip install 'healpass[study]'."
+            )
+
+
 def write(store: Store, result: StudyResult) -> Path:
     """Write report.html, report.json and plots/ into the study's folder; returns the page's path.
 
     Raises:
-        UnavailableError: jinja2 or matplotlib is not installed.
         StudyError: A file cannot be written.
     """
     anatomies = load(store)
     stamp = store.load_json("plan.json")
     data = report_data(store, result, anatomies, stamp)
     store.save_json(DATA, data)
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
-        from healpass.study.plots import all_plots
-    except ImportError as error:
-        raise UnavailableError(
-            f"the report's page needs {error.name}, which is not installed; {DATA} is written.\n"
-            "Way out: pip install 'healpass[study]', then run again with --resume."
-        ) from error
+    from healpass.study.plots import all_plots
+
     plots = all_plots(result, anatomies)
     for plot in plots:
         store.save_bytes(f"plots/{plot.name}.svg", plot.svg.encode())
         store.save_bytes(f"plots/{plot.name}.png", plot.png)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": tables.number, "percent": tables.percent, "svg": Markup}
+    environment.filters |= {
+        "number": tables.number,
+        "percent": tables.percent,
+        "svg": Markup,
+        "transposed": lambda rows: zip(*rows, strict=True),
+    }
     text = (resources.files("healpass.study") / "templates" / "report.html.jinja").read_text()
     page = environment.from_string(text).render(
         result=result,

@@ -8,8 +8,8 @@ of tensor cores in place of that: an L40S adds as an A100 does, so the second ty
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -20,58 +20,85 @@ from healpass.study.configuration import Axes, Configuration, StudyPlan
 BATCH_SIZES = (8, 16, 32)
 
 
-def standard(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """Every axis: 20 prompts of 128 tokens, simulated GPUs on 4 of 64."""
-    generated = axes.generated()
-    few = [c for c in generated if not c.order and not c.chunk]
-    sampled = [c for c in few if c.batch_size in (min(axes.batch_sizes), max(axes.batch_sizes))]
-    return StudyPlan(
-        model=model,
-        greedy=generated,
-        sampled=tuple(sampled) if len(set(axes.batch_sizes)) > 1 else (),
-        forced=axes.scored(),
-        **sizes,
-    )
+@dataclass(frozen=True)
+class Preset:
+    """A kind of plan, and what it takes where nothing else is asked for.
+
+    Attributes:
+        build: Makes the plan of a model from axes and sizes.
+        axes: The values of each axis.
+        sizes: Fields of `StudyPlan`: prompts, tokens, whether to compile.
+    """
+
+    build: Callable[..., StudyPlan]
+    axes: Axes = field(default_factory=Axes)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def quick(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """A look in minutes: two batch sizes and one other order, no simulated GPU."""
-    axes = replace(axes, batch_sizes=(1, 8), orders=(1,), chunk=None, gpus=())
-    small = {"prompts": 8, "max_new_tokens": 32, "forced_prompts": 8, "compiled": False}
-    return replace(standard(model, axes, **small | sizes), sampled=())
+def every_axis(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
+    """Batch sizes, chunks and orders generate; padding and simulated GPUs score."""
+    return StudyPlan(model=model, greedy=axes.generated(), forced=axes.scored(), **sizes)
 
 
-def layercast_study(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """12 configurations per precision: four orders of summation by three batch sizes."""
+def with_samples(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
+    """`every_axis`, and samples at the smallest and the largest batch size."""
+    plan = every_axis(model, axes, **sizes)
+    ends = {min(axes.batch_sizes), max(axes.batch_sizes)}
+    plain = [c for c in plan.greedy if not c.order and not c.chunk and c.batch_size in ends]
+    return replace(plan, sampled=tuple(plain) if len(ends) == 2 else ())
+
+
+def orders_by_batch_sizes(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
+    """Every order at every batch size generates."""
     greedy = [
         Configuration(precision=precision, batch_size=size, order=order)
-        for precision, order, size in product(axes.precisions, range(4), BATCH_SIZES)
+        for precision, order, size in product(axes.precisions, axes.orders, axes.batch_sizes)
     ]
-    return StudyPlan(model=model, greedy=tuple(greedy), **{"prompts": 32} | sizes)
+    return StudyPlan(model=model, greedy=tuple(greedy), **sizes)
 
 
-def overnight(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """12 simulated configurations per precision: two GPUs, two orders, three batch sizes."""
-    gpus = tuple(axes.gpus[:2]) if len(axes.gpus) == 2 else ("a100", "h100")
+def simulated(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
+    """Every GPU in every order at every batch size scores what one configuration generates."""
+    axis = (axes.precisions, axes.gpus, axes.orders, axes.batch_sizes)
     forced = [
-        Configuration(precision=precision, batch_size=size, order=order, gpu=gpu)
-        for precision, gpu, order, size in product(axes.precisions, gpus, (0, 1), BATCH_SIZES)
+        Configuration(precision=precision, gpu=gpu, order=order, batch_size=size)
+        for precision, gpu, order, size in product(*axis)
     ]
-    greedy = [Configuration(precision=p, batch_size=max(BATCH_SIZES)) for p in axes.precisions]
-    many = {"prompts": 32, "simulated_prompts": 32, "simulated_tokens": 128}
-    return StudyPlan(model=model, greedy=tuple(greedy), forced=tuple(forced), **many | sizes)
+    largest = max(axes.batch_sizes)
+    greedy = [Configuration(precision=p, batch_size=largest) for p in axes.precisions]
+    return StudyPlan(model=model, greedy=tuple(greedy), forced=tuple(forced), **sizes)
 
 
-PRESETS: dict[str, Callable[..., StudyPlan]] = {
-    "standard": standard,
-    "quick": quick,
-    "layercast-study": layercast_study,
-    "overnight": overnight,
+PRESETS = {
+    "standard": Preset(with_samples),
+    "quick": Preset(
+        every_axis,
+        Axes(batch_sizes=(1, 8), orders=(1,), chunk=None, gpus=()),
+        {"prompts": 8, "max_new_tokens": 32, "compiled": False},
+    ),
+    "layercast-study": Preset(
+        orders_by_batch_sizes,
+        Axes(batch_sizes=BATCH_SIZES, orders=(0, 1, 2, 3)),
+        {"prompts": 32},
+    ),
+    "overnight": Preset(
+        simulated,
+        Axes(batch_sizes=BATCH_SIZES, orders=(0, 1), gpus=("a100", "h100")),
+        {"prompts": 32, "simulated_prompts": 32, "simulated_tokens": 128},
+    ),
 }
 
 
-def plan(preset: str, model: str, axes: Axes, **sizes: Any) -> StudyPlan:
+def plan(
+    preset: str, model: str, axes: Mapping[str, Any] | None = None, **sizes: Any
+) -> StudyPlan:
     """Build a preset's plan.
+
+    Args:
+        preset: A name in `PRESETS`.
+        model: The model's name.
+        axes: Fields of `Axes` that take the place of the preset's own.
+        **sizes: Fields of `StudyPlan` that do.
 
     Raises:
         StudyError: There is no such preset, or the plan makes no sense.
@@ -81,4 +108,5 @@ def plan(preset: str, model: str, axes: Axes, **sizes: Any) -> StudyPlan:
             f"preset {preset!r} is unknown; presets: {', '.join(PRESETS)}."
             + suggestion(preset, PRESETS)
         )
-    return PRESETS[preset](model, axes, **sizes)
+    chosen = PRESETS[preset]
+    return chosen.build(model, replace(chosen.axes, **(axes or {})), **{**chosen.sizes, **sizes})

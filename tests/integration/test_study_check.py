@@ -14,7 +14,7 @@ from healpass.errors import HealError
 from healpass.study import check, presets, runner
 from healpass.study.blame import Session, blame
 from healpass.study.checkpoint import Checkpoint, chat, encode
-from healpass.study.configuration import Axes, Configuration, StudyPlan
+from healpass.study.configuration import Configuration, StudyPlan
 from healpass.study.contributions import ALL, KINDS, contributions
 from healpass.study.records import Store
 from healpass.study.tasks import Task
@@ -66,7 +66,7 @@ def test_the_page_needs_no_network_and_tells_how_to_repeat_it(bf16):
     _, folder, _ = bf16
     page = (folder / "report.html").read_text()
     assert page.count("<figure>") == 4
-    assert "What each rounding to bf16 contributes" in page
+    assert "What each rounding contributes" in page
     assert "Where answers part" in page
     # A namespace is a name and not an address that a browser asks for.
     asked = page.replace("http://www.w3.org/", "").replace("https://matplotlib.org", "")
@@ -242,19 +242,13 @@ def test_an_option_that_makes_no_sense(arguments, message, tmp_path):
 def test_a_damaged_record_stops_the_study_and_keeps_the_rest(model, tasks, tmp_path):
     options = [model, "--preset", "quick", "--precision", "fp32", "--tasks", tasks]
     options += ["--prompts", 2, "--max-new-tokens", 2, "--out", tmp_path / "out"]
-    plan = presets.plan(
-        "quick",
-        str(model),
-        Axes(precisions=("fp32",)),
-        tasks=str(tasks),
-        prompts=2,
-        max_new_tokens=2,
-    )
+    sizes = {"tasks": str(tasks), "prompts": 2, "max_new_tokens": 2}
+    plan = presets.plan("quick", str(model), {"precisions": ("fp32",)}, **sizes)
     Store.open(tmp_path / "out", plan, {"command": "", "environment": {}})
     record = tmp_path / "out" / "runs" / plan.units[0].name / "00000.json"
     record.parent.mkdir(parents=True)
     record.write_text("{")
-    text = " ".join(refused(*options, "--gpus", "", "--orders", "1", "--resume").split())
+    text = " ".join(refused(*options, "--resume").split())
     assert "00000.json is damaged" in text
     assert record.read_text() == "{"
 
