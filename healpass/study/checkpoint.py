@@ -18,6 +18,8 @@ from healpass.study.tasks import Task
 
 #: Templates that print today's date get this one: another day must not be another prompt.
 DATE = "26 Jul 2024"
+#: In front of a template it hides the function that asks the clock.
+_PINNED = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 _WAYS = (
     "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face hub, a "
@@ -127,8 +129,8 @@ def chat(tokenizer: Any, prompt: str) -> str:
         [{"role": "user", "content": prompt}],
         tokenize=False,
         add_generation_prompt=True,
+        chat_template=_PINNED + tokenizer.get_chat_template(),
         date_string=DATE,
-        strftime_now=lambda _: DATE,
     )
 
 

@@ -125,6 +125,8 @@ def _survival(axes: Axes, result: StudyResult) -> bool:
         for found in result.precisions
     }
     curves = {name: curve for name, curve in curves.items() if curve}
+    if not curves:
+        return False
     for index, (name, curve) in enumerate(curves.items()):
         percent = [100 * share for share in curve]
         style: dict[str, Any] = {"color": _color(name), "linewidth": 2.2, "label": name}
@@ -133,7 +135,7 @@ def _survival(axes: Axes, result: StudyResult) -> bool:
     axes.set(xlabel="token", ylabel="prompts with one answer (%)", ylim=(-3, 106))
     axes.set_xlim(0, max(1, length))
     axes.legend(ncols=3, loc="lower left", fontsize=9)
-    return bool(curves)
+    return True
 
 
 def _thinner(index: int, count: int) -> dict[str, float]:
