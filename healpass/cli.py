@@ -25,6 +25,11 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Axis = Annotated[str | None, typer.Option(help="With commas between; else the preset's.")]
+Compiled = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Generate with Inductor, or node by node."),
+]
 
 
 @app.callback()
@@ -91,9 +96,7 @@ def check(
     precision: Annotated[
         str, typer.Option(help="Which to compare, with commas between.")
     ] = "bf16,fp16,fp32,layercast,heal,exact",
-    batch_sizes: Annotated[
-        str | None, typer.Option(help="With commas between; else the preset's.")
-    ] = None,
+    batch_sizes: Axis = None,
     orders: Annotated[
         str | None, typer.Option(help="Seeds of other orders of summation; else the preset's.")
     ] = None,
@@ -107,10 +110,7 @@ def check(
     prompts: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the records and the report.")] = None,
-    compiled: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Generate with Inductor, or node by node."),
-    ] = None,
+    compiled: Compiled = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: AsJson = False,
