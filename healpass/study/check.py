@@ -119,7 +119,7 @@ def show(result: StudyResult, console: Console, folder: Path) -> None:
     console.print(tables.paper_table(result))
     if any(found.prediction is not None for found in result.precisions):
         console.print(tables.prediction_table(result))
-    for line in tables.notes(result):
+    for line in [*tables.blames(result), *tables.notes(result)]:
         console.print(line, highlight=False, markup=False)
     console.print(summary(result))
     console.print(f"Report: {folder / page.PAGE}", highlight=False, markup=False)

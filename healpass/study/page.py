@@ -15,7 +15,6 @@ from typing import Any
 
 from healpass.errors import UnavailableError
 from healpass.study import tables
-from healpass.study.anatomy import Anatomy, load
 from healpass.study.prediction import LENGTHS
 from healpass.study.records import Store
 from healpass.study.results import PrecisionResult, StudyResult
@@ -44,9 +43,9 @@ def write(store: Store, result: StudyResult) -> Path:
     Raises:
         StudyError: A file cannot be written.
     """
-    anatomies = load(store)
+    anatomies = result.anatomies
     stamp = store.load_json("plan.json")
-    data = report_data(store, result, anatomies, stamp)
+    data = report_data(store, result, stamp)
     store.save_json(DATA, data)
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -79,9 +78,7 @@ def write(store: Store, result: StudyResult) -> Path:
     return store.save_bytes(PAGE, page.encode())
 
 
-def report_data(
-    store: Store, result: StudyResult, anatomies: Mapping[str, Anatomy], stamp: Mapping[str, Any]
-) -> dict[str, Any]:
+def report_data(store: Store, result: StudyResult, stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The content of report.json; `healpass diff` compares two of them."""
     answers: dict[str, dict[str, list[list[int]]]] = {}
     for unit in store.plan.units:
@@ -94,7 +91,7 @@ def report_data(
         "environment": stamp["environment"],
         "command": stamp["command"],
         "answers": answers,
-        "anatomy": {name: anatomy.to_dict() for name, anatomy in anatomies.items()},
+        "anatomy": {name: found.to_dict() for name, found in result.anatomies.items()},
     }
 
 

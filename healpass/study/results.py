@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from healpass.study import anatomy
+from healpass.study.anatomy import Anatomy
 from healpass.study.configuration import Configuration, StudyPlan, Unit
 from healpass.study.metrics import Metrics, Output, agreement_by_position, compute_metrics
 from healpass.study.prediction import FlipRate, Margins, measured_flip_rate, predict_flip_rate
@@ -116,6 +118,7 @@ class StudyResult:
 
     plan: StudyPlan
     precisions: tuple[PrecisionResult, ...]
+    anatomies: dict[str, Anatomy]
 
     @property
     def exit_code(self) -> int:
@@ -150,7 +153,8 @@ def evaluate(store: Store) -> StudyResult:
         StudyError: A record is damaged.
     """
     plan = store.plan
-    return StudyResult(plan, tuple(_evaluate(store, p) for p in plan.precisions))
+    found = tuple(_evaluate(store, precision) for precision in plan.precisions)
+    return StudyResult(plan, found, anatomy.load(store))
 
 
 def _evaluate(store: Store, precision: str) -> PrecisionResult:

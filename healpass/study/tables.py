@@ -110,6 +110,18 @@ def flips(found: PrecisionResult) -> str:
     return f"{sum(int(f.sum()) for f in flipped)} of {sum(f.numel() for f in flipped)}"
 
 
+def blames(result: StudyResult) -> list[str]:
+    """For each pair of configurations: where they first differ, and which operation stands out."""
+    lines = []
+    for found in result.anatomies.values():
+        for blame in found.blames:
+            first = blame.first.operation if blame.first else "nothing: all bits agree"
+            suspect = f"; SUSPECT: {blame.suspect.operation}" if blame.suspect else ""
+            label = f"{blame.other.precision}, {blame.other.label}"
+            lines.append(f"{label}: the first difference is {first}{suspect}")
+    return lines
+
+
 def notes(result: StudyResult) -> list[str]:
     """What was not run, and why, one line each."""
     lines = [

@@ -1,6 +1,7 @@
 """`healpass check` from end to end on a tiny model: verdicts, blame, resuming, wrong use."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -136,6 +137,21 @@ def test_a_planted_fault_is_named(model, precision):
     assert abs(faulty.suspect.own - 1e-3) <= 2 * 48 * 2**-24
     assert reordered.suspect is None
     assert reordered.first is not None
+
+
+def test_check_names_a_planted_fault(model, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Checkpoint", Faulty)
+    c = Configuration(precision="fp32")
+    batch = dataclasses.replace(c, batch_size=2)
+    plan = plan_of(model, tasks, "fp32", greedy=(c, batch), forced=(c, batch))
+    out = io.StringIO()
+    result = check.check(
+        plan, check.Request(tmp_path / "out", "", quiet=True), Console(quiet=True)
+    )
+    check.show(result, Console(file=out, width=200), tmp_path)
+    assert "SUSPECT: model.layers.1.mlp.down_proj" in out.getvalue()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<span class="suspect">model.layers.1.mlp.down_proj</span>' in page
 
 
 def test_each_rounding_contributes_less_than_all_together(model):
