@@ -35,6 +35,10 @@ from healpass.study.traces import Sketch, trace_of
 #: An own share so many times the median of its peers is no rounding. Sums of one kind over one
 #: model's layers differ by the size of their operands, within about a factor ten.
 FAULT = 30.0
+#: Two sums that differ in their last bits may round to neighbours in the result's format, which
+#: lie up to 2u apart, relative to the value (u = 2^-8 for BF16 with its 8 bits, 2^-11 for FP16).
+#: Up to there nothing is a fault, however rare it is among its peers.
+NEIGHBOURS = {"bf16": 2.0**-7, "fp16": 2.0**-10}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class Blame:
     @property
     def suspect(self) -> Deviation | None:
         """The operation that stands out most from its peers, beyond what roundings do."""
-        ratios = {d: d.own / peers for d in self.deviations if (peers := self._peers(d)) > 0}
+        rounding = NEIGHBOURS.get(self.other.precision, 0.0)
+        ratios = {d: d.own / self._peers(d) for d in self.deviations if d.own > rounding}
         worst = max(ratios, key=lambda d: ratios[d], default=None)
         return worst if worst is not None and ratios[worst] >= FAULT else None
 

@@ -145,6 +145,7 @@ def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
         "interval": prediction and prediction.interval,
         "chances": prediction and [prediction.agreement(count) for count in LENGTHS],
         "flips": tables.flips(found),
+        "shift": found.mean_shift,
         "cost": result.cost(found.precision),
     }
 

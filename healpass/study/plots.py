@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from healpass.study.anatomy import Anatomy
-from healpass.study.results import PrecisionResult, StudyResult, survival
+from healpass.study.results import StudyResult, survival
 
 COLORS = {
     "bf16": "#d55e00",
@@ -161,11 +161,11 @@ def _depth(axes: Axes, anatomies: Mapping[str, Anatomy]) -> bool:
 
 
 def _margins(axes: Axes, result: StudyResult) -> bool:
-    found = [p for p in result.precisions if p.margins]
-    if not found:
+    shifts = {p: shift for p in result.precisions if (shift := p.mean_shift) is not None}
+    if not shifts:
         return False
     # The finest precision has the truest margins; those of 16-bit logits tie.
-    finest = min(found, key=lambda p: _mean_shift(p))
+    finest = min(shifts, key=lambda p: shifts[p])
     gaps = torch.cat([m.gap for m in finest.margins]).sort().values
     gaps = gaps[gaps > 0]
     if not gaps.numel():
@@ -173,8 +173,7 @@ def _margins(axes: Axes, result: StudyResult) -> bool:
     share = torch.arange(1, gaps.numel() + 1) / gaps.numel()
     axes.plot(gaps.tolist(), share.tolist(), color="#39424e", linewidth=2)
     low = float(gaps[0])
-    for precision in found:
-        shift = _mean_shift(precision)
+    for precision, shift in shifts.items():
         if shift > 0:
             low = min(low, shift)
             axes.axvline(shift, color=_color(precision.precision), linewidth=2)
@@ -192,10 +191,6 @@ def _margins(axes: Axes, result: StudyResult) -> bool:
     axes.set(xscale="log", yscale="log", xlabel="margin, shift (nats)", ylabel="share of tokens")
     axes.set_xlim(low / 3, float(gaps[-1]) * 1.5)
     return True
-
-
-def _mean_shift(found: PrecisionResult) -> float:
-    return float(torch.cat([m.shift for m in found.margins]).abs().mean())
 
 
 def _cost(axes: Axes, result: StudyResult) -> bool:

@@ -91,10 +91,17 @@ class PrecisionResult:
         """By prompt, over all configurations."""
         return pooled([shift.by_prompt for shift in self.shifts])
 
+    @property
+    def mean_shift(self) -> float | None:
+        """Mean change of a margin between configurations in nats; None where none was scored."""
+        found = self.margins
+        return float(torch.cat([m.shift for m in found]).abs().mean()) if found else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
             "precision": self.precision,
+            "mean_shift": self.mean_shift,
             "reproducible": self.reproducible,
             "bit_identical": self.identical,
             "greedy": self.generated and self.generated.to_dict(),

@@ -49,7 +49,7 @@ def prediction_table(result: StudyResult) -> Table:
     """One row per precision: flips on given text, measured and predicted, and what follows."""
     table = Table(title="Scored on given text: flips of the best token, and what they foretell")
     headings = (
-        "median shift (nats)",
+        "mean shift (nats)",
         "flips measured",
         "predicted (95% interval)",
         "same 1k tokens",
@@ -90,7 +90,7 @@ def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> li
     low, high = prediction.interval
     chances = [prediction.agreement(count) for count in (1_000, 16_000)]
     return [
-        number(prediction.median_shift),
+        number(found.mean_shift),
         flips(found),
         f"{prediction.rate:.2g} ({low:.2g} to {high:.2g})",
         *[percent(chance.chance) for chance in chances],

@@ -196,8 +196,8 @@ def test_deviations_of_odd_values():
     assert deviation(x, torch.tensor([[3.0, math.nan]])) == math.inf
 
 
-def made(shares):
-    c = Configuration(precision="bf16")
+def made(shares, precision="fp32"):
+    c = Configuration(precision=precision)
     return Blame(c, c, tuple(Deviation(name, own, own) for name, own in shares.items()))
 
 
@@ -215,6 +215,13 @@ def test_roundings_make_no_suspect():
     assert made(layers(1e-7) | {"lm_head": 1e-7 * FAULT / 2}).suspect is None
     assert made(dict.fromkeys(layers(1), 0.0)).suspect is None
     assert made({}).first is None
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-7), ("fp16", 2**-10)])
+def test_what_one_rounding_of_the_format_explains_is_no_fault(precision, unit):
+    for share, is_fault in ((unit, False), (2 * unit, True)):
+        shares = layers(1e-7) | {"model.layers.2.mlp.up_proj": share}
+        assert (made(shares, precision).suspect is not None) == is_fault
 
 
 def test_the_only_operation_that_differs_is_the_suspect():
