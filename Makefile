@@ -8,7 +8,11 @@ STAMP  := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo model test test-deep test-gpu check fix
+STUDY = $(VENV)/bin/healpass check smollm2-135m
+# Exit status 1 is a result: some precision is not reproducible.
+RESULT = || test $$? -eq 1
+
+.PHONY: help venv demo study model test test-deep test-gpu check fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,8 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; print who agrees
+demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; end with a report of both
 	$(PYTHON) examples/generate_reproducibly.py
+	rm -rf build/demo
+	$(STUDY) --preset quick --precision bf16,heal --prompts 6 --out build/demo $(RESULT)
+
+study: $(STAMP)  ## Run the whole study on SmolLM2 (an hour; run it again and it goes on)
+	$(STUDY) --preset standard --out build/study $(if $(wildcard build/study/plan.json),--resume) $(RESULT)
 
 model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
 	$(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'
@@ -29,8 +38,9 @@ model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
 test: model  ## Run the tests, without the slow ones and those that need a GPU
 	$(PYTEST) -m 'not deep and not gpu'
 
+# A thousand compiled graphs are one test: hours, not the usual quarter of one.
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property
-	$(PYTEST) -m 'not gpu' --hypothesis-profile deep --timeout 14400  # seconds, of one test
+	$(PYTEST) -m 'not gpu' --hypothesis-profile deep --timeout 14400
 
 test-gpu:  ## On a machine with a GPU: its tests, then the benchmark, with the torch that is there
 	bash tests/gpu/run_all.sh

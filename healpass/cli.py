@@ -5,14 +5,17 @@ Layer: top. May import anything; imports what is heavy only in the command that 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from healpass.errors import FetchError, HealError
+from healpass.errors import HealError, StudyError
 
 app = typer.Typer(
     help="Reproducible numerics for PyTorch: torch.compile(model, backend='heal').",
@@ -25,6 +28,11 @@ Model = Annotated[
     str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Axis = Annotated[str | None, typer.Option(help="With commas between; else the preset's.")]
+Compiled = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Generate with Inductor, or node by node."),
+]
 
 
 @app.callback()
@@ -75,6 +83,89 @@ def explain(
         report.print()
     else:
         typer.echo(str(report))
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face folder or id, a GGUF file, or smollm2-135m."),
+    ],
+    preset: Annotated[
+        str, typer.Option(help="standard, quick, layercast-study or overnight.")
+    ] = "standard",
+    precision: Annotated[
+        str, typer.Option(help="Which to compare, with commas between.")
+    ] = "bf16,fp16,fp32,layercast,heal,exact",
+    batch_sizes: Axis = None,
+    orders: Annotated[
+        str | None, typer.Option(help="Seeds of other orders of summation; else the preset's.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Simulated: v100,a100,h100,b200, or '' for none; else the preset's."),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="mission-critical, or a file with one JSON object per line.")
+    ] = "mission-critical",
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the records and the report.")] = None,
+    compiled: Compiled = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how reproducible MODEL is, and what it costs to make it so.
+
+    Exit code: 0 every precision asked for was shown to be reproducible, 1 it was not, 2 wrong use.
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from healpass.study import check as study
+    from healpass.study import presets
+
+    with _wrong_use():
+        axes = {
+            "precisions": _names(precision),
+            "batch_sizes": _numbers("--batch-sizes", batch_sizes),
+            "orders": _numbers("--orders", orders),
+            "gpus": _names(gpus),
+        }
+        given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "compiled": compiled}
+        plan = presets.plan(preset, model, _given(axes), tasks=tasks, **_given(given))
+        folder = out or Path(f"healpass-check-{Path(model).name}")
+        request = study.Request(folder, shlex.join(_command()), resume, quiet or as_json)
+        logging.disable_progress_bar()  # that of loading weights; ours tells of everything
+        with _interruptible(folder):
+            result = study.check(plan, request, Console(stderr=True))
+        if as_json:
+            typer.echo(json.dumps(result.to_dict(), indent=2))
+        elif not quiet:
+            study.show(result, Console(), folder)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="A report.json of healpass check.")],
+    other: Annotated[Path, typer.Argument(help="That of another machine.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say where two machines' studies part: first token, first operation.
+
+    Exit code: 0 nothing differs, 1 something does, 2 wrong use.
+    """
+    from healpass.study import diff as study
+
+    with _wrong_use():
+        found = study.compare(study.read(one), study.read(other))
+    if as_json:
+        typer.echo(json.dumps(study.to_dict(found), indent=2))
+    else:
+        typer.echo("\n".join(map(str, found)))
+    raise typer.Exit(0 if all(d.same for d in found) else 1)
 
 
 @app.command()
@@ -140,8 +231,8 @@ def bench(
             model=model,
             shapes=shapes,
             device=device,
-            kinds=_list(what),
-            contenders=_list(contenders),
+            kinds=_names(what) or (),
+            contenders=_names(contenders) or (),
             rounds=rounds,
             csv=csv,
             plot=plot,
@@ -149,40 +240,72 @@ def bench(
     )
 
 
-def _list(text: str) -> tuple[str, ...]:
-    """The items of an option that takes several, with commas."""
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
 def main() -> None:
     """Run the command; a mistake ends with one message and exit status 1, not with a traceback."""
     try:
         app()
     except HealError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        _say(error)
         raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def _wrong_use() -> Iterator[None]:
+    """A mistake in what was asked ends with exit status 2: 1 is a result."""
+    try:
+        yield
+    except HealError as error:
+        _say(error)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _interruptible(folder: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on; what is finished is on disk already."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        again = shlex.join([*(word for word in _command() if word != "--resume"), "--resume"])
+        typer.secho(f"Stopped. What is finished is kept in {folder}; go on with", err=True)
+        typer.secho(f"  {again}", err=True)
+        raise typer.Exit(130) from error
+
+
+def _command() -> list[str]:
+    """The command line as it was given."""
+    return ["healpass", *sys.argv[1:]]
+
+
+def _say(error: HealError) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the options that were left out."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    words = _names(text)
+    if words is None:
+        return None
+    if not all(word.isdecimal() for word in words):
+        raise StudyError(f"{option} {text!r}: whole numbers with commas between are needed.")
+    return tuple(int(word) for word in words)
 
 
 def _load(name: str) -> tuple[Any, Any]:
     """Load a causal language model in BF16 and its tokenizer."""
-    from healpass.integrations import smollm2
+    from healpass.study.checkpoint import Checkpoint
 
-    if name == smollm2.SMOLLM2.name:
-        return smollm2.load()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        network = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
-        return network.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        kind = "folder" if Path(name).is_dir() else "id"
-        raise FetchError(
-            f"cannot load {name!r} as a causal language model, taken as {kind}: "
-            f"{reason}\n"
-            "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face "
-            "hub, or smollm2-135m."
-        ) from error
+    checkpoint = Checkpoint(name)
+    return checkpoint.model(), checkpoint.tokenizer()
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,0 +1,156 @@
+"""The model under study: found, loaded and told what it cannot do.
+
+Layer: study. Imports `errors`, `integrations.smollm2`, and transformers when something is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from healpass.errors import FetchError, StudyError
+from healpass.integrations import smollm2
+from healpass.study.tasks import Task
+
+#: Templates that print today's date get this one: another day must not be another prompt.
+DATE = "26 Jul 2024"
+#: In front of a template it hides the function that asks the clock.
+_PINNED = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
+
+_WAYS = (
+    "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face hub, a "
+    f"GGUF file, or {smollm2.SMOLLM2.name}."
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal language model by name.
+
+    Attributes:
+        name: A folder, a hub id, a GGUF file, or `smollm2-135m`.
+    """
+
+    name: str
+
+    def model(self, dtype: str = "bfloat16") -> Any:
+        """Load the model in evaluation mode.
+
+        Args:
+            dtype: Dtype of the parameters. Their values are those of the BF16 checkpoint whatever
+                the dtype, so that only arithmetic differs. Buffers keep their own dtype.
+
+        Raises:
+            FetchError: Nothing that can be loaded is there.
+            StudyError: It is no causal language model.
+        """
+        model = self._load("AutoModelForCausalLM", dtype=torch.bfloat16)
+        _check_causal(self.name, model.config)
+        wanted = getattr(torch, dtype)
+        for parameter in model.parameters():  # not .to(): FP16 would round the rotary buffers
+            parameter.data = parameter.data.to(wanted)
+        model.config.dtype = wanted
+        return model.eval()
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer, padding on the left.
+
+        Raises:
+            FetchError: There is none.
+        """
+        tokenizer = self._load("AutoTokenizer", padding_side="left")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise StudyError(
+                f"{self.name!r} has a tokenizer without padding, end and unknown token, so "
+                "prompts of different lengths cannot share a batch. Add a pad_token to it."
+            )
+        return tokenizer
+
+    def _load(self, auto: str, **options: Any) -> Any:
+        import transformers
+
+        what = "tokenizer" if "Tokenizer" in auto else "causal language model"
+        source, how = self._source()
+        if how and what != "tokenizer":
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        try:
+            return getattr(transformers, auto).from_pretrained(source, **how, **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise FetchError(
+                f"cannot load {self.name!r} as a {what}, taken as {self._kind}: {reason}\n{_WAYS}"
+            ) from error
+
+    @property
+    def _kind(self) -> str:
+        path = Path(self.name)
+        return "folder" if path.is_dir() else "GGUF file" if path.suffix == ".gguf" else "hub id"
+
+    def _source(self) -> tuple[Any, dict[str, Any]]:
+        """What `from_pretrained` is called with."""
+        path = Path(self.name)
+        if self.name == smollm2.SMOLLM2.name:
+            return smollm2.fetch(), {}
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise FetchError(f"there is no file {self.name!r}.\n{_WAYS}")
+            return path.parent, {"gguf_file": path.name}
+        return self.name, {}
+
+
+def _check_causal(name: str, config: Any) -> None:
+    """Refuse encoders, which transformers would load as a decoder with a warning."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    known = set(CAUSAL.values())
+    found = list(getattr(config, "architectures", None) or ())
+    if found and not known.intersection(found):
+        raise StudyError(
+            f"{name!r} is a {found[0]}, which does not generate text token by token: the study "
+            "needs a causal language model (its config.json names an architecture ending in "
+            f"ForCausalLM or LMHeadModel). {_WAYS}"
+        )
+
+
+def chat(tokenizer: Any, prompt: str) -> str:
+    """The text of one user message in the model's chat format, its date pinned to `DATE`.
+
+    A tokenizer without a chat template gets the plain prompt.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        chat_template=_PINNED + tokenizer.get_chat_template(),
+        date_string=DATE,
+    )
+
+
+def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -> list[list[int]]:
+    """The prompts as token ids.
+
+    Raises:
+        StudyError: A prompt and its answer do not fit into the model's context.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    texts = [chat(tokenizer, task.prompt) for task in tasks]
+    ids = [tokenizer(text, add_special_tokens=not has_template)["input_ids"] for text in texts]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for task, tokens in zip(tasks, ids, strict=True):
+        if not tokens:
+            raise StudyError(f"the prompt of task {task.id!r} has no tokens. Give it a text.")
+        if room is not None and len(tokens) + new_tokens > room:
+            raise StudyError(
+                f"the prompt of task {task.id!r} has {len(tokens)} tokens and its answer may have "
+                f"{new_tokens}, but the model's context holds {room}. Shorten the task, or give a "
+                "smaller --max-new-tokens."
+            )
+    return ids

@@ -1,0 +1,139 @@
+"""Answers under one configuration: greedy, or sampled with a seed for each request.
+
+Layer: study. Imports `study` only, and transformers' logits processors.
+
+Sampling goes by the Gumbel-max trick: the noise belongs to request and position, not to a
+generator that the batch shares, so two configurations draw the same token unless their logits
+differ. Without that, batching alone would change every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The paper's sampling study.
+TEMPERATURE = 0.7
+TOP_P = 0.95
+
+
+@dataclass
+class TopProbability:
+    """A logits processor that only looks: the probability of the best token, step by step."""
+
+    steps: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Note `[B]` probabilities of `[B, V]` logits."""
+        del input_ids
+        self.steps.append(scores.float().softmax(-1).amax(-1))
+        return scores
+
+
+@dataclass
+class SeededNoise:
+    """Gumbel noise by request and position; the best token of the sum is a sample.
+
+    Attributes:
+        seeds: One per row of the batch.
+        position: How many tokens each row has drawn.
+    """
+
+    seeds: Sequence[int]
+    position: int = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `[B, V]` logits plus noise."""
+        del input_ids
+        noise = [self._gumbel(seed, scores.shape[-1]) for seed in self.seeds]
+        self.position += 1
+        return scores + torch.stack(noise).to(scores)
+
+    def _gumbel(self, seed: int, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed((seed << 20) + self.position)
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Tokens of one prompt, end token included, and the probability of each (greedy only)."""
+
+    tokens: tuple[int, ...]
+    probs: tuple[float, ...]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, T]` of rows of different lengths, and their mask `[B, T]`."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        span = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.int64)
+        mask[index, span] = 1
+    return ids, mask
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    chunk: int | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Generated]:
+    """Answer prompts in one batch, padded on the left.
+
+    Args:
+        model: Has transformers' `generate`.
+        tokenizer: Knows the padding token.
+        prompts: Token ids of each prompt.
+        new_tokens: The most tokens of an answer.
+        chunk: Prompt tokens of one prefill step.
+        seeds: Of the sampling, one per prompt; None decodes greedily.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+    seen = TopProbability()
+    processors: list[Any] = [seen]
+    if seeds is not None:
+        warpers = (TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P))
+        processors = [*warpers, SeededNoise(seeds)]
+    ids, mask = pad(prompts, tokenizer.pad_token_id, "left")
+    ends = _end_tokens(model, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        prefill_chunk_size=chunk if chunk and chunk < ids.shape[1] else None,
+    )
+    tokens = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList(processors),
+    )
+    new = [until_end(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
+    probs = torch.stack(seen.steps, 1).tolist() if seen.steps else [[] for _ in new]
+    return [Generated(t, tuple(p[: len(t)])) for t, p in zip(new, probs, strict=True)]
+
+
+def until_end(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+    """An answer without what `generate` pads it with after its end."""
+    stops = [index + 1 for index, token in enumerate(tokens) if token in ends]
+    return tuple(tokens[: stops[0]] if stops else tokens)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The model's own end tokens, else the tokenizer's."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

@@ -1,0 +1,82 @@
+"""A checkpoint made ready to run as one configuration says.
+
+Layer: study. Imports `integrations`, the public names and `study`.
+
+Baselines run as transformers runs them. The natural order of the other precisions is compiled by
+Inductor, as users run it. Another order of summation and a simulated GPU have no fast kernels, and
+chunks would be compiled for one unit alone: there the rewritten graph runs node by node
+(`study.interpret`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from healpass.study.checkpoint import Checkpoint
+from healpass.study.configuration import Configuration, Unit
+from healpass.study.interpret import Watch, backend
+
+#: The most graphs of one model: prefill, later chunks and decode, for one prompt and for several,
+#: with and without a mask.
+GRAPHS = 16
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model ready to run; units with one `key` share it."""
+
+    key: tuple[Any, ...]
+    model: Any
+
+
+def key_of(unit: Unit) -> tuple[Any, ...]:
+    """What a unit's model depends on: batch size and padding are not part of it."""
+    c = unit.configuration
+    return (c.precision, c.kv, c.order, c.gpu, bool(c.chunk), unit.kind == "forced")
+
+
+def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Network:
+    """Load the checkpoint and set it up for a unit.
+
+    Args:
+        checkpoint: The model under study.
+        unit: A generating unit gets HEAL's cache where HEAL is in use; a forced one scores whole
+            texts and needs none.
+        compiled: Whether Inductor compiles where it can; else nodes run one by one.
+    """
+    c = unit.configuration
+    model = checkpoint.model(c.dtype)
+    torch._dynamo.reset()  # the graphs of the network before this one are of no use
+    if unit.kind == "forced":
+        interpret(model, c)
+        return Network(key_of(unit), model)
+    if not c.is_baseline:
+        from healpass.integrations.transformers import heal_model
+
+        heal_model(model, **c.heal_options())
+    has_kernels = compiled and not c.chunk
+    if c.order or c.gpu or not (c.is_baseline or has_kernels):
+        interpret(model, c)
+    return Network(key_of(unit), model)
+
+
+def interpret(model: Any, configuration: Configuration, watch: Watch | None = None) -> None:
+    """Let a model's graph, rewritten as the configuration says, run node by node."""
+    model.compile(backend=backend(configuration, watch), dynamic=True)
+
+
+@contextlib.contextmanager
+def strict_dynamo() -> Iterator[None]:
+    """Dynamo as the study needs it: constants stay constants, and it never gives up in silence."""
+    settings = {
+        "fail_on_recompile_limit_hit": True,
+        "recompile_limit": GRAPHS,
+        "specialize_float": True,
+    }
+    with torch.no_grad(), torch._dynamo.config.patch(settings):
+        yield

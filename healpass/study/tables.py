@@ -1,0 +1,133 @@
+"""The study's tables in a terminal. Layer: study. Imports `study` only."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from healpass.study.prediction import FlipRate
+from healpass.study.results import PrecisionResult, StudyResult
+
+UNKNOWN = "-"
+
+
+def paper_table(result: StudyResult) -> Table:
+    """One row per precision, the metrics as arXiv 2506.09501 names them."""
+    title = f"{escape(result.plan.model)}: {result.plan.prompts} prompts, greedy"
+    table = Table(title=title)
+    headings = (
+        "configurations",
+        "Std@Acc",
+        "Avg_Std@Output_Length",
+        "Div_Percent",
+        "mean Div_Index",
+        "Avg_Std@top1_prob",
+        "most outputs of a prompt",
+    )
+    table.add_column("precision")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for found in result.precisions:
+        metrics = found.generated
+        if metrics is None:
+            table.add_row(found.precision, *[UNKNOWN] * len(headings))
+            continue
+        table.add_row(
+            found.precision,
+            str(len(metrics.configurations)),
+            number(metrics.std_acc, " %"),
+            number(metrics.avg_std_output_length),
+            number(metrics.div_percent, " %"),
+            number(metrics.mean_div_index),
+            number(metrics.avg_std_top1_prob),
+            str(max(metrics.unique_outputs, default=0)),
+        )
+    return table
+
+
+def prediction_table(result: StudyResult) -> Table:
+    """One row per precision: flips on given text, measured and predicted, and what follows."""
+    table = Table(title="Scored on given text: flips of the best token, and what they foretell")
+    headings = (
+        "mean shift (nats)",
+        "flips measured",
+        "predicted (95% interval)",
+        "same 1k tokens",
+        "same 16k tokens",
+        "time / first",
+        "reproducible",
+    )
+    table.add_column("precision")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for found in result.precisions:
+        table.add_row(
+            found.precision,
+            *_prediction_cells(found.prediction, found),
+            number(result.cost(found.precision)),
+            verdict(found),
+        )
+    return table
+
+
+def verdict(found: PrecisionResult) -> str:
+    """`yes`, `no`, or that it was not shown; and whether even the bits agree."""
+    if found.reproducible is None:
+        return "not shown"
+    if not found.reproducible:
+        return "no"
+    return "yes, bit for bit" if found.identical else "yes"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A number with three digits, a dash where there is none."""
+    return UNKNOWN if value is None else f"{value:.3g}{unit}"
+
+
+def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> list[str]:
+    if prediction is None:
+        return [UNKNOWN] * 5
+    low, high = prediction.interval
+    chances = [prediction.agreement(count) for count in (1_000, 16_000)]
+    return [
+        number(found.mean_shift),
+        flips(found),
+        f"{prediction.rate:.2g} ({low:.2g} to {high:.2g})",
+        *[percent(chance.chance) for chance in chances],
+    ]
+
+
+def percent(share: float) -> str:
+    """A share in percent; below a hundredth of one its size does not matter."""
+    return "< 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.3g} %"
+
+
+def flips(found: PrecisionResult) -> str:
+    """How many best tokens differed, of how many; a dash where nothing was scored."""
+    flipped = [m.flipped for m in found.margins]
+    if not flipped:
+        return UNKNOWN
+    return f"{sum(int(f.sum()) for f in flipped)} of {sum(f.numel() for f in flipped)}"
+
+
+def blames(result: StudyResult) -> list[str]:
+    """For each pair of configurations: where they first differ, and which operation stands out."""
+    lines = []
+    for found in result.anatomies.values():
+        for blame in found.blames:
+            first = blame.first.operation if blame.first else "nothing: all bits agree"
+            suspect = f"; SUSPECT: {blame.suspect.operation}" if blame.suspect else ""
+            label = f"{blame.other.precision}, {blame.other.label}"
+            lines.append(f"{label}: the first difference is {first}{suspect}")
+    return lines
+
+
+def notes(result: StudyResult) -> list[str]:
+    """What was not run, and why, one line each."""
+    lines = [
+        f"not available: {name}: {reason}"
+        for found in result.precisions
+        for name, reason in found.unavailable.items()
+    ]
+    lines += [f"not finished: {name}" for found in result.precisions for name in found.missing]
+    return lines

@@ -1,0 +1,98 @@
+"""Two machines' reports: first token, first operation, and what cannot be compared."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from healpass import cli
+from healpass.errors import StudyError
+from healpass.study import diff
+from healpass.study.traces import trace_of
+
+
+def report(noise=0.0, token=7):
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(5, 300, generator=generator) for name in ("embed", "mlp", "head")}
+    for name in ("mlp", "head"):
+        values[name] = values[name] * (1 + noise)
+    trace = {name: sketch.to_dict() for name, sketch in trace_of(values).items()}
+    return {
+        "schema": 1,
+        "plan": {"tasks": "t", "prompts": 2, "max_new_tokens": 4},
+        "answers": {"bf16": {"batch 1": [[1, 2], [3, token]], "batch 8": [[1, 2], [3, 7]]}},
+        "anatomy": {"bf16": {"trace": trace}},
+    }
+
+
+def test_equal_reports_do_not_differ():
+    (found,) = diff.compare(report(), report())
+    assert found.same
+    assert "4 of 4 answers are the same" in str(found)
+    assert "all 3 operations have the same bits" in str(found)
+
+
+def test_the_first_token_and_operation_are_named():
+    (found,) = diff.compare(report(), report(noise=1e-3, token=8))
+    assert not found.same
+    assert found.first_token == (1, 1, "batch 1")
+    assert found.first_operation == "mlp"
+    # Values times 1 + 1e-3, so sketches too: the estimate is off by FP32 roundings only.
+    assert abs(found.deviation / 1e-3 - 1) <= 6 * math.sqrt(2 / 64)
+    assert "token 2 of prompt 1 (batch 1)" in str(found)
+    assert "first operation that differs: mlp" in str(found)
+
+
+def test_nothing_compared_is_not_the_same():
+    bare = report()
+    bare["anatomy"], bare["answers"] = {}, {"bf16": {}}
+    (found,) = diff.compare(bare, bare)
+    assert not found.same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["plan"].update(prompts=3), "differ in prompts: 2 and 3"),
+        (lambda r: r.update(answers={"heal": {}}), "no precision in common"),
+    ],
+)
+def test_different_questions_are_refused(change, message):
+    other = copy.deepcopy(report())
+    change(other)
+    with pytest.raises(StudyError, match=message):
+        diff.compare(report(), other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no report"),
+        (json.dumps(report() | {"schema": 99}), "schema 99"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(StudyError, match=message):
+        diff.read(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["diff", *map(str, arguments)])
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, noise in zip(paths, (0.0, 1e-3), strict=True):
+        path.write_text(json.dumps(report(noise)))
+    assert run(paths[0], paths[0]).exit_code == 0
+    assert run(*paths).exit_code == 1
+    assert json.loads(run(*paths, "--json").stdout)["precisions"][0]["first_operation"] == "mlp"
+    missing = run(paths[0], tmp_path / "c.json")
+    assert missing.exit_code == 2
+    assert "cannot read" in missing.output
