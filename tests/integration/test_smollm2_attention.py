@@ -39,11 +39,12 @@ def test_int16_is_coarse_int24_is_fp32_and_a_bf16_cache_is_worse_than_either(tab
 
 
 @pytest.mark.deep
-def test_the_compiled_model_with_int16_meets_its_limit_too(table):
+def test_the_compiled_model_meets_the_same_limits(table):
     """On CPU, BF16 weights, `backend="heal"`, over 2,048 tokens."""
-    runs = {
-        name: (table.EAGER | table.COMPILED)[name] for name in ("BF16 cache", "INT16, compiled")
-    }
+    names = ("BF16 cache", "FP32 model", *table.COMPILED)
+    runs = {name: (table.EAGER | table.COMPILED)[name] for name in names}
     found = table.errors(table.text(2048), runs)
     print({name: f"{error:.2e}" for name, error in found.items()})
     assert found["INT16, compiled"] <= 1.6e-4 < found["BF16 cache"]
+    assert found["INT24, compiled"] <= 1.15 * found["FP32 model"]
+    assert found["FP32, compiled"] <= 1.15 * found["FP32 model"]
