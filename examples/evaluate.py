@@ -26,16 +26,6 @@ from rich.console import Console
 TASKS = Path(__file__).parents[1] / "tests" / "data" / "lm_eval"
 
 
-def load(layers: int) -> tuple[Any, Any]:
-    """The first layers of SmolLM2 in BF16, and the tokenizer."""
-    from healpass.integrations import smollm2
-
-    model, tokenizer = smollm2.load(torch.bfloat16)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return model, tokenizer
-
-
 def log_likelihoods(lm: Any, batch_size: int, questions: int | None) -> list[float]:
     """The harness's log-likelihood of every choice of every question."""
     from lm_eval import simple_evaluate
@@ -63,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=None, help="all eight by default")
     options = parser.parse_args(argv)
 
+    from healpass.integrations import smollm2
     from healpass.integrations.lm_eval import HealHFLM
 
-    model, tokenizer = load(options.layers)
+    model, tokenizer = smollm2.load(torch.bfloat16, layers=options.layers)
     lm = HealHFLM(model, tokenizer=tokenizer, device="cpu", precision=options.precision)
     found = [log_likelihoods(lm, size, options.questions) for size in options.batch_sizes]
     console = Console()

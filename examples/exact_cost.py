@@ -70,9 +70,7 @@ class Shape:
 
 def step(contender: Contender, layers: int | None, shape: Shape, steps: int) -> Callable[[], Any]:
     """A call that runs the compiled model once on the shape, at most `steps` times."""
-    model, _ = smollm2.load(contender.dtype)
-    del model.model.layers[layers:]
-    model.config.num_hidden_layers = len(model.model.layers)
+    model, _ = smollm2.load(contender.dtype, layers=layers)
     compiled = torch.compile(model, backend="heal", options=contender.options, dynamic=False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40_000, (1, (shape.past or 0) + shape.tokens), generator=generator)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,18 +82,6 @@ class Size:
 SHORT = Size(prompts=3, tokens=6, forced_prompts=1, forced_tokens=5, layers=2, vocabulary=2000)
 
 
-def model_of(dtype: torch.dtype, size: Size) -> tuple[Any, Any]:
-    """SmolLM2 and its tokenizer, the model cut to the size."""
-    model, tokenizer = smollm2.load(dtype)
-    del model.model.layers[size.layers :]
-    model.config.num_hidden_layers = len(model.model.layers)
-    if size.vocabulary is not None:
-        head = copy.deepcopy(model.lm_head)
-        head.weight = torch.nn.Parameter(model.lm_head.weight[: size.vocabulary].detach().clone())
-        model.lm_head = head
-    return model, tokenizer
-
-
 def questions(count: int) -> list[str]:
     """The first questions of the study's suite."""
     return [task.question for task in load()[:count]]
@@ -154,7 +141,7 @@ def text_study(size: Size, console: Console) -> Table:
         table.add_column(heading)
     for name, (dtype, options) in PRECISIONS.items():
         torch._dynamo.reset()
-        model, tokenizer = model_of(dtype, size)
+        model, tokenizer = smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
         model = heal_model(model, **options)
         runs = []
         for how in CONFIGURATIONS:
@@ -172,7 +159,7 @@ def text_study(size: Size, console: Console) -> Table:
 def forced_logits(size: Size, options: dict[str, Any]) -> Tensor:
     """FP32 logits of the prompts, cut to one length, in one forward pass."""
     torch._dynamo.reset()
-    model, tokenizer = model_of(BF16, size)
+    model, tokenizer = smollm2.load(BF16, layers=size.layers, vocabulary=size.vocabulary)
     texts = [question * 40 for question in questions(size.forced_prompts)]
     ids = [tokenizer(text)["input_ids"][: size.forced_tokens] for text in texts]
     compiled = torch.compile(model, backend="heal", options=options | {"outputs": "fp32"})

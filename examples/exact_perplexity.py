@@ -54,9 +54,7 @@ def perplexity(name: str, tokens: int, layers: int | None) -> float:
     """The exponential of the mean loss of a precision over all windows, in FP64."""
     torch._dynamo.reset()
     dtype, options = PRECISIONS[name]
-    model, tokenizer = smollm2.load(dtype)
-    del model.model.layers[layers:]
-    model.config.num_hidden_layers = len(model.model.layers)
+    model, tokenizer = smollm2.load(dtype, layers=layers)
     compiled = torch.compile(model, backend="heal", options=options | {"outputs": "fp32"})
     losses = []
     for window in windows(tokenizer, tokens):

@@ -24,16 +24,6 @@ from rich.console import Console
 TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
-def load(layers: int) -> tuple[Any, Any]:
-    """The first layers of SmolLM2 in FP32, and the tokenizer."""
-    from healpass.integrations import smollm2
-
-    model, tokenizer = smollm2.load(torch.float32)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return model, tokenizer
-
-
 def rows_of(tokenizer: Any, length: int) -> list[dict[str, torch.Tensor]]:
     """The text in rows of `length` tokens, each its own label."""
     ids = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]
@@ -87,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", action="store_true", help="train an adapter")
     parser.add_argument("--precision", default="heal", help="heal, exact or layercast")
     options = parser.parse_args(argv)
-    model, tokenizer = load(options.layers)
+
+    from healpass.integrations import smollm2
+
+    model, tokenizer = smollm2.load(torch.float32, layers=options.layers)
     if options.lora:
         model = with_adapter(model)
     rows = rows_of(tokenizer, options.length)

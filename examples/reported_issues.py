@@ -13,7 +13,6 @@ last bits of FP32, too small to change a word. `exact` leaves none.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -212,27 +211,12 @@ WAYS = (
 )
 
 
-def load(layers: int, vocabulary: int | None = None) -> tuple[Any, Any]:
-    """The first layers of SmolLM2 in BF16, with the first rows of its vocabulary, and tokenizer.
-
-    Its text is poor then; its arithmetic is real.
-    """
-    from healpass.integrations import smollm2
-
-    model, tokenizer = smollm2.load(torch.bfloat16)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    if vocabulary is not None:
-        model.lm_head = copy.deepcopy(model.lm_head)
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:vocabulary].clone())
-    return model, tokenizer
-
-
 def subject_of(way: Way, layers: int, new_tokens: int) -> Subject:
     """The model set up in one way, by the lines that a user would write."""
+    from healpass.integrations import smollm2
     from healpass.integrations.transformers import heal_model
 
-    model, tokenizer = load(layers)
+    model, tokenizer = smollm2.load(layers=layers)
     if way.options is None:
         return Subject(model, tokenizer, torch.matmul, new_tokens)
     options = way.options | {"outputs": "fp32"}

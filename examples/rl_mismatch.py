@@ -53,20 +53,6 @@ class Mismatch:
         return self.trainer - self.sampler
 
 
-def load(dtype: torch.dtype, layers: int, vocabulary: int | None = None) -> tuple[Any, Any]:
-    """The first layers of SmolLM2, with the first rows of its vocabulary, and its tokenizer."""
-    from healpass.integrations import smollm2
-
-    model, tokenizer = smollm2.load(dtype)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    if vocabulary is not None:
-        head = torch.nn.Linear(model.config.hidden_size, vocabulary, bias=False, dtype=dtype)
-        head.weight = torch.nn.Parameter(model.lm_head.weight[:vocabulary].detach().clone())
-        model.lm_head = head
-    return model, tokenizer
-
-
 def measure(model: Any, tokenizer: Any, new_tokens: int) -> Mismatch:
     """Sample replies to the prompts in one padded batch, then score them in one forward pass."""
     batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
@@ -125,13 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=24, help="per reply")
     options = parser.parse_args(argv)
 
+    from healpass.integrations import smollm2
     from healpass.integrations.transformers import heal_model
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # never compare a silent fallback
     found = {}
     for name, (dtype, config) in WAYS.items():
         torch._dynamo.reset()
-        model, tokenizer = load(dtype, options.layers)
+        model, tokenizer = smollm2.load(dtype, layers=options.layers)
         model = model if config is None else heal_model(model, **config)
         found[name] = measure(model, tokenizer, options.new_tokens)
     Console().print(table_of(found))

@@ -19,16 +19,6 @@ import torch
 PROMPTS = ("Name three rivers.", "Why is the sky blue?")
 
 
-def load(layers: int) -> tuple[Any, Any]:
-    """The first layers of SmolLM2 in BF16, and the tokenizer."""
-    from healpass.integrations import smollm2
-
-    model, tokenizer = smollm2.load(torch.bfloat16)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return model, tokenizer
-
-
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache stores."""
     from healpass.integrations.cache import stores_of
@@ -44,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     options = parser.parse_args(argv)
 
+    from healpass.integrations import smollm2
     from healpass.integrations.transformers import HealCache, heal_model
 
-    model, tokenizer = load(options.layers)
+    model, tokenizer = smollm2.load(torch.bfloat16, layers=options.layers)
     heal_model(model)
     cache = HealCache(model.config, max_cache_len=64)
     for prompt in PROMPTS:

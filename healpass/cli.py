@@ -302,7 +302,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 def _load(name: str) -> tuple[Any, Any]:
     """Load a causal language model in BF16 and its tokenizer."""
-    from healpass.study.checkpoint import Checkpoint
+    from healpass.integrations.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(name)
     return checkpoint.model(), checkpoint.tokenizer()

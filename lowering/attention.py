@@ -28,7 +28,7 @@ import torch
 from healpass.lowering import compat, kernels, selfcheck
 from healpass.lowering.matmul import check as check_device
 from healpass.lowering.tiles import AttentionTile, attention_tiles
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
 
 from healpass.ops.numerics import Numerics
@@ -232,21 +232,18 @@ def select(
     launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile], tiled: str = "BLOCK_M"
 ) -> ir.TensorBox:
     """Render the template for the best guess, or for all tiles where Inductor is to time them."""
-    template = kernels.template(launch.template)
-    choices: list[Any] = []
-    for tile in tiles if config.max_autotune else tiles[:1]:
-        compat.append_choice(
-            template,
-            choices,
-            input_nodes=tuple(launch.nodes),
-            layout=launch.layout,
-            mutated_inputs=launch.mutated,
-            call_sizes=launch.programs,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            **{**knobs, tiled: tile.block},
-        )
-    return compat.select(f"heal_{launch.template}", choices, launch.nodes, launch.layout)
+    renderings = [
+        knobs | {tiled: tile.block, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        for tile in tiles
+    ]
+    return kernels.select(
+        launch.template,
+        launch.nodes,
+        launch.layout,
+        renderings,
+        mutated_inputs=launch.mutated,
+        call_sizes=launch.programs,
+    )
 
 
 def is_single(size: list[sympy.Expr]) -> bool:

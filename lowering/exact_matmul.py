@@ -20,7 +20,7 @@ from healpass.lowering import compat, kernels, selfcheck
 from healpass.lowering.exact_tiles import ExactTile, exact_tiles, prefers_half
 from healpass.lowering.matmul import LOWEST_CAPABILITY, TMA_CAPABILITY
 from torch import Tensor
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 
 from healpass.arithmetic.digits import (
@@ -29,7 +29,6 @@ from healpass.arithmetic.digits import (
     INT32_ACCUMULATOR,
     exact_terms,
 )
-from healpass.cache_key import compile_options
 from healpass.ops.digit_products import by_digits
 from healpass.ops.exact_matmul import MOST_TERMS, Scheme
 from healpass.ops.numerics import Numerics
@@ -156,7 +155,8 @@ def lower(
     nodes = _nodes(problem, cuts)
     layout = ir.FixedLayout(problem.device, torch.float32, problem.size)
     tiles = exact_tiles(capability(problem.device), *problem.hints, problem.plan, cuts=cuts)
-    return _select(problem, name, nodes, layout, tiles)
+    renderings = [tile.knobs | _knobs(problem, nodes, tile) for tile in tiles]
+    return kernels.select(name, nodes, layout, renderings)
 
 
 def _nodes(problem: DigitProblem, cuts: bool) -> list[ir.IRNode]:
@@ -173,34 +173,6 @@ def _nodes(problem: DigitProblem, cuts: bool) -> list[ir.IRNode]:
         *(compat.realize_inputs(contiguous(plane)) for plane in planes),
         *map(compat.realize_inputs, scales),
     ]
-
-
-def _select(
-    problem: DigitProblem,
-    name: str,
-    nodes: list[ir.IRNode],
-    layout: ir.Layout,
-    tiles: list[ExactTile],
-) -> ir.TensorBox:
-    """Render the template for the best guess, or for all tiles where Inductor is to time them."""
-    template = kernels.template(name)
-    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
-    choices: list[Any] = []
-    for tile in tiles if timed else tiles[:1]:
-        compat.append_choice(
-            template,
-            choices,
-            input_nodes=tuple(nodes),
-            layout=layout,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            **_knobs(problem, nodes, tile),
-        )
-    return compat.select(f"heal_{name}", choices, nodes, layout)
 
 
 def _knobs(problem: DigitProblem, nodes: list[ir.IRNode], tile: ExactTile) -> dict[str, Any]:

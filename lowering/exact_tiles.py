@@ -25,6 +25,18 @@ class ExactTile:
     group_m: int = 8
     swap: bool = False
 
+    @property
+    def knobs(self) -> dict[str, int]:
+        """As the template takes them; `swap` is a choice of the lowering's."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
     def bytes(self, plan: Scheme) -> int:
         """Shared memory of the pipelined INT8 planes."""
         rows = plan.left * self.block_m + plan.right * self.block_n

@@ -1,4 +1,4 @@
-"""The Triton templates, loaded from `templates/*.py.jinja`. Imports `compat` only.
+"""The Triton templates, loaded from `templates/*.py.jinja`. Imports `compat` and `cache_key`.
 
 Inductor keeps templates by name for the whole process, so each is made once, here.
 """
@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from healpass.lowering import compat
 from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
+from torch._inductor import config, ir
+
+from healpass.cache_key import compile_options
 
 #: CUDA's limit of blocks along the second and third grid axis.
 MAX_GRID_Y = 65535
@@ -124,3 +129,28 @@ GRIDS = {
 def template(name: str) -> TritonTemplate:
     """The template of a name in `GRIDS`."""
     return TritonTemplate(name=f"heal_{name}", grid=GRIDS[name], source=source(name))
+
+
+def select(
+    name: str,
+    nodes: Sequence[Any],
+    layout: ir.Layout,
+    renderings: Sequence[Mapping[str, Any]],
+    **call: Any,
+) -> ir.TensorBox:
+    """Render a template by the best guess, or in all ways where Inductor is to time them.
+
+    Args:
+        name: Of the template.
+        nodes: Its inputs in order.
+        layout: Of its output.
+        renderings: Knobs, the best guess first; they differ in tuning knobs only.
+        **call: What Inductor takes beside them, as `mutated_inputs` and `call_sizes`.
+    """
+    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
+    choices: list[Any] = []
+    for knobs in renderings if timed else renderings[:1]:
+        compat.append_choice(
+            template(name), choices, input_nodes=tuple(nodes), layout=layout, **call, **knobs
+        )
+    return compat.select(f"heal_{name}", choices, list(nodes), layout)

@@ -31,7 +31,7 @@ from healpass.lowering.tiles import (
     invariant_tiles,
     layercast_tiles,
 )
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import ops
 
@@ -233,10 +233,10 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
     nodes = list(compat.realize_inputs(problem.a, problem.b))
     if not partials:
         tiles = invariant_tiles(problem.capability, b_pieces, fma=fma)
-        return _select(name, nodes, problem.layout(), knobs, tiles)
+        return kernels.select(name, nodes, problem.layout(), _renderings(knobs, tiles))
     tiles = decode_tiles(problem.capability, problem.hints[1], fma=fma)
     layout = problem.layout(splits) if splits > 1 else problem.layout()
-    parts = _select(name, nodes, layout, knobs, tiles)
+    parts = kernels.select(name, nodes, layout, _renderings(knobs, tiles))
     return parts if splits == 1 else _add_in_order(parts, splits)
 
 
@@ -271,7 +271,7 @@ def _lower_layercast(problem: MatmulProblem) -> ir.TensorBox:
     knobs |= {"BLOCK_K": LAYERCAST_BLOCK_K}
     nodes = list(compat.realize_inputs(problem.a, problem.b))
     tiles = layercast_tiles(problem.capability, *problem.hints)
-    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
+    return kernels.select(family(problem), nodes, problem.layout(), _renderings(knobs, tiles))
 
 
 def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
@@ -298,7 +298,7 @@ def _lower_gemm(problem: MatmulProblem) -> ir.TensorBox:
     planes = (a.planes, b.planes)
     tiles = gemm_tiles(problem.capability, *problem.hints, planes, BLOCK_K, cut=b.cut, tma=tma)
     nodes = a.nodes + b.nodes + ([] if groups is None else [compat.realize_inputs(groups)])
-    return _select(family(problem), nodes, problem.layout(), knobs, tiles)
+    return kernels.select(family(problem), nodes, problem.layout(), _renderings(knobs, tiles))
 
 
 def _by_descriptor(problem: MatmulProblem, a: Operand, b: Operand) -> bool:
@@ -322,27 +322,9 @@ def gemm_operands(problem: MatmulProblem) -> tuple[Operand, Operand]:
     return a, b
 
 
-def _select(
-    name: str, nodes: list[Any], layout: ir.Layout, knobs: dict[str, Any], tiles: list[Tile]
-) -> ir.TensorBox:
-    """Render the template for the best guess, or for all tiles where Inductor is to time them."""
-    template = kernels.template(name)
-    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
-    choices: list[Any] = []
-    for tile in tiles if timed else tiles[:1]:
-        compat.append_choice(
-            template,
-            choices,
-            input_nodes=tuple(nodes),
-            layout=layout,
-            num_stages=tile.num_stages,
-            num_warps=tile.num_warps,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            GROUP_M=tile.group_m,
-            **knobs,
-        )
-    return compat.select(f"heal_{name}", choices, nodes, layout)
+def _renderings(knobs: dict[str, Any], tiles: list[Tile]) -> list[dict[str, Any]]:
+    """The knobs with those of each tile."""
+    return [tile.knobs | knobs for tile in tiles]
 
 
 def _zeros(problem: MatmulProblem) -> ir.TensorBox:

@@ -29,6 +29,17 @@ class Tile:
     num_stages: int
     group_m: int = 8
 
+    @property
+    def knobs(self) -> dict[str, int]:
+        """As templates take them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "GROUP_M": self.group_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
     def gemm_bytes(self, block_k: int, planes_a: int, planes_b: int) -> int:
         """Shared memory of the pipelined 16-bit operand tiles."""
         return 2 * block_k * self.num_stages * (planes_a * self.block_m + planes_b * self.block_n)

@@ -7,12 +7,11 @@ process of a contender, which loads from it what it needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from healpass.errors import ConfigError, FetchError, suggestion
+from healpass.errors import ConfigError, suggestion
 
 #: (out, in) features of the linear layers of one block: q, k and v; output; gate and up; down.
 SHAPES = {
@@ -24,7 +23,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A causal language model: a folder, a hub id, or `smollm2-135m`."""
+    """A causal language model: a folder, a hub id, a GGUF file, or `smollm2-135m`."""
 
     name: str
 
@@ -33,13 +32,12 @@ class ModelSource:
 
         Raises:
             FetchError: It cannot be loaded.
+            StudyError: It is no causal language model.
         """
-        from healpass.integrations import smollm2
+        from healpass.integrations.checkpoint import Checkpoint
 
-        if self.name == smollm2.SMOLLM2.name:
-            model: nn.Module = smollm2.load(dtype)[0]
-            return model
-        return _rounded(_pretrained(self.name, dtype))
+        model: nn.Module = Checkpoint(self.name).model(str(dtype).removeprefix("torch."))
+        return model
 
 
 @dataclass(frozen=True)
@@ -86,25 +84,3 @@ def _random(n: int, k: int, generator: torch.Generator) -> nn.Linear:
     layer = nn.Linear(k, n, bias=False)
     nn.init.normal_(layer.weight, std=k**-0.5, generator=generator)
     return layer
-
-
-def _pretrained(name: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FetchError(
-            f"cannot load {name!r} as a causal language model: {reason}\n"
-            "Give a folder with config.json and weights, an id from the Hugging Face hub, or "
-            "smollm2-135m."
-        ) from error
-
-
-def _rounded(model: nn.Module) -> nn.Module:
-    """The model with parameters rounded to BF16: every contender multiplies the same numbers."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
-    return model

@@ -62,7 +62,13 @@ def cache_folder() -> Path:
     return Path(home) / "healpass"
 
 
-def load(dtype: torch.dtype = torch.bfloat16, folder: Path | None = None) -> tuple[Any, Any]:
+def load(
+    dtype: torch.dtype = torch.bfloat16,
+    folder: Path | None = None,
+    *,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+) -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct, fetching it first where needed.
 
     Args:
@@ -70,6 +76,8 @@ def load(dtype: torch.dtype = torch.bfloat16, folder: Path | None = None) -> tup
             dtype, so a FP32 model is the reference of the BF16 one. Buffers (`inv_freq`) stay
             FP32.
         folder: Where the model is kept; the user's cache folder by default.
+        layers: Keep this many, the first; a short model's text is poor, its arithmetic is real.
+        vocabulary: Give logits for this many tokens, the first, only.
 
     Returns:
         The model in evaluation mode, and its tokenizer, which pads on the left.
@@ -84,7 +92,19 @@ def load(dtype: torch.dtype = torch.bfloat16, folder: Path | None = None) -> tup
     tokenizer = AutoTokenizer.from_pretrained(
         checkpoint, padding_side="left", local_files_only=True
     )
+    _cut(model, layers, vocabulary)
     return model.eval(), tokenizer
+
+
+def _cut(model: Any, layers: int | None, vocabulary: int | None) -> None:
+    """Shorten a model in place; its embedding, tied to the head until then, stays whole."""
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = len(model.model.layers)
+    if vocabulary is not None:
+        weight = model.lm_head.weight[:vocabulary].detach().clone()
+        model.lm_head = torch.nn.Linear(weight.shape[1], vocabulary, bias=False, device="meta")
+        model.lm_head.weight = torch.nn.Parameter(weight)
 
 
 def fetch(

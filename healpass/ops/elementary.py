@@ -2,7 +2,8 @@
 
 FP16, BF16 or FP32 in, FP32 out, the same bits on every device and from every compiler: FP64
 sequences of IEEE operations (`ops.fp64`) with one rounding. Error: at most (1/2 + 2^-5) ulp for
-sine and cosine, (1/2 + 2^-10) ulp for the others, of the exact value for the given number.
+sine and cosine, (1/2 + 2^-10) ulp for the others, of the exact value for the given number
+(`fp64.places` of `fp64.SINE_ERROR` and `fp64.ERROR`).
 
 Special values, the same everywhere: subnormals count, in and out; a zero is +0, whatever its sign
 was, because Inductor compiles with -fno-signed-zeros; a NaN is 0x7FC00000; infinities are as in

@@ -5,8 +5,8 @@ shift, compare), each of which has one right result. So eager code, Inductor's C
 width and Triton give the same bits, if only nothing contracts a product and a sum into an fma,
 which torch's eager operators never do and the compile settings of `backend` forbid.
 
-They serve FP32 arguments: a relative error below 2^-34 leaves (1/2 + 2^-10) ulp after the one
-rounding to FP32. Hence arguments outside FP32's range are not looked after.
+They serve FP32 arguments: `ERROR` and `SINE_ERROR` bound what is left before the one rounding to
+FP32, `places` after it. Hence arguments outside FP32's range are not looked after.
 
 Derivations (Muller, Elementary Functions, 3rd ed.; the fits are in `arithmetic.approximations`):
 
@@ -32,6 +32,11 @@ from healpass.ops import coefficients
 
 FRACTION_BITS = 52
 BIAS = 1023
+#: Largest relative error: a fit within a quarter of it (`ops.coefficients` has them), and some
+#: roundings of 2^-53 each, of which a power's exponent, up to 158, multiplies a few.
+ERROR = 2.0**-34
+#: Of sine and cosine, whose reduced argument is good to 2^-30 of itself.
+SINE_ERROR = 2.0**-29
 #: ln 2 in two parts; the first has 32 bits, so that its multiples up to 2^21 are exact.
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -58,6 +63,11 @@ SIGN_BIT = -(1 << 31)
 MAGNITUDE = 0x7FFFFFFF
 INFINITY = 0x7F800000
 QUIET_NAN = 0x7FC00000
+
+
+def places(relative: float) -> float:
+    """The error in ulp of FP32 that a relative error and one rounding leave: 2^-24 is an ulp."""
+    return 0.5 + relative * 2.0**24
 
 
 def to_fp64(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from healpass.study.checkpoint import Checkpoint
+from healpass.integrations.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration
 from healpass.study.interpret import Recorder, Watch
 from healpass.study.networks import interpret, strict_dynamo

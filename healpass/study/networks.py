@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from healpass.study.checkpoint import Checkpoint
+from healpass.integrations.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration, Unit
 from healpass.study.interpret import Watch, backend
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from healpass.errors import StudyError
+from healpass.integrations.checkpoint import Checkpoint
 from healpass.study import tasks as suites
-from healpass.study.checkpoint import Checkpoint, encode
 from healpass.study.configuration import StudyPlan, Unit
 from healpass.study.generating import generate
 from healpass.study.networks import Network, build, key_of, strict_dynamo
+from healpass.study.prompts import encode
 from healpass.study.records import Answer, Batch, Scores, Store
 from healpass.study.scoring import Text, score
 from healpass.study.tasks import Task

@@ -239,12 +239,7 @@ def test_other_instruction_sets_give_the_same_bits(isa, tmp_path):
 @pytest.fixture(scope="module")
 def smol():
     """Two layers of SmolLM2 with a vocabulary of 2,000: its real widths and weights."""
-    model, tokenizer = smollm2.load(BF16)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    model.lm_head = copy.deepcopy(model.lm_head)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:2000].detach().clone())
-    return model.eval(), tokenizer
+    return smollm2.load(BF16, layers=2, vocabulary=2000)
 
 
 TEXTS = ("The same question, asked twice,", "gets the same answer on every machine there is.")

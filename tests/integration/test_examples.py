@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch._dynamo.backends.debugging import aot_eager
 
+from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 
 pytestmark = pytest.mark.model
@@ -56,7 +57,7 @@ def test_rl_mismatch_is_zero_in_exact_and_not_in_bf16():
     found = {}
     for name, (dtype, config) in example.WAYS.items():
         torch._dynamo.reset()
-        model, tokenizer = example.load(dtype, layers=2, vocabulary=500)
+        model, tokenizer = smollm2.load(dtype, layers=2, vocabulary=500)
         model = model if config is None else heal_model(model, **config)
         found[name] = example.measure(model, tokenizer, new_tokens=4)
     worst = {name: float(mismatch.difference.abs().max()) for name, mismatch in found.items()}

@@ -14,6 +14,7 @@ from comparing import U
 from rewriting import Rewritten
 
 from healpass import HealConfig
+from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 
 pytestmark = pytest.mark.model
@@ -35,7 +36,7 @@ example = load_example()
 @pytest.fixture(scope="module")
 def loaded():
     """Two layers of SmolLM2 with a vocabulary of 2,000, and the tokenizer."""
-    return example.load(layers=2, vocabulary=2000)
+    return smollm2.load(layers=2, vocabulary=2000)
 
 
 def subject_of(loaded, way):

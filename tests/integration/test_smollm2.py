@@ -24,13 +24,6 @@ def demo():
     return module
 
 
-def cut(model, layers):
-    """The first layers of the model; their text is poor, their arithmetic real."""
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return model
-
-
 def answers(model, tokenizer, texts, new_tokens, **arguments):
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     tokens = model.generate(**batch, do_sample=False, max_new_tokens=new_tokens, **arguments)
@@ -49,13 +42,23 @@ def test_the_checkpoint_is_bf16_and_its_rotary_frequencies_are_not_rounded():
     assert len(narrow.model.layers) == 30
 
 
+def test_a_short_model_is_the_first_part_of_the_whole():
+    whole, _ = smollm2.load()
+    short, _ = smollm2.load(layers=2, vocabulary=500)
+    assert len(short.model.layers) == short.config.num_hidden_layers == 2
+    assert whole.config.num_hidden_layers == 30
+    assert torch.equal(short.lm_head.weight, whole.lm_head.weight[:500])
+    kept = short.model.state_dict()
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_two_layers_give_the_fp32_models_text_in_a_padded_batch(demo, cache):
-    narrow, tokenizer = smollm2.load(torch.bfloat16)
-    wide, _ = smollm2.load(torch.float32)
+    narrow, tokenizer = smollm2.load(torch.bfloat16, layers=2)
+    wide, _ = smollm2.load(torch.float32, layers=2)
     texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
-    expected = answers(cut(wide, 2), tokenizer, texts, 16)
-    healed = heal_model(cut(narrow, 2), kv="int24")
+    expected = answers(wide, tokenizer, texts, 16)
+    healed = heal_model(narrow, kv="int24")
     found = answers(healed, tokenizer, texts, 16, cache_implementation=cache)
     assert found == expected
 
@@ -75,8 +78,8 @@ def test_the_whole_model_gives_the_fp32_models_text(demo, cache):
 
 def test_plain_bf16_does_not_give_it(demo):
     """The inverse: without HEAL, the same comparison fails."""
-    narrow, tokenizer = smollm2.load(torch.bfloat16)
-    wide, _ = smollm2.load(torch.float32)
+    narrow, tokenizer = smollm2.load(torch.bfloat16, layers=2)
+    wide, _ = smollm2.load(torch.float32, layers=2)
     texts = [demo.chat(tokenizer, prompt) for prompt in demo.PROMPTS]
-    expected = answers(cut(wide, 2), tokenizer, texts, 16)
-    assert answers(cut(narrow, 2), tokenizer, texts, 16) != expected
+    expected = answers(wide, tokenizer, texts, 16)
+    assert answers(narrow, tokenizer, texts, 16) != expected

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from healpass import cli
 from healpass.errors import HealError
+from healpass.integrations.checkpoint import Checkpoint
 from healpass.study import check, presets, runner
 from healpass.study.blame import Session, blame
-from healpass.study.checkpoint import Checkpoint, chat, encode
 from healpass.study.configuration import Configuration, StudyPlan
 from healpass.study.contributions import ALL, KINDS, contributions
+from healpass.study.prompts import chat, encode
 from healpass.study.records import Store
 from healpass.study.tasks import Task
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from healpass.integrations.checkpoint import Checkpoint
 from healpass.study import tasks
-from healpass.study.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration, Unit
 from healpass.study.networks import build, strict_dynamo
 from healpass.study.prediction import measured_flip_rate, predict_flip_rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -276,9 +277,14 @@ def test_no_patch_of_inductor_reorders_sums():
     assert inductor_patches(HealConfig(precision="bf16")) == {}
 
 
-def test_reset_reaches_the_backend():
+def test_reset_reaches_the_backend(monkeypatch):
     from healpass.backend import heal_backend
 
+    dropped = []
+    trees = types.SimpleNamespace(reset_cudagraph_trees=lambda: dropped.append(True))
     torch.compile(tiny(), backend="heal")(X)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
     heal_backend.reset()
+    assert len(dropped) == 1
     torch._dynamo.reset()
+    assert len(dropped) > 1

@@ -1,11 +1,11 @@
-"""The model under study: found, loaded and told what it cannot do.
+"""A causal language model by name: found, loaded, or told why not.
 
-Layer: study. Imports `errors`, `integrations.smollm2`, and transformers when something is loaded.
+Layer: integrations. Imports `errors`, `integrations.smollm2`, and transformers when something is
+loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,6 @@ import torch
 
 from healpass.errors import FetchError, StudyError
 from healpass.integrations import smollm2
-from healpass.study.tasks import Task
-
-#: Templates that print today's date get this one: another day must not be another prompt.
-DATE = "26 Jul 2024"
-#: In front of a template it hides the function that asks the clock.
-_PINNED = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 _WAYS = (
     "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face hub, a "
@@ -112,45 +106,7 @@ def _check_causal(name: str, config: Any) -> None:
     found = list(getattr(config, "architectures", None) or ())
     if found and not known.intersection(found):
         raise StudyError(
-            f"{name!r} is a {found[0]}, which does not generate text token by token: the study "
-            "needs a causal language model (its config.json names an architecture ending in "
+            f"{name!r} is a {found[0]}, which does not generate text token by token: a causal "
+            "language model is needed (its config.json names an architecture ending in "
             f"ForCausalLM or LMHeadModel). {_WAYS}"
         )
-
-
-def chat(tokenizer: Any, prompt: str) -> str:
-    """The text of one user message in the model's chat format, its date pinned to `DATE`.
-
-    A tokenizer without a chat template gets the plain prompt.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return prompt
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=_PINNED + tokenizer.get_chat_template(),
-        date_string=DATE,
-    )
-
-
-def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -> list[list[int]]:
-    """The prompts as token ids.
-
-    Raises:
-        StudyError: A prompt and its answer do not fit into the model's context.
-    """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    texts = [chat(tokenizer, task.prompt) for task in tasks]
-    ids = [tokenizer(text, add_special_tokens=not has_template)["input_ids"] for text in texts]
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for task, tokens in zip(tasks, ids, strict=True):
-        if not tokens:
-            raise StudyError(f"the prompt of task {task.id!r} has no tokens. Give it a text.")
-        if room is not None and len(tokens) + new_tokens > room:
-            raise StudyError(
-                f"the prompt of task {task.id!r} has {len(tokens)} tokens and its answer may have "
-                f"{new_tokens}, but the model's context holds {room}. Shorten the task, or give a "
-                "smaller --max-new-tokens."
-            )
-    return ids
