@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; end with a report of both
 	$(PYTHON) examples/generate_reproducibly.py
 	rm -rf build/demo
-	$(STUDY) --preset quick --precision bf16,heal --prompts 6 --out build/demo $(RESULT)
+	$(STUDY) --preset quick --precision bf16,heal --prompts 4 --out build/demo $(RESULT)
 
 study: $(STAMP)  ## Run the whole study on SmolLM2 (an hour; run it again and it goes on)
 	$(STUDY) --preset standard --out build/study $(if $(wildcard build/study/plan.json),--resume) $(RESULT)

@@ -97,6 +97,15 @@ class Configuration:
             return "a V100 has no BF16 tensor core"
         return None
 
+    def runs_by_node(self, compiled: bool) -> bool:
+        """Whether a generating run goes node by node, which is slow and says nothing of a price.
+
+        Args:
+            compiled: Whether the plan lets Inductor compile where it can.
+        """
+        own_speed = self.is_baseline or (compiled and not self.chunk)
+        return bool(self.order or self.gpu or not own_speed)
+
     def heal_options(self) -> dict[str, Any]:
         """The options of `backend="heal"`; a baseline has no simulation or order there."""
         options: dict[str, Any] = {"precision": self.precision}

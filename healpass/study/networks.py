@@ -59,8 +59,7 @@ def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Netwo
         from healpass.integrations.transformers import heal_model
 
         heal_model(model, **c.heal_options())
-    has_kernels = compiled and not c.chunk
-    if c.order or c.gpu or not (c.is_baseline or has_kernels):
+    if c.runs_by_node(compiled):
         interpret(model, c)
     return Network(key_of(unit), model)
 

@@ -54,7 +54,7 @@ class PrecisionResult:
             difference. Lengths and accuracy are not known there.
         shifts: Margins of every scored configuration against the first.
         prediction: The flip rate over all of them; None where nothing was compared.
-        seconds_per_token: Of each greedy configuration.
+        seconds_per_token: Of each greedy configuration that runs at its own speed, not by node.
         unavailable: Why a configuration was not run, by its name.
         missing: Units that are not complete.
     """
@@ -178,7 +178,7 @@ def _evaluate(store: Store, precision: str) -> PrecisionResult:
         forced=_forced_metrics(store, precision, forced),
         shifts=shifts,
         prediction=predict_flip_rate(pooled(measured)) if measured else None,
-        seconds_per_token=_seconds_per_token(store, [u for u in done if u.kind == "greedy"]),
+        seconds_per_token=_seconds_per_token(store, done),
         unavailable={
             u.name: reason for u in units if (reason := u.configuration.unavailable) is not None
         },
@@ -263,6 +263,8 @@ def _seconds_per_token(store: Store, units: Sequence[Unit]) -> dict[str, float]:
     """Seconds per generated token of a row, the first batch (which compiles) left out."""
     found = {}
     for unit in units:
+        if unit.kind != "greedy" or unit.configuration.runs_by_node(store.plan.compiled):
+            continue
         batches = store.batches(unit)[1:]
         tokens = sum(len(answer.tokens) for batch in batches for answer in batch.answers)
         if tokens:

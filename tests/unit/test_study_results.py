@@ -145,6 +145,17 @@ def test_cost_leaves_out_the_batch_that_compiles(tmp_path):
     assert result.cost("bf16") == pytest.approx(3)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_ran_node_by_node_has_no_cost(tmp_path, compiled):
+    greedy = (ONE, configuration("heal"), configuration("heal", order=1))
+    store = make(tmp_path, greedy=greedy, max_new_tokens=1, compiled=compiled)
+    for unit, seconds in zip(store.plan.units, (1.0, 2.0, 50.0), strict=True):
+        store.save_answers(unit, 0, Batch(answers((3,)).answers, 100.0))
+        store.save_answers(unit, 1, Batch(answers((3,), (4,), (5,)).answers, seconds))
+    cost = evaluate(store).cost("heal")
+    assert cost == (pytest.approx(2) if compiled else None)
+
+
 def test_results_are_json(tmp_path):
     import json
 
