@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "exact_everywhere.py"
+from loading import load_example
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("exact_everywhere", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["exact_everywhere"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("exact_everywhere")
 
 
 def test_answers_are_counted_per_prompt(example):

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from loading import load_example
 
 pytestmark = [pytest.mark.model, pytest.mark.deep]
-EXAMPLE = Path(__file__).parents[2] / "examples" / "exact_perplexity.py"
 
 
 def test_perplexity_is_that_of_fp32_within_a_thousandth():
-    spec = importlib.util.spec_from_file_location("exact_perplexity", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    sys.modules["exact_perplexity"] = example
-    spec.loader.exec_module(example)
+    example = load_example("exact_perplexity")
     found = example.main(["--tokens", "5000"])
     for name in found:
         if name.startswith("exact"):

@@ -5,15 +5,14 @@
 of an example's time, has its own tests.
 """
 
-import importlib.util
 import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from loading import EXAMPLES, load_example
 from rich.console import Console
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -21,7 +20,6 @@ from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 
 pytestmark = pytest.mark.model
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_by_torch(graph_module, inputs, config):
@@ -44,16 +42,8 @@ def no_gradients():
         yield
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_rl_mismatch_is_zero_in_exact_and_not_in_bf16():
-    example = load("rl_mismatch")
+    example = load_example("rl_mismatch")
     found = {}
     for name, (dtype, config) in example.WAYS.items():
         torch._dynamo.reset()
@@ -73,7 +63,7 @@ def test_rl_mismatch_is_zero_in_exact_and_not_in_bf16():
 
 
 def test_train_distributed_learns_on_one_process(capsys):
-    load("train_distributed").main(["--steps", "3"])
+    load_example("train_distributed").main(["--steps", "3"])
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 3
     assert losses[2] < losses[0]
@@ -82,14 +72,14 @@ def test_train_distributed_learns_on_one_process(capsys):
 def test_train_distributed_asks_for_torchrun(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit):
-        load("train_distributed").main(["--how", "fsdp"])
+        load_example("train_distributed").main(["--how", "fsdp"])
     assert "start it with torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_train_distributed_on_two_processes_agrees_with_one(how, capsys):
-    load("train_distributed").main(["--steps", "3"])
+    load_example("train_distributed").main(["--steps", "3"])
     one = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -103,13 +93,13 @@ def test_train_distributed_on_two_processes_agrees_with_one(how, capsys):
 @pytest.mark.parametrize("adapter", [[], ["--lora"]], ids=["full", "lora"])
 def test_finetune_prints_falling_losses(adapter, capsys):
     pytest.importorskip("peft")
-    load("finetune").main(["--steps", "2", "--layers", "1", "--length", "8", *adapter])
+    load_example("finetune").main(["--steps", "2", "--layers", "1", "--length", "8", *adapter])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert len(lines) == 2
 
 
 def test_static_cache_answers_two_prompts_through_one_cache(capsys):
-    load("static_cache").main(["--layers", "1", "--new-tokens", "3"])
+    load_example("static_cache").main(["--layers", "1", "--new-tokens", "3"])
     lines = capsys.readouterr().out.splitlines()
     # 64 tokens x 3 heads x keys and values, of 64 INT16 numbers and one FP32 scale each.
     assert lines[-1] == f"int16 cache of 64 tokens: {64 * 3 * 2 * (64 * 2 + 4)} bytes"
@@ -117,7 +107,7 @@ def test_static_cache_answers_two_prompts_through_one_cache(capsys):
 
 def test_evaluate_prints_a_line_per_batch_size(capsys):
     pytest.importorskip("lm_eval")
-    load("evaluate").main(["--layers", "1", "--questions", "2", "--batch-sizes", "1", "2"])
+    load_example("evaluate").main(["--layers", "1", "--questions", "2", "--batch-sizes", "1", "2"])
     lines = capsys.readouterr().out.replace("\n", " ")
     assert "batch size 2: " in lines
     assert "of 6 scores differ" in lines

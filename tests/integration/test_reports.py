@@ -4,13 +4,11 @@ The models run rewritten, by plain torch: Inductor has tests of its own, and tak
 """
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from comparing import U
+from loading import load_example
 from rewriting import Rewritten
 
 from healpass import HealConfig
@@ -18,19 +16,10 @@ from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 
 pytestmark = pytest.mark.model
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reported_issues.py"
 NEW_TOKENS = 8
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("reported_issues", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load_example()
+example = load_example("reported_issues")
 
 
 @pytest.fixture(scope="module")

@@ -5,29 +5,22 @@ product makes the sum, torch's FP32 rounds a few times, a tensor core truncates 
 before its chain ends; a GPU's own FP32, one chain of fused multiply-adds, errs more still.
 """
 
-import importlib.util
 import io
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from loading import load_example
 from rich.console import Console
 
 from healpass.tensorcore import Accumulation, heal_matmul
 
 pytestmark = pytest.mark.model
-EXAMPLE = Path(__file__).parents[2] / "examples" / "simulated_gpus.py"
 SIMULATED = ("heal, ideal", "heal, v100", "heal, a100", "heal, h100 and b200")
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("simulated_gpus", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulated_gpus"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("simulated_gpus")
 
 
 def errors_of(example, tokens, layers):

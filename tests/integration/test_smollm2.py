@@ -1,27 +1,18 @@
 """SmolLM2-135M-Instruct itself: its checkpoint, and greedy text under HEAL and in FP32."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from loading import load_example
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 
 pytestmark = pytest.mark.model
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "generate_reproducibly.py"
-
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("generate_reproducibly", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("generate_reproducibly")
 
 
 def answers(model, tokenizer, texts, new_tokens, **arguments):

@@ -1,23 +1,14 @@
 """SmolLM2-135M's logits with Q, K and V in each format, teacher-forced, against FP64."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from loading import load_example
 
 pytestmark = pytest.mark.model
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "attention_accuracy.py"
 
 
 @pytest.fixture(scope="module")
 def table():
-    spec = importlib.util.spec_from_file_location("attention_accuracy", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("attention_accuracy")
 
 
 @pytest.mark.parametrize("tokens", [192, pytest.param(2048, marks=pytest.mark.deep)])

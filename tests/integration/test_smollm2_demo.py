@@ -1,27 +1,15 @@
 """The demo's own arithmetic and its table, on answers made by hand; and the one-line example."""
 
-import importlib.util
 import io
-import sys
-from pathlib import Path
 
 import pytest
+from loading import load_example
 from rich.console import Console
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return load("generate_reproducibly")
+    return load_example("generate_reproducibly")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +48,7 @@ def test_too_many_prompts_are_refused(demo, capsys):
 
 
 def test_the_one_line_example_shows_fp32_accuracy(capsys):
-    load("one_line").main()
+    load_example("one_line").main()
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     plain, healed = float(rows["BF16"][0]), float(rows["heal"][0])
     # A rounding to BF16 is 2**16 roundings to FP32; the BF16 network makes at least one.

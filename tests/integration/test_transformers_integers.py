@@ -1,15 +1,13 @@
 """HealCache in integers, and attention "heal": protocol, bytes, models that need it."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from loading import load_example
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -152,12 +150,7 @@ def test_a_file_of_another_cache_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def table():
     """The module that prints the tables of the note."""
-    path = Path(__file__).parents[2] / "examples" / "attention_accuracy.py"
-    spec = importlib.util.spec_from_file_location("attention_accuracy", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("attention_accuracy")
 
 
 @pytest.mark.parametrize(("head_size", "most"), [(64, 1.035), (128, 1.018)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tiny_llama import SIZES, make_llama
 
 from healpass.bench import table, workloads
 from healpass.bench.contenders import CONTENDERS, DEFAULT, REFERENCE, choose, judges
@@ -33,18 +34,8 @@ def plan(*names: str, rounds: int = 2, source=SOURCE, workloads=(DECODE,)) -> Pl
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A Llama of two layers in a folder."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     folder = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_llama().save_pretrained(folder)
     return ModelSource(str(folder))
 
 
@@ -127,7 +118,7 @@ def test_eager_contenders_agree_with_the_reference(tiny, name, work):
         }
     finally:
         torch.set_grad_enabled(True)
-    assert found[name].shape == (workloads.INPUTS, 96)
+    assert found[name].shape == (workloads.INPUTS, SIZES["vocab_size"])
     roundoff = {"bf16-eager": 2.0**-9, "int16-eager": 2.0**-16}.get(name, 2.0**-24)
     error = relative_error(found[name], found[REFERENCE])
     print(f"{name}: {error / roundoff:.3g} roundoffs")
