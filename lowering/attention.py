@@ -1,10 +1,10 @@
 """Attention on CUDA: problem -> check -> family -> tiles -> choices -> select.
 
 `heal::integer_attention` on digits and `heal::attention` on states as stored go through the same
-kernels. May import `compat`, `kernels`, `matmul` (its device check), `selfcheck` and `tiles`. One
+kernels. May import `compat`, `kernels`, `matmul` (its device check and chains), `selfcheck` and `tiles`. One
 frozen `AttentionProblem` goes through all steps. What decides bits is a function of the head
-sizes, the number of digits and whether a key head has at most 16 rows; the architecture decides
-tiles only.
+sizes, the number of digits, whether a key head has at most 16 rows, and the generation, whose
+tensor core decides how long a chain is; else the architecture decides tiles only.
 
 Families (a row has the same bits for every batch, tile, number of keys behind its last visible one
 and GPU of one generation):
@@ -26,6 +26,7 @@ from typing import Any
 import sympy
 import torch
 from healpass.lowering import compat, kernels, selfcheck
+from healpass.lowering.matmul import chain_k
 from healpass.lowering.matmul import check as check_device
 from healpass.lowering.tiles import AttentionTile, attention_tiles
 from torch._inductor import ir
@@ -117,6 +118,11 @@ class AttentionProblem:
         return 10 * major + minor
 
     @property
+    def chain(self) -> int:
+        """Numerics: terms of a chain (`arithmetic.promotion`)."""
+        return chain_k(self.capability)
+
+    @property
     def group(self) -> sympy.Expr:
         """Query heads per key head."""
         return compat.V.graph.sizevars.simplify(sympy.floor(self.query.size[1] / self.key.size[1]))
@@ -205,7 +211,7 @@ class AttentionProblem:
             "DROPOUT_P": self.dropout_p,
             "BLOCK_E": block_e,
             "BLOCK_V": block_v,
-            "BLOCK_N": keys_per_block(max(block_e, block_v), self.key.digits),
+            "BLOCK_N": keys_per_block(max(block_e, block_v), self.key.digits, self.chain),
         }
 
 
@@ -251,9 +257,9 @@ def is_single(size: list[sympy.Expr]) -> bool:
     return size[-1] == 1 and compat.is_true(sympy.Eq(math.prod(size), 1))
 
 
-def keys_per_block(head_block: int, digits: int) -> int:
-    """Keys per block, the promotion interval: a function of padded head size and digits alone."""
-    return 64 if head_block * (digits or 3) <= 256 else 32
+def keys_per_block(head_block: int, digits: int, chain: int) -> int:
+    """Keys per block, each one chain: a function of padded head size, digits and chains alone."""
+    return min(chain, 64 if head_block * (digits or 3) <= 256 else 32)
 
 
 def lower_integers(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:

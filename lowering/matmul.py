@@ -60,6 +60,11 @@ TMA_CAPABILITY = 90
 LOWEST_CAPABILITY, HOPPER = 80, 90
 
 
+def chain_k(capability: int) -> int:
+    """K of a chain (`arithmetic.promotion`): 32 on sm_80 to sm_89, then 64."""
+    return HARDWARE["a100" if capability < HOPPER else "h100"].promote_every
+
+
 @dataclass(frozen=True)
 class MatmulProblem:
     """One product `[(batch,) m, k] @ [(batch,) k, n]`, all that the steps below need to know."""
@@ -101,8 +106,8 @@ class MatmulProblem:
 
     @property
     def chain_k(self) -> int:
-        """Numerics: K of a chain (`arithmetic.promotion`): 32 on sm_80 to sm_89, then 64."""
-        return HARDWARE["a100" if self.capability < HOPPER else "h100"].promote_every
+        """Numerics: K of a chain."""
+        return chain_k(self.capability)
 
     @property
     def hints(self) -> tuple[int, int]:

@@ -12,9 +12,10 @@ With u = 2^-24, n visible keys in blocks of N, b blocks, c chunks, and per key j
 * total: every weight is summed within 2^-30 of 1, where the largest is above 1/2; a block joins
   with two roundings, a chunk with one, a sink with one and its own exponential;
 * P V: folding V's scale u, cutting the weight 2^-22 and 2^-39 of the block's largest, the dropped
-  product of low pieces 2^-22, one chain of N terms per block on H100's tensor core (17 addends
-  aligned to 25 fraction bits, chopped to FP32: arXiv 2511.10909) N (2^-25 + 2^-23 / 16), with the
-  low products on top of it; one rounding per block and chunk; 1 / total and its product, 2u.
+  product of low pieces 2^-22, one chain of N terms per block on A100's tensor core (9 addends
+  aligned to 24 fraction bits, chopped to FP32: arXiv 2511.10909) N (2^-24 + 2^-23 / 8), with the
+  low products on top of it (H100's chains are twice as long and lose half per term); one rounding
+  per block and chunk; 1 / total and its product, 2u.
 
 Of operands as stored, q . k is one such chain over the padded head size: each of q and k is cut
 within 2^-22 and 2^-39 of its row's largest element, and the product of the low pieces is dropped.
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 
 import torch
 from healpass.lowering.attention import CHUNK, DECODE_ROWS, SMALLEST_E, keys_per_block
+from healpass.lowering.matmul import chain_k
 from torch import Tensor
 
 from healpass.ops.quantize import integers
@@ -196,7 +198,8 @@ def exact(query: Operand, key: Operand, value: Operand, scoring: Scoring) -> Exa
     largest = torch.maximum(scores.amax(-1, keepdim=True), sink)
     distance = torch.where(visible, largest - scores, 0.0)
     eta = torch.exp(error + UNIT * (distance + 1)) * (1 + 4 * UNIT) - 1
-    block = keys_per_block(padded(query.values, value.values), key.digits)
+    head_block = padded(query.values, value.values)
+    block = keys_per_block(head_block, key.digits, chain_k(80))
     blocks = -(-scores.shape[-1] // block)
     chunks = -(-scores.shape[-1] // CHUNK) if rows <= DECODE_ROWS else 0
     steps = (2 * blocks + chunks + 4) * UNIT
@@ -205,8 +208,7 @@ def exact(query: Operand, key: Operand, value: Operand, scoring: Scoring) -> Exa
     moved = (weights * eta).sum(-1, keepdim=True) + sink_error
     tau = moved + count * 2.0**-29 + steps
 
-    chain = block * (2.0**-25 + 2.0**-23 / 16) * LOW_PRODUCTS
-    delta = 5 * UNIT + 2 * 2.0**-22 + chain + (blocks + chunks) * UNIT
+    delta = 5 * UNIT + 2 * 2.0**-22 + chain_error(block) + (blocks + chunks) * UNIT
     relative = (1 + eta) * (1 + delta) / (1 - tau) - 1
     magnitude = value.values.abs()
     # Nothing is promised, and NaN is right, where a visible key is NaN.
@@ -268,8 +270,11 @@ class _Row:
 
 
 def chain_error(terms: int) -> float:
-    """One chain of three products on H100's tensor core, relative to the sum of magnitudes."""
-    return terms * (2.0**-25 + 2.0**-23 / 16) * LOW_PRODUCTS
+    """One chain of three products on A100's tensor core, relative to the sum of magnitudes.
+
+    Its 9 addends keep 24 bits; H100's 17 keep 25, so that a term costs half of this.
+    """
+    return terms * (2.0**-24 + 2.0**-23 / 8) * LOW_PRODUCTS
 
 
 def gradients(
