@@ -1,10 +1,10 @@
 """Attention on CUDA: problem -> check -> family -> tiles -> choices -> select.
 
 `heal::integer_attention` on digits and `heal::attention` on states as stored go through the same
-kernels. May import `compat`, `kernels`, `matmul` (its device check and chains), `selfcheck` and `tiles`. One
-frozen `AttentionProblem` goes through all steps. What decides bits is a function of the head
-sizes, the number of digits, whether a key head has at most 16 rows, and the generation, whose
-tensor core decides how long a chain is; else the architecture decides tiles only.
+kernels. May import `compat`, `kernels`, `matmul` (its device check and chains), `selfcheck` and
+`tiles`. One frozen `AttentionProblem` goes through all steps. What decides bits is a function of
+the head sizes, the number of digits, whether a key head has at most 16 rows, and the generation,
+whose tensor core decides how long a chain is; else the architecture decides tiles only.
 
 Families (a row has the same bits for every batch, tile, number of keys behind its last visible one
 and GPU of one generation):
