@@ -54,7 +54,7 @@ class Anatomy:
             values["precision"],
             tuple(Blame.from_dict(b) for b in values["blames"]),
             {name: Sketch.from_dict(s) for name, s in values["trace"].items()},
-            tuple(Contribution(**c) for c in values["contributions"]),
+            tuple(Contribution(c["kind"], float(c["error"])) for c in values["contributions"]),
         )
 
 

@@ -66,6 +66,11 @@ class Deviation:
         found = re.search(r"\.(\d+)(?=[.:])", self.operation)
         return int(found.group(1)) if found else None
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Deviation:
+        """Read what `asdict` gave, after JSON."""
+        return cls(values["operation"], float(values["total"]), float(values["own"]))
+
 
 @dataclass(frozen=True)
 class Blame:
@@ -132,7 +137,7 @@ class Blame:
         return cls(
             Configuration(**values["reference"]),
             Configuration(**values["other"]),
-            tuple(Deviation(**d) for d in values["deviations"]),
+            tuple(Deviation.from_dict(d) for d in values["deviations"]),
         )
 
     def _peers(self, deviation: Deviation) -> float:

@@ -1,6 +1,6 @@
 """What a study keeps on disk, and how it survives: one whole file per batch.
 
-Layer: study. Imports `errors` and `study.configuration`.
+Layer: study. Imports `errors`, `strict_json` and `study.configuration`.
 
     plan.json                         the plan, the environment, the command
     runs/<kind>-<configuration>/      00000.json or 00000.safetensors, named by its first prompt
@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from healpass import strict_json
 from healpass.errors import StudyError
 from healpass.study.configuration import StudyPlan, Unit
 
-#: Version of every file's layout; grows when a field changes its meaning or goes away.
-SCHEMA = 1
+#: Version of every file's layout; grows when a field changes its meaning or goes away. Since 2 a
+#: number that is not finite is the string "inf", "-inf" or "nan"; 1 had bare words, no JSON.
+SCHEMA = 2
+#: The versions that are read.
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,13 @@ class Store:
             _check_same(folder, read_plan(folder), plan)
         else:
             content = {"schema": SCHEMA, "plan": plan.to_dict(), **stamp}
-            _write(path, json.dumps(content, indent=1).encode())
+            _write(path, strict_json.dumps(content, indent=1).encode())
         return cls(folder, plan)
 
     def save_answers(self, unit: Unit, start: int, batch: Batch) -> None:
         """Keep the answers to prompts `start`, `start + 1`, ..."""
         content = {"schema": SCHEMA, **dataclasses.asdict(batch)}
-        _write(self._path(unit, start, ".json"), json.dumps(content).encode())
+        _write(self._path(unit, start, ".json"), strict_json.dumps(content).encode())
 
     def save_scores(self, unit: Unit, start: int, scores: Sequence[Scores]) -> None:
         """Keep the scores of the answers to prompts `start`, `start + 1`, ..."""
@@ -154,7 +158,8 @@ class Store:
 
     def save_json(self, name: str, content: Any) -> Path:
         """Keep a JSON file beside the plan."""
-        return self.save_bytes(name, json.dumps({"schema": SCHEMA, **content}, indent=1).encode())
+        text = strict_json.dumps({"schema": SCHEMA, **content}, indent=1)
+        return self.save_bytes(name, text.encode())
 
     def save_bytes(self, name: str, content: bytes) -> Path:
         """Keep a file of the report."""
@@ -189,7 +194,9 @@ def read_plan(folder: Path) -> StudyPlan:
 def _batch(content: bytes) -> Batch:
     values = json.loads(content)
     answers = [
-        Answer(**a | {"tokens": tuple(a["tokens"]), "top1_probs": tuple(a["top1_probs"])})
+        Answer(
+            **a | {"tokens": tuple(a["tokens"]), "top1_probs": tuple(map(float, a["top1_probs"]))}
+        )
         for a in values["answers"]
     ]
     return Batch(tuple(answers), float(values["seconds"]))
