@@ -1,8 +1,8 @@
 """JSON that every reader accepts. Layer: lowest; imports nothing of healpass.
 
-Python writes the words NaN and Infinity, which JSON (RFC 8259) does not have: a browser refuses the
-whole file. Here a number that is not finite is written as its name, "nan", "inf" or "-inf", which
-`float()` reads back.
+Python writes the words NaN and Infinity, which JSON (RFC 8259) does not have: a browser refuses
+the whole file. Here a number that is not finite is written as its name, "nan", "inf" or "-inf",
+which `float()` reads back.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from healpass.study.blame import Blame
 from healpass.study.prediction import FlipRate
 from healpass.study.results import PrecisionResult, StudyResult
 
@@ -116,18 +117,30 @@ def blames(result: StudyResult) -> list[str]:
     for found in result.anatomies.values():
         for blame in found.blames:
             first = blame.first.operation if blame.first else "nothing: all bits agree"
-            suspect = f"; SUSPECT: {blame.suspect.operation}" if blame.suspect else ""
             label = f"{blame.other.precision}, {blame.other.label}"
-            lines.append(f"{label}: the first difference is {first}{suspect}")
+            lines.append(f"{label}: the first difference is {first}{suspicion(blame)}")
     return lines
 
 
+def suspicion(blame: Blame) -> str:
+    """The suspect; without one, how small a fault would go unseen beside 16-bit roundings."""
+    if blame.suspect:
+        return f"; SUSPECT: {blame.suspect.operation}"
+    if blame.first and blame.rounding:
+        return f"; no suspect above one rounding, {number(blame.rounding)}"
+    return ""
+
+
 def notes(result: StudyResult) -> list[str]:
-    """What was not run, and why, one line each."""
+    """What was not run, and why: one line per reason, or per precision."""
     lines = [
         f"not available: {name}: {reason}"
         for found in result.precisions
         for name, reason in found.unavailable.items()
     ]
-    lines += [f"not finished: {name}" for found in result.precisions for name in found.missing]
+    lines += [
+        f"not finished: {found.precision}: {', '.join(found.missing)}"
+        for found in result.precisions
+        if found.missing
+    ]
     return lines

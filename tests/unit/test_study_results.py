@@ -145,6 +145,20 @@ def test_cost_leaves_out_the_batch_that_compiles(tmp_path):
     assert result.cost("bf16") == pytest.approx(3)
 
 
+def test_a_machine_that_slept_does_not_count(tmp_path):
+    greedy = (ONE, configuration("bf16"))
+    store = make(tmp_path, greedy=greedy, max_new_tokens=1)
+    for unit, slept in zip(store.plan.units, (0.0, 3600.0), strict=True):
+        for start, seconds in enumerate((9.0, 1.0, 1.0 + slept, 1.0)):
+            store.save_answers(unit, start, Batch(answers((3,)).answers, seconds))
+    assert evaluate(store).cost("bf16") == 1
+
+
+def test_what_is_not_finished_is_listed_by_precision(tmp_path):
+    store = filled(tmp_path, SAME, greedy=(ONE, TWO, configuration(batch_size=3)))
+    assert "not finished: fp32: greedy-fp32-batch2, greedy-fp32-batch3" in printed(store)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_what_ran_node_by_node_has_no_cost(tmp_path, compiled):
     greedy = (ONE, configuration("heal"), configuration("heal", order=1))
