@@ -102,7 +102,7 @@ class Store:
 
         Raises:
             StudyError: The folder holds a study and `resume` was not asked for, or it holds
-                another one, or a file is damaged or cannot be written.
+                another one, or records without a plan, or a file is damaged or cannot be written.
         """
         path = folder / "plan.json"
         if path.exists():
@@ -112,6 +112,11 @@ class Store:
                     "another folder with --out."
                 )
             _check_same(folder, read_plan(folder), plan)
+        elif (folder / "runs").exists():
+            raise StudyError(
+                f"{folder} holds records but no plan.json, so nobody can tell what they answer.\n"
+                "Put its plan.json back, or give another folder with --out."
+            )
         else:
             content = {"schema": SCHEMA, "plan": plan.to_dict(), **stamp}
             _write(path, strict_json.dumps(content, indent=1).encode())
@@ -136,20 +141,37 @@ class Store:
         _write(self._path(unit, start, ".safetensors"), save(tensors, meta))
 
     def batches(self, unit: Unit) -> list[Batch]:
-        """The finished batches of a generating unit, in order."""
-        return [_read(path, _batch) for path in self._files(unit, ".json")]
+        """The finished batches of a generating unit, in order, up to the first that is missing."""
+        found: list[Batch] = []
+        count = 0
+        for path in self._files(unit, ".json"):
+            if int(path.stem) != count:
+                break
+            found.append(_read(path, _batch))
+            count += len(found[-1].answers)
+        return found
 
     def answers(self, unit: Unit) -> list[Answer]:
         """The finished answers of a generating unit, in the order of the prompts."""
         return [answer for batch in self.batches(unit) for answer in batch.answers]
 
     def scores(self, unit: Unit) -> list[Scores]:
-        """The finished scores of a unit, in the order of the prompts."""
-        files = self._files(unit, ".safetensors")
-        return [entry for path in files for entry in _read(path, _scores)]
+        """The finished scores of a unit, by prompt, up to the first that is missing."""
+        found: list[Scores] = []
+        for path in self._files(unit, ".safetensors"):
+            if int(path.stem) != len(found):
+                break
+            found += _read(path, _scores)
+        return found
+
+    def holds(self, unit: Unit, start: int) -> bool:
+        """Whether the batch whose first prompt is `start` is finished."""
+        return self._path(
+            unit, start, ".safetensors" if unit.kind == "forced" else ".json"
+        ).exists()
 
     def done(self, unit: Unit) -> int:
-        """How many prompts of a unit are finished; every file of it is read, and so checked."""
+        """How many prompts are finished before the first that is not; their files are checked."""
         return len(self.scores(unit) if unit.kind == "forced" else self.answers(unit))
 
     def is_complete(self, unit: Unit) -> bool:
@@ -188,7 +210,7 @@ def read_plan(folder: Path) -> StudyPlan:
     path = folder / "plan.json"
     if not path.exists():
         raise StudyError(f"{folder} holds no study: there is no plan.json in it.")
-    return _read(path, lambda content: StudyPlan.from_dict(json.loads(content)["plan"]))
+    return _read(path, lambda content: StudyPlan.from_dict(json.loads(content)["plan"]), _NO_PLAN)
 
 
 def _batch(content: bytes) -> Batch:
@@ -211,7 +233,18 @@ def _scores(content: bytes) -> list[Scores]:
     return [Scores(**{name: tensors[f"{i}.{name}"] for name in fields}) for i in range(count)]
 
 
-def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+#: The ways out of a damaged record, and of a damaged plan.
+_AGAIN = (
+    "Delete this one file and run again with --resume: what it held is run again, all else is "
+    "kept."
+)
+_NO_PLAN = (
+    "Without it nobody can tell what the records answer: put a copy back, or begin again in "
+    "another folder with --out."
+)
+
+
+def _read(path: Path, parse: Callable[[bytes], Any], way_out: str = _AGAIN) -> Any:
     from safetensors import SafetensorError
 
     try:
@@ -220,9 +253,7 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         raise StudyError(f"cannot read {path}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise StudyError(
-            f"{path} is damaged ({type(error).__name__}: {error}).\n"
-            "Delete this one file and run again with --resume: what it held is run again, all "
-            "else is kept."
+            f"{path} is damaged ({type(error).__name__}: {error}).\n{way_out}"
         ) from error
 
 

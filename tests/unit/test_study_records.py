@@ -106,6 +106,21 @@ def test_a_damaged_record_is_named_and_nothing_else_is_lost(store, content):
     assert store.answers(UNIT) == [answer(4), answer(5)]
 
 
+def test_no_answer_moves_up_where_a_record_is_missing(store):
+    """What stands behind a gap belongs to later prompts: it counts when the gap is filled."""
+    store.save_answers(UNIT, 2, Batch((answer(7),), 1.0))
+    store.save_scores(FORCED, 2, [scores(2)])
+    assert store.answers(UNIT) == []
+    assert store.scores(FORCED) == []
+    assert [store.holds(unit, start) for unit in (UNIT, FORCED) for start in (0, 2)] == [
+        *(False, True),
+        *(False, True),
+    ]
+    store.save_answers(UNIT, 0, Batch((answer(4), answer(5)), 1.0))
+    assert store.answers(UNIT) == [answer(4), answer(5), answer(7)]
+    assert store.is_complete(UNIT)
+
+
 def test_damaged_scores_and_plans_are_named(store):
     store.save_scores(FORCED, 0, [scores(2)])
     (store.folder / "runs" / FORCED.name / "00000.safetensors").write_bytes(b"\0" * 20)
