@@ -174,6 +174,7 @@ def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
     return {
         "precision": found.precision,
         "verdict": tables.verdict(found),
+        "varied": any(m.div_percent for m in (metrics, found.sampled) if m is not None),
         "state": {True: "good", False: "bad", None: "open"}[found.reproducible],
         "metrics": metrics,
         "sampled": found.sampled,

@@ -207,6 +207,25 @@ def test_the_page_says_what_was_found(report):
     assert "model.layers.2.mlp.down_proj" in text
     assert "yes, bit for bit" in text
     assert re.search(r"<strong>bf16</strong> gave more than one answer", text)
+    assert re.search(r"<strong>fp32, exact</strong> gave the same answer every time", text)
+
+
+def test_what_flips_on_given_text_only_is_not_said_to_answer_twice(tmp_path):
+    one = Configuration(precision="fp32")
+    two = dataclasses.replace(one, batch_size=2)
+    plan = StudyPlan(model="m", greedy=(one, two), forced=(one, two), prompts=1, max_new_tokens=1)
+    store = Store.open(tmp_path / "out", plan, {"environment": page_environment(), "command": "c"})
+    first, second = torch.eye(2, 5)[:1], torch.eye(2, 5)[1:]
+    for unit in plan.units:
+        if unit.kind == "greedy":
+            store.save_answers(unit, 0, batch([[0]]))
+        else:
+            other = unit.configuration.batch_size == 2
+            reference = scores_of(first)
+            store.save_scores(unit, 0, [scores_of(second, reference) if other else reference])
+    text = page.write(store, evaluate(store)).read_text()
+    assert "<strong>fp32</strong> preferred another token on given text" in text
+    assert "gave more than one answer" not in text
     assert text.count("<svg") == 4
 
 
