@@ -208,6 +208,7 @@ def test_the_page_says_what_was_found(report):
     assert "yes, bit for bit" in text
     assert re.search(r"<strong>bf16</strong> gave more than one answer", text)
     assert re.search(r"<strong>fp32, exact</strong> gave the same answer every time", text)
+    assert text.count("<svg") == 4
 
 
 def test_what_flips_on_given_text_only_is_not_said_to_answer_twice(tmp_path):
@@ -226,7 +227,6 @@ def test_what_flips_on_given_text_only_is_not_said_to_answer_twice(tmp_path):
     text = page.write(store, evaluate(store)).read_text()
     assert "<strong>fp32</strong> preferred another token on given text" in text
     assert "gave more than one answer" not in text
-    assert text.count("<svg") == 4
 
 
 def test_every_figure_is_there_as_svg_and_png(report):
