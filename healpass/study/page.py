@@ -64,6 +64,7 @@ def write(store: Store, result: StudyResult) -> Path:
     environment.filters |= {
         "number": tables.number,
         "percent": tables.percent,
+        "span": tables.span,
         "svg": Markup,
     }
     text = (resources.files("healpass.study") / "templates" / "report.html.jinja").read_text()

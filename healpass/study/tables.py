@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,8 +16,6 @@ UNKNOWN = "-"
 
 def paper_table(result: StudyResult) -> Table:
     """One row per precision, the metrics as arXiv 2506.09501 names them."""
-    title = f"{escape(result.plan.model)}: {result.plan.prompts} prompts, greedy"
-    table = Table(title=title)
     headings = (
         "configurations",
         "Std@Acc",
@@ -25,9 +25,8 @@ def paper_table(result: StudyResult) -> Table:
         "Avg_Std@top1_prob",
         "most outputs of a prompt",
     )
-    table.add_column("precision")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    title = f"{escape(result.plan.model)}: {result.plan.prompts} prompts, greedy"
+    table = _table(title, headings)
     for found in result.precisions:
         metrics = found.generated
         if metrics is None:
@@ -48,7 +47,6 @@ def paper_table(result: StudyResult) -> Table:
 
 def prediction_table(result: StudyResult) -> Table:
     """One row per precision: flips on given text, measured and predicted, and what follows."""
-    table = Table(title="Scored on given text: flips of the best token, and what they foretell")
     headings = (
         "mean shift (nats)",
         "flips measured",
@@ -58,9 +56,9 @@ def prediction_table(result: StudyResult) -> Table:
         "time / first",
         "reproducible",
     )
-    table.add_column("precision")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = _table(
+        "Scored on given text: flips of the best token, and what they foretell", headings
+    )
     for found in result.precisions:
         table.add_row(
             found.precision,
@@ -68,6 +66,15 @@ def prediction_table(result: StudyResult) -> Table:
             number(result.cost(found.precision)),
             verdict(found),
         )
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table: the precision, then numbers."""
+    table = Table(title=title)
+    table.add_column("precision")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 
@@ -96,6 +103,14 @@ def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> li
         f"{prediction.rate:.2g} ({low:.2g} to {high:.2g})",
         *[percent(chance.chance) for chance in chances],
     ]
+
+
+def span(percentages: Mapping[str, float] | None) -> str:
+    """The least and the most of what the configurations have, `5 to 10 %`; one where all agree."""
+    if not percentages:
+        return UNKNOWN
+    ends = dict.fromkeys(number(end(percentages.values())) for end in (min, max))
+    return f"{' to '.join(ends)} %"
 
 
 def percent(share: float) -> str:

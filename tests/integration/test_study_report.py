@@ -208,6 +208,7 @@ def test_the_page_says_what_was_found(report):
     assert "yes, bit for bit" in text
     assert re.search(r"<strong>bf16</strong> gave more than one answer", text)
     assert re.search(r"<strong>fp32, exact</strong> gave the same answer every time", text)
+    assert "<td>0 %</td>" in text, "the accuracy of answers that are all wrong"
     assert text.count("<svg") == 4
 
 

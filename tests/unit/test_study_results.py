@@ -11,6 +11,7 @@ from healpass.study.configuration import Configuration, StudyPlan
 from healpass.study.records import Answer, Batch, Store
 from healpass.study.results import evaluate
 from healpass.study.scoring import scores_of
+from healpass.study.tables import span
 
 
 def configuration(precision="fp32", **changes):
@@ -157,6 +158,12 @@ def test_a_machine_that_slept_does_not_count(tmp_path):
 def test_what_is_not_finished_is_listed_by_precision(tmp_path):
     store = filled(tmp_path, SAME, greedy=(ONE, TWO, configuration(batch_size=3)))
     assert "not finished: fp32: greedy-fp32-batch2, greedy-fp32-batch3" in printed(store)
+
+
+def test_a_span_of_percentages():
+    assert span({"batch 1": 5.0, "batch 8": 10.0, "batch 16": 5.0}) == "5 to 10 %"
+    assert span({"batch 1": 12.5}) == "12.5 %"
+    assert span(None) == "-"
 
 
 @pytest.mark.parametrize("compiled", [True, False])
