@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from healpass import strict_json
 from healpass.errors import HealError, StudyError
 
 app = typer.Typer(
@@ -141,7 +142,7 @@ def check(
         with _interruptible(folder):
             result = study.check(plan, request, Console(stderr=True))
         if as_json:
-            typer.echo(json.dumps(result.to_dict(), indent=2))
+            typer.echo(strict_json.dumps(result.to_dict(), indent=2))
         elif not quiet:
             study.show(result, Console(), folder)
     raise typer.Exit(result.exit_code)
@@ -162,7 +163,7 @@ def diff(
     with _wrong_use():
         found = study.compare(study.read(one), study.read(other))
     if as_json:
-        typer.echo(json.dumps(study.to_dict(found), indent=2))
+        typer.echo(strict_json.dumps(study.to_dict(found), indent=2))
     else:
         typer.echo("\n".join(map(str, found)))
     raise typer.Exit(0 if all(d.same for d in found) else 1)

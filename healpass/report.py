@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from healpass import strict_json
 
 #: Version of the JSON layout; grows when a field changes its meaning or goes away.
 SCHEMA = 1
@@ -157,7 +158,7 @@ class HealReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON."""
-        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False)
+        return strict_json.dumps(self.to_dict(), indent)
 
     def print(self, file: Any = None) -> None:
         """Print the report as tables."""
@@ -265,15 +266,6 @@ def _verdict(output: OutputRecord) -> str:
     if output.observed is not None and not output.observed <= 1:
         return "EXCEEDED"
     return "first order, worst elements" if output.first_order else "proved"
-
-
-def _finite(tree: Any) -> Any:
-    """Plain data without NaN and infinities, which JSON does not have: their names instead."""
-    if isinstance(tree, dict):
-        return {key: _finite(item) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_finite(item) for item in tree]
-    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def short_line(line: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,6 +46,69 @@ def make_checkpoint(folder: Path, *, context: int = 2048, tokenizer: bool = True
     if tokenizer:
         make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_gguf(path: Path, checkpoint: Path, kind: str = "F32") -> Path:
+    """The checkpoint as llama.cpp keeps it: one file, Q and K in another order of rows.
+
+    Args:
+        path: Of the new file.
+        checkpoint: What `make_checkpoint` made.
+        kind: GGML type of the matrices that its blocks fit; the others are FP32.
+    """
+    import gguf
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    c = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_vocab_size(c.vocab_size)
+    # A byte-level vocabulary spells a space and a line's end with letters of their own.
+    tokens = [PADDING, END, UNKNOWN, "\u0120", "\u010a", *map(chr, range(33, 127)), "ab"]
+    tokens += [f"<unused{i}>" for i in range(c.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        count = heads.get(name.split(".")[-2])
+        if count:  # pairs that turn together lie side by side
+            weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        values = weight.numpy()
+        chosen = gguf.GGMLQuantizationType[kind]
+        if weight.dim() != 2 or weight.shape[1] % gguf.GGML_QUANT_SIZES[chosen][0]:
+            chosen = gguf.GGMLQuantizationType.F32
+        data = _packed(values, chosen)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _packed(values: Any, kind: Any) -> Any:
+    """FP32 values in the blocks of a GGML type; zeros where only llama.cpp packs that type."""
+    import gguf
+    import numpy as np
+
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        return np.zeros(gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)
 
 
 def make_encoder(folder: Path) -> Path:

@@ -6,6 +6,7 @@ loaded.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ class Checkpoint:
                 the dtype, so that only arithmetic differs. Buffers keep their own dtype.
 
         Raises:
-            FetchError: Nothing that can be loaded is there.
+            FetchError: Nothing that can be loaded is there, or parameters are missing.
             StudyError: It is no causal language model.
         """
-        model = self._load("AutoModelForCausalLM", dtype=torch.bfloat16)
+        loaded = self._load("AutoModelForCausalLM", dtype=torch.bfloat16, output_loading_info=True)
+        model, info = loaded
         _check_causal(self.name, model.config)
+        _check_complete(self.name, info["missing_keys"])
         wanted = getattr(torch, dtype)
         for parameter in model.parameters():  # not .to(): FP16 would round the rotary buffers
             parameter.data = parameter.data.to(wanted)
@@ -75,7 +78,7 @@ class Checkpoint:
             how["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             return getattr(transformers, auto).from_pretrained(source, **how, **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise FetchError(
                 f"cannot load {self.name!r} as a {what}, taken as {self._kind}: {reason}\n{_WAYS}"
@@ -96,6 +99,17 @@ class Checkpoint:
                 raise FetchError(f"there is no file {self.name!r}.\n{_WAYS}")
             return path.parent, {"gguf_file": path.name}
         return self.name, {}
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuse a checkpoint without all parameters: transformers makes up what it does not find."""
+    if missing:
+        raise FetchError(
+            f"cannot load {name!r}: {len(missing)} of its parameters are not in it, as "
+            f"{min(missing)}. They would be random numbers.\n"
+            "Give a checkpoint whose tensors have the names of its architecture; a GGUF file may "
+            "be of an architecture that transformers reads in part only."
+        )
 
 
 def _check_causal(name: str, config: Any) -> None:

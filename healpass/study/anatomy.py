@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from healpass.study.blame import Blame, Session, blame
 from healpass.study.configuration import Configuration, StudyPlan, Unit
 from healpass.study.contributions import Contribution, contributions
@@ -30,7 +28,7 @@ class Anatomy:
         precision: Its name.
         blames: The other configurations against the plainest.
         trace: The plainest configuration's operations.
-        contributions: What each rounding costs alone; of 16-bit baselines only.
+        contributions: What each rounding costs alone; of 16-bit baselines and HEAL.
     """
 
     precision: str
@@ -54,7 +52,7 @@ class Anatomy:
             values["precision"],
             tuple(Blame.from_dict(b) for b in values["blames"]),
             {name: Sketch.from_dict(s) for name, s in values["trace"].items()},
-            tuple(Contribution(**c) for c in values["contributions"]),
+            tuple(Contribution(c["kind"], float(c["error"])) for c in values["contributions"]),
         )
 
 
@@ -84,8 +82,7 @@ def dissect(
         answer = store.answers(Unit("greedy", plan.reference(precision)))[0].tokens
         session = Session(materials.checkpoint, [*materials.prompts[0], *answer[:TOKENS]])
         blames, trace = blame(session, Configuration(precision=precision), compared)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        parts = contributions(session, dtype) if dtype else []
+        parts = contributions(session, precision)
         found = Anatomy(precision, tuple(blames), trace, tuple(parts))
         store.save_json(_file(precision), found.to_dict())
 

@@ -66,6 +66,11 @@ class Deviation:
         found = re.search(r"\.(\d+)(?=[.:])", self.operation)
         return int(found.group(1)) if found else None
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Deviation:
+        """Read what `asdict` gave, after JSON."""
+        return cls(values["operation"], float(values["total"]), float(values["own"]))
+
 
 @dataclass(frozen=True)
 class Blame:
@@ -93,10 +98,14 @@ class Blame:
         return found if found is not None and found.own > 0 else None
 
     @property
+    def rounding(self) -> float:
+        """What a 16-bit operation may deviate by without a fault, so no smaller fault is named."""
+        return NEIGHBOURS.get(self.other.precision, 0.0)
+
+    @property
     def suspect(self) -> Deviation | None:
         """The operation that stands out most from its peers, beyond what roundings do."""
-        rounding = NEIGHBOURS.get(self.other.precision, 0.0)
-        ratios = {d: d.own / self._peers(d) for d in self.deviations if d.own > rounding}
+        ratios = {d: d.own / self._peers(d) for d in self.deviations if d.own > self.rounding}
         worst = max(ratios, key=lambda d: ratios[d], default=None)
         return worst if worst is not None and ratios[worst] >= FAULT else None
 
@@ -132,7 +141,7 @@ class Blame:
         return cls(
             Configuration(**values["reference"]),
             Configuration(**values["other"]),
-            tuple(Deviation(**d) for d in values["deviations"]),
+            tuple(Deviation.from_dict(d) for d in values["deviations"]),
         )
 
     def _peers(self, deviation: Deviation) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from healpass.errors import StudyError
 from healpass.study.metrics import div_index
-from healpass.study.records import SCHEMA
+from healpass.study.records import READABLE, SCHEMA
 from healpass.study.traces import Sketch
 
 
@@ -79,10 +79,10 @@ def read(path: Path) -> dict[str, Any]:
         raise StudyError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict) or not {"schema", "answers", "anatomy"} <= set(content):
         raise StudyError(f"{path} is no report of healpass check. Give its report.json.")
-    if content["schema"] != SCHEMA:
+    if content["schema"] not in READABLE:
         raise StudyError(
-            f"{path} has schema {content['schema']}, but this version of healpass reads {SCHEMA}. "
-            "Compare reports that one version wrote."
+            f"{path} has schema {content['schema']}, but this version of healpass reads "
+            f"{' and '.join(map(str, READABLE))}. Compare reports that one version wrote."
         )
     return content
 

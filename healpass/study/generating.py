@@ -98,14 +98,9 @@ def generate(
         chunk: Prompt tokens of one prefill step.
         seeds: Of the sampling, one per prompt; None decodes greedily.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
-    from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import GenerationConfig
 
     seen = TopProbability()
-    processors: list[Any] = [seen]
-    if seeds is not None:
-        warpers = (TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P))
-        processors = [*warpers, SeededNoise(seeds)]
     ids, mask = pad(prompts, tokenizer.pad_token_id, "left")
     ends = _end_tokens(model, tokenizer)
     settings = GenerationConfig(
@@ -119,11 +114,22 @@ def generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=settings,
-        logits_processor=LogitsProcessorList(processors),
+        logits_processor=_processors(seen, seeds),
     )
     new = [until_end(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
     probs = torch.stack(seen.steps, 1).tolist() if seen.steps else [[] for _ in new]
     return [Generated(t, tuple(p[: len(t)])) for t, p in zip(new, probs, strict=True)]
+
+
+def _processors(seen: TopProbability, seeds: Sequence[int] | None) -> Any:
+    """What logits go through: greedy decoding is watched, a sample is drawn from warped ones."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+    if seeds is None:
+        return LogitsProcessorList([seen])
+    warpers = [TemperatureLogitsWarper(TEMPERATURE), TopPLogitsWarper(TOP_P)]
+    return LogitsProcessorList([*warpers, SeededNoise(seeds)])
 
 
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:

@@ -8,13 +8,17 @@ The page needs no network: style, figures and data stand in it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from healpass.errors import UnavailableError
 from healpass.study import tables
+from healpass.study.anatomy import Anatomy
+from healpass.study.blame import Blame
+from healpass.study.contributions import Contribution, adds_up, independent
 from healpass.study.prediction import LENGTHS
 from healpass.study.records import Store
 from healpass.study.results import PrecisionResult, StudyResult
@@ -60,8 +64,8 @@ def write(store: Store, result: StudyResult) -> Path:
     environment.filters |= {
         "number": tables.number,
         "percent": tables.percent,
+        "span": tables.span,
         "svg": Markup,
-        "transposed": lambda rows: zip(*rows, strict=True),
     }
     text = (resources.files("healpass.study") / "templates" / "report.html.jinja").read_text()
     page = environment.from_string(text).render(
@@ -69,7 +73,7 @@ def write(store: Store, result: StudyResult) -> Path:
         rows=[_row(result, found) for found in result.precisions],
         plots=plots,
         blames=[_blame_row(b) for a in anatomies.values() for b in a.blames],
-        contributions={name: a.contributions for name, a in anatomies.items() if a.contributions},
+        contributions=contribution_tables(anatomies),
         examples=examples(store, result),
         notes=tables.notes(result),
         environment=_stamp_rows(stamp["environment"]),
@@ -131,6 +135,39 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
+@dataclass(frozen=True)
+class ContributionTable:
+    """What single roundings cost, of precisions that round the same kinds.
+
+    Attributes:
+        kinds: One row each.
+        errors: By precision, an error per kind.
+        independent: By precision, what the single ones would make together; where it is known.
+        apart: The precisions whose errors do not add up to that.
+    """
+
+    kinds: tuple[str, ...]
+    errors: dict[str, tuple[float, ...]]
+    independent: dict[str, float]
+    apart: tuple[str, ...]
+
+
+def contribution_tables(anatomies: Mapping[str, Anatomy]) -> list[ContributionTable]:
+    """One table for all precisions that round the same kinds of values."""
+    by_kinds: dict[tuple[str, ...], dict[str, Sequence[Contribution]]] = {}
+    for name, anatomy in anatomies.items():
+        if anatomy.contributions:
+            kinds = tuple(part.kind for part in anatomy.contributions)
+            by_kinds.setdefault(kinds, {})[name] = anatomy.contributions
+    tables = []
+    for kinds, columns in by_kinds.items():
+        errors = {name: tuple(p.error for p in parts) for name, parts in columns.items()}
+        sums = {n: s for n, parts in columns.items() if (s := independent(parts)) is not None}
+        apart = tuple(name for name in sums if not adds_up(columns[name]))
+        tables.append(ContributionTable(kinds, errors, sums, apart))
+    return tables
+
+
 def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
     """What the page says of one precision."""
     metrics = found.generated
@@ -138,6 +175,7 @@ def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
     return {
         "precision": found.precision,
         "verdict": tables.verdict(found),
+        "varied": any(m.div_percent for m in (metrics, found.sampled) if m is not None),
         "state": {True: "good", False: "bad", None: "open"}[found.reproducible],
         "metrics": metrics,
         "sampled": found.sampled,
@@ -150,13 +188,14 @@ def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
     }
 
 
-def _blame_row(blame: Any) -> dict[str, Any]:
+def _blame_row(blame: Blame) -> dict[str, Any]:
     return {
         "precision": blame.other.precision,
         "label": blame.other.label,
         "first": blame.first,
         "largest": blame.largest,
         "suspect": blame.suspect,
+        "rounding": blame.rounding,
         "end": blame.deviations[-1].total if blame.deviations else None,
     }
 

@@ -1,6 +1,6 @@
 """What a study keeps on disk, and how it survives: one whole file per batch.
 
-Layer: study. Imports `errors` and `study.configuration`.
+Layer: study. Imports `errors`, `strict_json` and `study.configuration`.
 
     plan.json                         the plan, the environment, the command
     runs/<kind>-<configuration>/      00000.json or 00000.safetensors, named by its first prompt
@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from healpass import strict_json
 from healpass.errors import StudyError
 from healpass.study.configuration import StudyPlan, Unit
 
-#: Version of every file's layout; grows when a field changes its meaning or goes away.
-SCHEMA = 1
+#: Version of every file's layout; grows when a field changes its meaning or goes away. Since 2 a
+#: number that is not finite is the string "inf", "-inf" or "nan"; 1 had bare words, no JSON.
+SCHEMA = 2
+#: The versions that are read.
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Store:
 
         Raises:
             StudyError: The folder holds a study and `resume` was not asked for, or it holds
-                another one, or a file is damaged or cannot be written.
+                another one, or records without a plan, or a file is damaged or cannot be written.
         """
         path = folder / "plan.json"
         if path.exists():
@@ -108,15 +112,20 @@ class Store:
                     "another folder with --out."
                 )
             _check_same(folder, read_plan(folder), plan)
+        elif (folder / "runs").exists():
+            raise StudyError(
+                f"{folder} holds records but no plan.json, so nobody can tell what they answer.\n"
+                "Put its plan.json back, or give another folder with --out."
+            )
         else:
             content = {"schema": SCHEMA, "plan": plan.to_dict(), **stamp}
-            _write(path, json.dumps(content, indent=1).encode())
+            _write(path, strict_json.dumps(content, indent=1).encode())
         return cls(folder, plan)
 
     def save_answers(self, unit: Unit, start: int, batch: Batch) -> None:
         """Keep the answers to prompts `start`, `start + 1`, ..."""
         content = {"schema": SCHEMA, **dataclasses.asdict(batch)}
-        _write(self._path(unit, start, ".json"), json.dumps(content).encode())
+        _write(self._path(unit, start, ".json"), strict_json.dumps(content).encode())
 
     def save_scores(self, unit: Unit, start: int, scores: Sequence[Scores]) -> None:
         """Keep the scores of the answers to prompts `start`, `start + 1`, ..."""
@@ -132,20 +141,37 @@ class Store:
         _write(self._path(unit, start, ".safetensors"), save(tensors, meta))
 
     def batches(self, unit: Unit) -> list[Batch]:
-        """The finished batches of a generating unit, in order."""
-        return [_read(path, _batch) for path in self._files(unit, ".json")]
+        """The finished batches of a generating unit, in order, up to the first that is missing."""
+        found: list[Batch] = []
+        count = 0
+        for path in self._files(unit, ".json"):
+            if int(path.stem) != count:
+                break
+            found.append(_read(path, _batch))
+            count += len(found[-1].answers)
+        return found
 
     def answers(self, unit: Unit) -> list[Answer]:
         """The finished answers of a generating unit, in the order of the prompts."""
         return [answer for batch in self.batches(unit) for answer in batch.answers]
 
     def scores(self, unit: Unit) -> list[Scores]:
-        """The finished scores of a unit, in the order of the prompts."""
-        files = self._files(unit, ".safetensors")
-        return [entry for path in files for entry in _read(path, _scores)]
+        """The finished scores of a unit, by prompt, up to the first that is missing."""
+        found: list[Scores] = []
+        for path in self._files(unit, ".safetensors"):
+            if int(path.stem) != len(found):
+                break
+            found += _read(path, _scores)
+        return found
+
+    def holds(self, unit: Unit, start: int) -> bool:
+        """Whether the batch whose first prompt is `start` is finished."""
+        return self._path(
+            unit, start, ".safetensors" if unit.kind == "forced" else ".json"
+        ).exists()
 
     def done(self, unit: Unit) -> int:
-        """How many prompts of a unit are finished; every file of it is read, and so checked."""
+        """How many prompts are finished before the first that is not; their files are checked."""
         return len(self.scores(unit) if unit.kind == "forced" else self.answers(unit))
 
     def is_complete(self, unit: Unit) -> bool:
@@ -154,7 +180,8 @@ class Store:
 
     def save_json(self, name: str, content: Any) -> Path:
         """Keep a JSON file beside the plan."""
-        return self.save_bytes(name, json.dumps({"schema": SCHEMA, **content}, indent=1).encode())
+        text = strict_json.dumps({"schema": SCHEMA, **content}, indent=1)
+        return self.save_bytes(name, text.encode())
 
     def save_bytes(self, name: str, content: bytes) -> Path:
         """Keep a file of the report."""
@@ -183,13 +210,15 @@ def read_plan(folder: Path) -> StudyPlan:
     path = folder / "plan.json"
     if not path.exists():
         raise StudyError(f"{folder} holds no study: there is no plan.json in it.")
-    return _read(path, lambda content: StudyPlan.from_dict(json.loads(content)["plan"]))
+    return _read(path, lambda content: StudyPlan.from_dict(json.loads(content)["plan"]), _NO_PLAN)
 
 
 def _batch(content: bytes) -> Batch:
     values = json.loads(content)
     answers = [
-        Answer(**a | {"tokens": tuple(a["tokens"]), "top1_probs": tuple(a["top1_probs"])})
+        Answer(
+            **a | {"tokens": tuple(a["tokens"]), "top1_probs": tuple(map(float, a["top1_probs"]))}
+        )
         for a in values["answers"]
     ]
     return Batch(tuple(answers), float(values["seconds"]))
@@ -204,7 +233,18 @@ def _scores(content: bytes) -> list[Scores]:
     return [Scores(**{name: tensors[f"{i}.{name}"] for name in fields}) for i in range(count)]
 
 
-def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+#: The ways out of a damaged record, and of a damaged plan.
+_AGAIN = (
+    "Delete this one file and run again with --resume: what it held is run again, all else is "
+    "kept."
+)
+_NO_PLAN = (
+    "Without it nobody can tell what the records answer: put a copy back, or begin again in "
+    "another folder with --out."
+)
+
+
+def _read(path: Path, parse: Callable[[bytes], Any], way_out: str = _AGAIN) -> Any:
     from safetensors import SafetensorError
 
     try:
@@ -213,9 +253,7 @@ def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         raise StudyError(f"cannot read {path}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise StudyError(
-            f"{path} is damaged ({type(error).__name__}: {error}).\n"
-            "Delete this one file and run again with --resume: what it held is run again, all "
-            "else is kept."
+            f"{path} is damaged ({type(error).__name__}: {error}).\n{way_out}"
         ) from error
 
 

@@ -260,16 +260,19 @@ def _of(scores: Scores, name: str) -> Tensor:
 
 
 def _seconds_per_token(store: Store, units: Sequence[Unit]) -> dict[str, float]:
-    """Seconds per generated token of a row, the first batch (which compiles) left out."""
+    """Seconds per generated token of a row, the median of its batches.
+
+    The first, which compiles, is left out; the median leaves out one during which the machine
+    slept or was busy with something else.
+    """
     found = {}
     for unit in units:
         if unit.kind != "greedy" or unit.configuration.runs_by_node(store.plan.compiled):
             continue
-        batches = store.batches(unit)[1:]
-        tokens = sum(len(answer.tokens) for batch in batches for answer in batch.answers)
-        if tokens:
-            seconds = sum(batch.seconds for batch in batches)
-            found[unit.configuration.label] = seconds / tokens
+        counted = [(b.seconds, sum(len(a.tokens) for a in b.answers)) for b in store.batches(unit)]
+        paces = [seconds / tokens for seconds, tokens in counted[1:] if tokens]
+        if paces:
+            found[unit.configuration.label] = statistics.median(paces)
     return found
 
 

@@ -116,16 +116,20 @@ def _run_unit(
     store: Store, materials: Materials, model: Any, unit: Unit, progress: Progress
 ) -> None:
     total, _ = store.plan.scope(unit)
-    for start, stop in _batches(store.done(unit), total, unit.configuration.batch_size):
+    batches = _batches(total, unit.configuration.batch_size)
+    missing = [(start, stop) for start, stop in batches if not store.holds(unit, start)]
+    done = total - sum(stop - start for start, stop in missing)
+    for start, stop in missing:
         if unit.kind == "forced":
             store.save_scores(unit, start, _scored(store, materials, model, unit, start, stop))
         else:
             store.save_answers(unit, start, _answered(store, materials, model, unit, start, stop))
-        progress(unit, stop)
+        done += stop - start
+        progress(unit, done)
 
 
-def _batches(start: int, total: int, size: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, total, size):
+def _batches(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, total, size):
         yield first, min(first + size, total)
 
 

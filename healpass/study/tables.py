@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
+from healpass.study.blame import Blame
 from healpass.study.prediction import FlipRate
 from healpass.study.results import PrecisionResult, StudyResult
 
@@ -13,8 +16,6 @@ UNKNOWN = "-"
 
 def paper_table(result: StudyResult) -> Table:
     """One row per precision, the metrics as arXiv 2506.09501 names them."""
-    title = f"{escape(result.plan.model)}: {result.plan.prompts} prompts, greedy"
-    table = Table(title=title)
     headings = (
         "configurations",
         "Std@Acc",
@@ -24,9 +25,8 @@ def paper_table(result: StudyResult) -> Table:
         "Avg_Std@top1_prob",
         "most outputs of a prompt",
     )
-    table.add_column("precision")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    title = f"{escape(result.plan.model)}: {result.plan.prompts} prompts, greedy"
+    table = _table(title, headings)
     for found in result.precisions:
         metrics = found.generated
         if metrics is None:
@@ -47,7 +47,6 @@ def paper_table(result: StudyResult) -> Table:
 
 def prediction_table(result: StudyResult) -> Table:
     """One row per precision: flips on given text, measured and predicted, and what follows."""
-    table = Table(title="Scored on given text: flips of the best token, and what they foretell")
     headings = (
         "mean shift (nats)",
         "flips measured",
@@ -57,9 +56,9 @@ def prediction_table(result: StudyResult) -> Table:
         "time / first",
         "reproducible",
     )
-    table.add_column("precision")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = _table(
+        "Scored on given text: flips of the best token, and what they foretell", headings
+    )
     for found in result.precisions:
         table.add_row(
             found.precision,
@@ -67,6 +66,15 @@ def prediction_table(result: StudyResult) -> Table:
             number(result.cost(found.precision)),
             verdict(found),
         )
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table: the precision, then numbers."""
+    table = Table(title=title)
+    table.add_column("precision")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 
@@ -97,6 +105,14 @@ def _prediction_cells(prediction: FlipRate | None, found: PrecisionResult) -> li
     ]
 
 
+def span(percentages: Mapping[str, float] | None) -> str:
+    """The least and the most of what the configurations have, `5 to 10 %`; one where all agree."""
+    if not percentages:
+        return UNKNOWN
+    ends = dict.fromkeys(number(end(percentages.values())) for end in (min, max))
+    return f"{' to '.join(ends)} %"
+
+
 def percent(share: float) -> str:
     """A share in percent; below a hundredth of one its size does not matter."""
     return "< 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.3g} %"
@@ -116,18 +132,30 @@ def blames(result: StudyResult) -> list[str]:
     for found in result.anatomies.values():
         for blame in found.blames:
             first = blame.first.operation if blame.first else "nothing: all bits agree"
-            suspect = f"; SUSPECT: {blame.suspect.operation}" if blame.suspect else ""
             label = f"{blame.other.precision}, {blame.other.label}"
-            lines.append(f"{label}: the first difference is {first}{suspect}")
+            lines.append(f"{label}: the first difference is {first}{suspicion(blame)}")
     return lines
 
 
+def suspicion(blame: Blame) -> str:
+    """The suspect; without one, how small a fault would go unseen beside 16-bit roundings."""
+    if blame.suspect:
+        return f"; SUSPECT: {blame.suspect.operation}"
+    if blame.first and blame.rounding:
+        return f"; no suspect above one rounding, {number(blame.rounding)}"
+    return ""
+
+
 def notes(result: StudyResult) -> list[str]:
-    """What was not run, and why, one line each."""
+    """What was not run, and why: one line per reason, or per precision."""
     lines = [
         f"not available: {name}: {reason}"
         for found in result.precisions
         for name, reason in found.unavailable.items()
     ]
-    lines += [f"not finished: {name}" for found in result.precisions for name in found.missing]
+    lines += [
+        f"not finished: {found.precision}: {', '.join(found.missing)}"
+        for found in result.precisions
+        if found.missing
+    ]
     return lines

@@ -51,7 +51,7 @@ class Task:
     answer: str
     """A plain decimal (`-1234.5`), a letter (`A` is the first option) or one of the options."""
     domain: str = "other"
-    """For the report, which gives accuracy by domain."""
+    """What the question is about; a suite is spread over its domains."""
     unit: str = ""
     """Of a number. In `percent`, 5% is the number 5; in any other unit it is 0.05."""
     tolerance: str = ""

@@ -63,7 +63,7 @@ class Sketch:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sketch:
         """Read what `to_dict` gave."""
-        return cls(values["digest"], values["norm"], tuple(values["sums"]))
+        return cls(values["digest"], float(values["norm"]), tuple(map(float, values["sums"])))
 
 
 #: Operation -> its sketch, in the order in which the model runs.

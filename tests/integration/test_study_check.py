@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from healpass.integrations.checkpoint import Checkpoint
 from healpass.study import check, presets, runner
 from healpass.study.blame import Session, blame
 from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.contributions import ALL, KINDS, contributions
+from healpass.study.contributions import (
+    ALL,
+    KINDS,
+    PIECES,
+    all_of_heal,
+    contributions,
+    independent,
+)
 from healpass.study.prompts import chat, encode
 from healpass.study.records import Store
 from healpass.study.tasks import Task
@@ -156,14 +164,29 @@ def test_check_names_a_planted_fault(model, tasks, tmp_path, monkeypatch):
 
 
 def test_each_rounding_contributes_less_than_all_together(model):
-    found = {
-        c.kind: c.error
-        for c in contributions(Session(Checkpoint(str(model)), TEXT), torch.bfloat16)
-    }
+    parts = contributions(Session(Checkpoint(str(model)), TEXT), "bf16")
+    found = {c.kind: c.error for c in parts}
     assert set(found) == {*KINDS, ALL}
     assert all(error > 0 for error in found.values())
     # Roundings to BF16 are independent of each other: squares add up, give or take.
     assert max(found[kind] for kind in KINDS) < found[ALL]
+    assert independent(parts) == pytest.approx(math.dist([found[kind] for kind in KINDS], [0] * 5))
+
+
+def test_each_format_of_heals_cache_has_its_share(model):
+    """A step of INT16 is 2^8 steps of INT24, which are finer than FP32's own roundings."""
+    parts = contributions(Session(Checkpoint(str(model)), TEXT), "heal")
+    found = {c.kind: c.error for c in parts}
+    int16, int24 = (found[f"Q, K and V in {name}"] for name in ("INT16", "INT24"))
+    assert int24 > 0
+    assert found[PIECES] > 0
+    print(f"INT16 / INT24 = {int16 / int24:.0f}: 256 steps, less what FP32 itself rounds")
+    assert max(int24, found[PIECES]) < int16
+    whole = [found[all_of_heal(kv)] for kv in ("fp32", "int24", "int16")]
+    assert whole[0] < whole[2]
+    assert whole[1] < whole[2]
+    assert independent(parts) is None
+    assert contributions(Session(Checkpoint(str(model)), TEXT), "exact") == []
 
 
 def test_what_was_interrupted_goes_on_behind_the_last_batch(model, tasks, tmp_path):

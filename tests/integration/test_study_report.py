@@ -1,7 +1,9 @@
 """The report in a browser: complete, not wider than a phone, and it asks for nothing."""
 
 import dataclasses
+import html
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from healpass.study import page
 from healpass.study.anatomy import Anatomy
 from healpass.study.blame import Blame, Deviation
 from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.contributions import Contribution
+from healpass.study.contributions import ALL, KINDS, Contribution
 from healpass.study.records import Answer, Batch, Store
 from healpass.study.results import evaluate
 from healpass.study.scoring import scores_of
@@ -92,9 +94,9 @@ def report(tmp_path_factory):
             for i in range(4)
         ]
         other = dataclasses.replace(one, batch_size=8)
-        anatomy = Anatomy(
-            one.precision, (Blame(one, other, tuple(made)),), {}, (Contribution("norms", 1e-3),)
-        )
+        parts = [Contribution(kind, PRECISIONS[one.precision]) for kind in (*KINDS, ALL)]
+        blames = tuple(Blame(one, other, tuple(made)) for _ in range(12))
+        anatomy = Anatomy(one.precision, blames, {}, tuple(parts))
         store.save_json(f"anatomy-{one.precision}.json", anatomy.to_dict())
     return page.write(store, evaluate(store))
 
@@ -105,12 +107,17 @@ def page_environment():
     return collect().to_dict()
 
 
+def browse(path, folder, *flags):
+    """Open a page in a browser with a profile of its own; return what it prints."""
+    command = [browser(), *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def screenshot(path, folder, width, height):
     target = folder / f"{width}.png"
-    command = [browser(), *FLAGS, f"--user-data-dir={folder / str(width)}"]
-    command += [f"--window-size={width},{height}", f"--screenshot={target}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert target.exists(), done.stderr
+    browse(path, folder, f"--window-size={width},{height}", f"--screenshot={target}")
     return Image.open(io.BytesIO(target.read_bytes())).convert("RGB")
 
 
@@ -128,6 +135,57 @@ def test_the_page_fills_its_width_and_nothing_sticks_out(report, tmp_path, width
     # Text or a figure wider than the screen would leave ink in the margin.
     assert ink(image, (0, 0, margin, 3000)) == 0
     assert ink(image, (width - margin, 0, width, 3000)) == 0
+
+
+#: An A4 page between margins of 14 mm, in CSS pixels of 1/96 inch.
+PAPER = int((210 - 2 * 14) / 25.4 * 96)
+#: Puts what paper cannot show into the page: what is wider than its place, dark areas, and blocks
+#: that a page may end in the middle of.
+MEASURE = """<script>
+const all = [...document.querySelectorAll("body, body *")];
+const name = e => e.tagName + "." + e.className;
+const light = e => {
+  const [r, g, b, a = 1] = getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number);
+  return a == 0 || (r + g + b) / 3 > 200;
+};
+const whole = ".scroll, tr, .card, .example, figure, pre, p";
+document.body.dataset.found = JSON.stringify({
+  wide: all.filter(e => e.scrollWidth > e.clientWidth && e.clientWidth > 0
+    && getComputedStyle(e).display != "inline" && !e.closest("svg")).map(name),
+  dark: all.filter(e => !light(e)).map(name),
+  torn: all.filter(e => e.matches(whole) && getComputedStyle(e).breakInside != "avoid").map(name),
+});
+</script>"""
+
+
+def measure(report, folder, *, on_paper):
+    """What cannot be printed of a page, with the print style or with the screen's."""
+    text = report.read_text()
+    assert "@media print" in text
+    if on_paper:
+        text = text.replace("@media print", "@media all")
+    copy = folder / "page.html"
+    copy.write_text(text.replace("</body>", f"{MEASURE}</body>"))
+    dom = browse(copy, folder, f"--window-size={PAPER},3000", "--dump-dom")
+    return json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom).group(1)))
+
+
+def test_a_printed_page_shows_whole_tables_on_white(report, tmp_path):
+    assert measure(report, tmp_path, on_paper=True) == {"wide": [], "dark": [], "torn": []}
+
+
+def test_what_could_not_be_printed_would_be_found(report, tmp_path):
+    found = measure(report, tmp_path, on_paper=False)
+    assert "DIV.scroll" in found["wide"]
+    assert found["dark"] == ["PRE."]
+    assert "TR." in found["torn"]
+
+
+def test_the_page_prints(report, tmp_path):
+    target = tmp_path / "report.pdf"
+    browse(report, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={target}")
+    pages = re.findall(rb"/Type\s*/Page\b", target.read_bytes())
+    assert 2 <= len(pages) <= 8
 
 
 def test_every_verdict_has_its_colour(report, tmp_path):
@@ -149,7 +207,27 @@ def test_the_page_says_what_was_found(report):
     assert "model.layers.2.mlp.down_proj" in text
     assert "yes, bit for bit" in text
     assert re.search(r"<strong>bf16</strong> gave more than one answer", text)
+    assert re.search(r"<strong>fp32, exact</strong> gave the same answer every time", text)
+    assert "<td>0 %</td>" in text, "the accuracy of answers that are all wrong"
     assert text.count("<svg") == 4
+
+
+def test_what_flips_on_given_text_only_is_not_said_to_answer_twice(tmp_path):
+    one = Configuration(precision="fp32")
+    two = dataclasses.replace(one, batch_size=2)
+    plan = StudyPlan(model="m", greedy=(one, two), forced=(one, two), prompts=1, max_new_tokens=1)
+    store = Store.open(tmp_path / "out", plan, {"environment": page_environment(), "command": "c"})
+    first, second = torch.eye(2, 5)[:1], torch.eye(2, 5)[1:]
+    for unit in plan.units:
+        if unit.kind == "greedy":
+            store.save_answers(unit, 0, batch([[0]]))
+        else:
+            other = unit.configuration.batch_size == 2
+            reference = scores_of(first)
+            store.save_scores(unit, 0, [scores_of(second, reference) if other else reference])
+    text = page.write(store, evaluate(store)).read_text()
+    assert "<strong>fp32</strong> preferred another token on given text" in text
+    assert "gave more than one answer" not in text
 
 
 def test_every_figure_is_there_as_svg_and_png(report):

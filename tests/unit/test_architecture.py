@@ -20,11 +20,12 @@ PUBLIC = {"HealConfig", "HealError", "HealReport", "explain", "inductor_options"
 #: layer -> what its modules may import of healpass. The way of one compile, from bottom to top.
 BELOW = {
     "errors": set(),
+    "strict_json": set(),
     "arithmetic": {"errors"},
     "tensorcore": {"errors", "arithmetic"},
     "ops": {"errors", "arithmetic", "tensorcore"},
     "config": {"errors"},
-    "report": {"arithmetic"},
+    "report": {"arithmetic", "strict_json"},
     "cache_key": set(),
     "numerics_version": set(),
     "environment": {"errors", "config", "arithmetic", "numerics_version"},
@@ -34,7 +35,7 @@ BELOW = {
     "integrations": {"errors", "arithmetic", "ops", "config"},
     # Beyond the public names: the simulated adders for its baselines, HEAL for transformers, and
     # the stamp of the environment. Nothing below depends on it.
-    "study": {"errors", "environment", "integrations", "tensorcore"} | PUBLIC,
+    "study": {"errors", "strict_json", "environment", "integrations", "tensorcore"} | PUBLIC,
     "bench": {"errors", "environment", "integrations"} | PUBLIC,
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},

@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from healpass import cli
+from healpass import cli, strict_json
 from healpass.errors import StudyError
 from healpass.study import diff
+from healpass.study.records import SCHEMA
 from healpass.study.traces import trace_of
 
 
@@ -21,7 +22,7 @@ def report(noise=0.0, token=7):
         values[name] = values[name] * (1 + noise)
     trace = {name: sketch.to_dict() for name, sketch in trace_of(values).items()}
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "plan": {"tasks": "t", "prompts": 2, "max_new_tokens": 4},
         "answers": {"bf16": {"batch 1": [[1, 2], [3, token]], "batch 8": [[1, 2], [3, 7]]}},
         "anatomy": {"bf16": {"trace": trace}},
@@ -44,6 +45,22 @@ def test_the_first_token_and_operation_are_named():
     assert abs(found.deviation / 1e-3 - 1) <= 6 * math.sqrt(2 / 64)
     assert "token 2 of prompt 1 (batch 1)" in str(found)
     assert "first operation that differs: mlp" in str(found)
+
+
+def test_a_report_before_strict_json_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(report()).replace('"norm": ', '"norm": Infinity, "was": '))
+    assert diff.read(path)["anatomy"]["bf16"]["trace"]["mlp"]["norm"] == math.inf
+
+
+def test_an_infinite_deviation_is_valid_json(tmp_path):
+    # Of a value that is 0 on one machine only, any deviation is infinite.
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, noise in zip(paths, (-1.0, 0.0), strict=True):
+        path.write_text(strict_json.dumps(report(noise)))
+    out = run(*paths, "--json").stdout
+    (found,) = json.loads(out, parse_constant=pytest.fail)["precisions"]
+    assert (found["first_operation"], found["deviation"]) == ("mlp", "inf")
 
 
 def test_nothing_compared_is_not_the_same():

@@ -1,14 +1,20 @@
 """Records on disk: whole or absent, gone on with, and refused when damaged."""
 
 import errno
+import json
+import math
 import os
 
 import pytest
 import torch
 
 from healpass.errors import StudyError
+from healpass.study.anatomy import Anatomy
+from healpass.study.blame import Blame, Deviation
 from healpass.study.configuration import Configuration, StudyPlan
+from healpass.study.contributions import Contribution
 from healpass.study.records import Answer, Batch, Scores, Store, digest_of, read_plan
+from healpass.study.traces import Sketch
 
 GREEDY = Configuration(precision="bf16", batch_size=2)
 PLAN = StudyPlan(model="any", greedy=(GREEDY,), forced=(GREEDY,), prompts=3)
@@ -36,6 +42,32 @@ def test_answers_come_back_as_they_were(store):
     assert store.answers(UNIT) == [answer(4, 5), answer(), answer(7)]
     assert [batch.seconds for batch in store.batches(UNIT)] == [1.5, 0.5]
     assert store.is_complete(UNIT)
+
+
+NO_JSON = (math.nan, math.inf, -math.inf)
+
+
+def test_what_is_not_finite_is_valid_json_and_comes_back(store):
+    odd = Answer("q", (4, 5, 6), NO_JSON, "Infinity", "NaN", False)
+    store.save_answers(UNIT, 0, Batch((odd,), math.inf))
+    written = (store.folder / "runs" / UNIT.name / "00000.json").read_text()
+    assert json.loads(written, parse_constant=pytest.fail)["answers"][0]["text"] == "Infinity"
+    (found,) = store.batches(UNIT)
+    assert found.seconds == math.inf
+    assert list(map(str, found.answers[0].top1_probs)) == ["nan", "inf", "-inf"]
+    assert (found.answers[0].text, found.answers[0].answer) == ("Infinity", "NaN")
+
+
+def test_an_anatomy_of_nothing_but_infinities_comes_back(store):
+    blame = Blame(GREEDY, GREEDY, tuple(Deviation("m:f", x, x) for x in NO_JSON))
+    sketch = Sketch("0", math.inf, NO_JSON)
+    parts = tuple(Contribution("norms", x) for x in NO_JSON)
+    path = store.save_json("a.json", Anatomy("bf16", (blame,), {"m": sketch}, parts).to_dict())
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    found = Anatomy.from_dict(store.load_json("a.json"))
+    assert list(map(repr, (found.blames[0], found.trace["m"], found.contributions))) == list(
+        map(repr, (blame, sketch, parts))
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 5])
@@ -72,6 +104,21 @@ def test_a_damaged_record_is_named_and_nothing_else_is_lost(store, content):
     assert "--resume" in str(error.value)
     path.unlink()
     assert store.answers(UNIT) == [answer(4), answer(5)]
+
+
+def test_no_answer_moves_up_where_a_record_is_missing(store):
+    """What stands behind a gap belongs to later prompts: it counts when the gap is filled."""
+    store.save_answers(UNIT, 2, Batch((answer(7),), 1.0))
+    store.save_scores(FORCED, 2, [scores(2)])
+    assert store.answers(UNIT) == []
+    assert store.scores(FORCED) == []
+    assert [store.holds(unit, start) for unit in (UNIT, FORCED) for start in (0, 2)] == [
+        *(False, True),
+        *(False, True),
+    ]
+    store.save_answers(UNIT, 0, Batch((answer(4), answer(5)), 1.0))
+    assert store.answers(UNIT) == [answer(4), answer(5), answer(7)]
+    assert store.is_complete(UNIT)
 
 
 def test_damaged_scores_and_plans_are_named(store):

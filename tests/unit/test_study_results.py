@@ -11,6 +11,7 @@ from healpass.study.configuration import Configuration, StudyPlan
 from healpass.study.records import Answer, Batch, Store
 from healpass.study.results import evaluate
 from healpass.study.scoring import scores_of
+from healpass.study.tables import span
 
 
 def configuration(precision="fp32", **changes):
@@ -143,6 +144,26 @@ def test_cost_leaves_out_the_batch_that_compiles(tmp_path):
     result = evaluate(store)
     assert result.cost("fp32") == 1
     assert result.cost("bf16") == pytest.approx(3)
+
+
+def test_a_machine_that_slept_does_not_count(tmp_path):
+    greedy = (ONE, configuration("bf16"))
+    store = make(tmp_path, greedy=greedy, max_new_tokens=1)
+    for unit, slept in zip(store.plan.units, (0.0, 3600.0), strict=True):
+        for start, seconds in enumerate((9.0, 1.0, 1.0 + slept, 1.0)):
+            store.save_answers(unit, start, Batch(answers((3,)).answers, seconds))
+    assert evaluate(store).cost("bf16") == 1
+
+
+def test_what_is_not_finished_is_listed_by_precision(tmp_path):
+    store = filled(tmp_path, SAME, greedy=(ONE, TWO, configuration(batch_size=3)))
+    assert "not finished: fp32: greedy-fp32-batch2, greedy-fp32-batch3" in printed(store)
+
+
+def test_a_span_of_percentages():
+    assert span({"batch 1": 5.0, "batch 8": 10.0, "batch 16": 5.0}) == "5 to 10 %"
+    assert span({"batch 1": 12.5}) == "12.5 %"
+    assert span(None) == "-"
 
 
 @pytest.mark.parametrize("compiled", [True, False])

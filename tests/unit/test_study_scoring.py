@@ -14,6 +14,7 @@ from healpass.study.configuration import Configuration
 from healpass.study.generating import SeededNoise, pad, until_end
 from healpass.study.prediction import compare_logits
 from healpass.study.scoring import Text, greedy_output, margins, score, scores_of
+from healpass.study.tables import suspicion
 from healpass.study.traces import BUCKETS, Sketch
 
 
@@ -209,6 +210,15 @@ def test_an_operation_far_above_its_peers_is_the_suspect():
     shares = layers(1e-7) | {"model.layers.2.mlp.up_proj": 1e-3, "lm_head": 2e-7}
     assert made(shares).suspect.operation == "model.layers.2.mlp.up_proj"
     assert made(shares).largest.operation == "model.layers.2.mlp.up_proj"
+
+
+def test_the_terminal_says_below_what_a_fault_goes_unseen():
+    shares = layers(1e-3) | {"lm_head": 1e-3}
+    assert suspicion(made(shares, "bf16")) == "; no suspect above one rounding, 0.00781"
+    assert suspicion(made(shares, "fp32")) == ""
+    assert suspicion(made(dict.fromkeys(shares, 0.0), "bf16")) == ""
+    faulty = shares | {"model.layers.2.mlp.up_proj": 1.0}
+    assert suspicion(made(faulty, "bf16")) == "; SUSPECT: model.layers.2.mlp.up_proj"
 
 
 def test_roundings_make_no_suspect():
