@@ -1,6 +1,7 @@
 """heal_model: stays a PreTrainedModel, compiles what generate runs, and gives it an FP32 cache."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -94,10 +95,12 @@ def test_compile_config_works_where_transformers_compiles(llama, llama_fp32):
 
 def make_cache(model, generation=None, given=None, length=20):
     """What heal_model's hook puts in place for generate."""
-    arguments = {} if given is None else {"past_key_values": given}
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # renamed in 5.24
+    arguments = {} if given is None else {name: given}
     generation = generation or GenerationConfig()
     model._prepare_cache_for_generation(generation, arguments, None, 2, length)
-    return arguments.get("past_key_values")
+    return arguments.get(name)
 
 
 def test_the_hook_makes_the_kind_of_cache_that_was_asked_for(llama):
