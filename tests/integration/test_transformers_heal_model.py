@@ -128,6 +128,19 @@ def test_the_hook_makes_both_caches_of_an_encoder_decoder():
     assert isinstance(cache.cross_attention_cache, HealCache)
 
 
+def test_the_hook_finds_the_cache_whatever_the_argument_is_called(llama, monkeypatch):
+    """transformers 5.24 renamed it; a BF16 cache that stays in place would say nothing."""
+
+    def prepare(self, generation_config, model_kwargs, *_):
+        model_kwargs |= {"use_cache": True, "renamed": DynamicCache(config=self.config)}
+
+    monkeypatch.setattr(type(llama), "_prepare_cache_for_generation", prepare)
+    heal_model(llama)
+    arguments = {}
+    llama._prepare_cache_for_generation(GenerationConfig(), arguments, None, 2, 20)
+    assert isinstance(arguments["renamed"], HealCache)
+
+
 def test_generate_does_not_compile_a_second_time(llama):
     heal_model(llama)
     generation = GenerationConfig(compile_config=CompileConfig())
