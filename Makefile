@@ -12,10 +12,18 @@ STUDY = $(VENV)/bin/healpass check smollm2-135m
 # Exit status 1 is a result: some precision is not reproducible.
 RESULT = || test $$? -eq 1
 
-.PHONY: help venv demo study model test test-deep test-gpu check fix
+# Tried beside what is installed: another transformers, and torchtitan, whose requirements exclude
+# ours (so without them, but for what its model code imports).
+BESIDE := build/beside
+INSTALL_BESIDE = $(PYTHON) -m pip install --quiet --no-deps --upgrade --target
+TRANSFORMERS ?= 5.24.0
+TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
+    docstring_parser typeguard
+
+.PHONY: help venv demo study model test test-deep test-gpu test-transformers test-torchtitan check fix
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 venv: $(STAMP)  ## Set up .venv with the package and its tools (once; the others do it too)
 
@@ -44,6 +52,14 @@ test-deep: model  ## Run every test that needs no GPU, with many more examples p
 
 test-gpu:  ## On a machine with a GPU: its tests, then the benchmark, with the torch that is there
 	bash tests/gpu/run_all.sh
+
+test-transformers: model  ## Run the tests of transformers with another of its versions (TRANSFORMERS=5.24.0)
+	$(INSTALL_BESIDE) $(BESIDE)/transformers transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(BESIDE)/transformers $(PYTEST) -m 'not deep' tests/integration/test_transformers_*.py
+
+test-torchtitan: $(STAMP)  ## Run the tests of torchtitan's model code
+	$(INSTALL_BESIDE) $(BESIDE)/torchtitan $(TORCHTITAN)
+	PYTHONPATH=$(BESIDE)/torchtitan $(PYTHON) -m pytest tests/integration/test_torchtitan.py
 
 check: $(STAMP)  ## Lint, format, types and spelling; changes nothing
 	$(PYTHON) -m ruff check .

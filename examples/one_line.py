@@ -2,6 +2,8 @@
 
 A BF16 network is run on a batch and on its rows one by one. In plain BF16 the two differ; with
 HEAL they agree to FP32, and the error against FP64 shows what the one line buys. It needs no GPU.
+
+    python examples/one_line.py
 """
 
 from __future__ import annotations

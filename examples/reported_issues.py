@@ -176,7 +176,7 @@ REPORTS = (
         forward_and_decode,
     ),
     Report(
-        "EleutherAI/lm-evaluation-harness#1645, #3357",
+        "EleutherAI/lm-evaluation-harness#1645, #704",
         "scores in batches of 1 and 6",
         "log-likelihood",
         scores,

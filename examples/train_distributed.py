@@ -1,13 +1,13 @@
 """A plain PyTorch loop, compiled block by block; on one process, or several with DDP or FSDP2.
 
     python examples/train_distributed.py
-    torchrun --nproc-per-node 2 examples/train_distributed.py --how ddp
+    torchrun --nproc-per-node 2 examples/train_distributed.py               # DDP
     torchrun --nproc-per-node 2 examples/train_distributed.py --how fsdp
 
 Every transformer block is compiled by itself, as torchtitan does: one compilation serves all
 blocks, and the hooks that gather weights and reduce gradients stay between the graphs. Gradients
 are averaged in FP32, so the printed losses of one and of two processes agree to about six digits;
-they are not equal bit for bit.
+they are not equal bit for bit (rank_bits.py is about that).
 
 The model is a small random Llama; the data are numbers that count. It runs on CPU with gloo.
 """
@@ -90,10 +90,12 @@ def train(model: Any, steps: int, rank: int, ranks: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and let the first process print the losses."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--how", choices=("single", "ddp", "fsdp"), default="single")
+    launched = "RANK" in os.environ
+    default = "ddp" if launched else "single"
+    parser.add_argument("--how", choices=("single", "ddp", "fsdp"), default=default)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args(argv)
-    if options.how != "single" and "RANK" not in os.environ:
+    if options.how != "single" and not launched:
         parser.error(f"--how {options.how} needs several processes: start it with torchrun")
     rank, ranks = 0, 1
     if options.how != "single":

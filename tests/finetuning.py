@@ -22,7 +22,7 @@ def model_and_tokens(layers: int = 2) -> tuple[Any, Tensor]:
     """The cut model with FP32 weights, which hold the BF16 checkpoint's values, and the text.
 
     Tokens are renumbered by their first appearance. The embedding is frozen: the sum of its
-    gradient over equal tokens depends on their order.
+    gradient over equal tokens depends on their order, except in exact.
     """
     model, tokenizer = smollm2.load(torch.float32)
     ids = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids[0]

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loading import load_example
 from rewriting import Rewritten
 from tiny_llama import make_llama
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from healpass import HealConfig
 
@@ -43,6 +45,13 @@ def whole(gradient: Any) -> torch.Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
+def checkpointed(model: Any) -> None:
+    """Let every block compute its activations again in the backward."""
+    blocks = model.model.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = checkpoint_wrapper(block)
+
+
 def wrapped(model: Any, how: str) -> Any:
     """The model under DDP or FSDP2."""
     if how == "ddp":
@@ -55,11 +64,35 @@ def wrapped(model: Any, how: str) -> Any:
 
 
 def data_parallel(rank: int, ranks: int, how: str, backend: str | None) -> dict[str, torch.Tensor]:
-    """The gradients that the ranks agree on, each with its part of the rows."""
+    """The gradients that the ranks agree on, each with its part of the rows.
+
+    `how` is `ddp`, `fsdp`, or `checkpoint`: FSDP2 in torchtitan's order, which is activation
+    checkpointing, then the compiler, then the shards.
+    """
     model = make_llama(torch.float32)
+    if how == "checkpoint":
+        checkpointed(model)
     compile_blocks(model, backend)
     found = gradients(wrapped(model, how), ROWS.chunk(ranks)[rank])
-    return {name.removeprefix("module."): gradient for name, gradient in found.items()}
+    return {plain_name(name): gradient for name, gradient in found.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what DDP and checkpointing put into it."""
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+
+
+# ---------------------------------------------------------------- the table of examples/rank_bits
+
+
+def rewritten(model: Any, options: dict[str, Any]) -> Any:
+    """What calls a model with its graphs rewritten, and run by torch."""
+    return Rewritten(model, HealConfig(**options), aot=True)
+
+
+def table_rank(rank: int, ranks: int) -> dict[str, Any]:
+    """What a process of the example finds, without Inductor."""
+    return load_example("rank_bits").measure(rank, ranks, rewritten)
 
 
 # --------------------------------------------------------------------------- tensor parallel

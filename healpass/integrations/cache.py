@@ -56,9 +56,10 @@ _STATIC = {
 class HealCache(Cache):
     """A key/value cache in integers or FP32, whatever the model's dtype.
 
-    It follows the protocol of transformers' caches: pass it as `past_key_values=` to a model or to
-    `generate`, reorder it for beams, reset it, offload it. Use it with a model that HEAL compiles:
-    an uncompiled 16-bit model hands over states that are rounded already (a warning says so).
+    It follows the protocol of transformers' caches: pass it as `past_key_values=` (`cache=` since
+    transformers 5.24) to a model or to `generate`, reorder it for beams, reset it, offload it. Use
+    it with a model that HEAL compiles: an uncompiled 16-bit model hands over states that are
+    rounded already (a warning says so).
 
     INT16 takes the bytes of a BF16 cache and one FP32 scale per token and head, and rounds
     twenty-five times finer; INT24 takes three bytes and is as close as FP32.

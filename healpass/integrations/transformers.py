@@ -25,7 +25,7 @@ from healpass.errors import CacheError, ConfigError, missing_extra
 
 try:
     from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 except ImportError as error:
     raise missing_extra("healpass.integrations.transformers", "hf", error) from error
 
@@ -100,18 +100,27 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     """Let transformers choose the kind of cache, then put a HealCache of that kind there."""
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(_cache_name(model_kwargs))
     _check_given(model, options, given, max_cache_length)
     _disable_auto_compile(generation_config)
     type(model)._prepare_cache_for_generation(
         model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
-    made = model_kwargs.get("past_key_values")
-    if given is None and made is not None:
-        cache = _healed(made, model.config, options.attention_format)
+    name = _cache_name(model_kwargs)
+    if given is None and name is not None:
+        cache = _healed(model_kwargs[name], model.config, options.attention_format)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[name] = cache
+
+
+def _cache_name(model_kwargs: dict[str, Any]) -> str | None:
+    """The argument that holds the cache, None where there is none.
+
+    It is found by its type: transformers 5.24 renamed `past_key_values` to `cache`, and a name
+    that is not there would leave a BF16 cache in place, in silence.
+    """
+    return next((name for name, value in model_kwargs.items() if isinstance(value, Cache)), None)
 
 
 def _check_given(model: Any, options: HealConfig, cache: Any, length: int) -> None:
@@ -133,13 +142,13 @@ def _check_given(model: Any, options: HealConfig, cache: Any, length: int) -> No
         raise CacheError(
             f"generate was given a {type(cache).__name__}, which keeps {model.dtype} keys and "
             "values and cannot be mixed with those of a HEAL model. Pass "
-            "HealCache(model.config), or leave past_key_values out."
+            "HealCache(model.config), or no cache."
         )
     elif cache is not None and model.dtype.itemsize < 4:
         warnings.warn(
             f"generate was given a {type(cache).__name__}, which rounds keys and values to "
             f"{model.dtype}: results may depend on the batch. Pass HealCache(model.config, "
-            "max_cache_len=...), or leave past_key_values out.",
+            "max_cache_len=...), or no cache.",
             stacklevel=4,
         )
 

@@ -46,7 +46,7 @@ def worst(found, references):
     return max(ratios)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "checkpoint"])
 def test_two_ranks_are_as_near_fp64_as_one_process(how, references, tmp_path):
     first, second = on_ranks(2, tmp_path, data_parallel, how, None)
     assert differing(first, second) == 0, "the ranks agree"
@@ -56,7 +56,7 @@ def test_two_ranks_are_as_near_fp64_as_one_process(how, references, tmp_path):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "checkpoint"])
 def test_two_ranks_compiled_by_inductor(how, references, tmp_path):
     assert worst(on_ranks(2, tmp_path, data_parallel, how, "heal")[0], references) <= 1
 

@@ -12,7 +12,9 @@ import sys
 
 import pytest
 import torch
+from exactly import differing
 from loading import EXAMPLES, load_example
+from ranks import on_ranks, table_rank
 from rich.console import Console
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -77,17 +79,48 @@ def test_train_distributed_asks_for_torchrun(capsys, monkeypatch):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [[], ["--how", "fsdp"]], ids=["ddp", "fsdp"])
 def test_train_distributed_on_two_processes_agrees_with_one(how, capsys):
     load_example("train_distributed").main(["--steps", "3"])
     one = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(EXAMPLES / "train_distributed.py"), "--how", how, "--steps", "3"],
+         str(EXAMPLES / "train_distributed.py"), *how, "--steps", "3"],
         capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     two = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
     assert two == pytest.approx(one, abs=2e-6), "printed with six digits"
+
+
+@pytest.mark.deep
+def test_rank_bits_differ_for_heal_and_not_for_exact(tmp_path):
+    """Both tables; the processes let torch run the rewritten graphs."""
+    example = load_example("rank_bits")
+    found = {ranks: on_ranks(ranks, tmp_path / str(ranks), table_rank)[0] for ranks in (1, 2, 4)}
+    for table in (example.gradient_table(found), example.logit_table(found)):
+        Console(width=100).print(table)
+    for ranks in (2, 4):
+        mine, alone = found[ranks], found[1]
+        assert differing(mine["exact"], alone["exact"]) == 0
+        assert differing(mine["logits"]["exact"], alone["logits"]["exact"]) == 0
+        (means, magnitudes), (first, _) = mine["heal"], alone["heal"]
+        assert 0 < example.order_ratio(means, first, magnitudes) <= 1
+        assert differing(means, first) > 0, "the inverse"
+        assert differing(mine["logits"]["heal"], alone["logits"]["heal"]) > 0
+        assert differing(mine["logits"]["BF16"], alone["logits"]["BF16"]) > 0
+
+
+@pytest.mark.deep
+def test_grpo_has_one_log_probability_in_exact(capsys):
+    """And another in TRL's fused head, which no compiler reaches: the inverse."""
+    pytest.importorskip("trl")
+    for fused, end in (([], "ratio 1 to 1"), (["--fused"], "")):
+        torch._dynamo.reset()
+        sizes = ["--layers", "1", "--vocabulary", "500", "--new-tokens", "3"]
+        load_example("grpo").main([*sizes, *fused])
+        *_, line = capsys.readouterr().out.replace("\n", " ").split("exact")
+        assert ("largest difference 0," in line) == (not fused)
+        assert line.rstrip().endswith(end)
 
 
 @pytest.mark.parametrize("adapter", [[], ["--lora"]], ids=["full", "lora"])

@@ -116,7 +116,6 @@ def tiny_parameters_after(rule=None):
     model = make_llama(torch.float32).train()
     register()
     model.set_attn_implementation("heal")
-    model.model.embed_tokens.requires_grad_(False)  # its gradient is torch's own sum
     simulated = {} if rule is None else {"simulate": rule, "order": 1}
     config = HealConfig(precision="exact", outputs="fp32", **simulated)
     call = Rewritten(model, config, aot=True)

@@ -167,7 +167,7 @@ def test_an_uncompiled_16_bit_model_is_warned_of(llama, llama_fp32):
     with pytest.warns(UserWarning, match="not compiled"):
         llama(ids, past_key_values=FP32Cache(llama.config))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*not compiled")
         llama_fp32(ids, past_key_values=FP32Cache(llama.config))
 
 

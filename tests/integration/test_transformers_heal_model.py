@@ -1,6 +1,7 @@
 """heal_model: stays a PreTrainedModel, compiles what generate runs, and gives it an FP32 cache."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -94,10 +95,12 @@ def test_compile_config_works_where_transformers_compiles(llama, llama_fp32):
 
 def make_cache(model, generation=None, given=None, length=20):
     """What heal_model's hook puts in place for generate."""
-    arguments = {} if given is None else {"past_key_values": given}
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # renamed in 5.24
+    arguments = {} if given is None else {name: given}
     generation = generation or GenerationConfig()
     model._prepare_cache_for_generation(generation, arguments, None, 2, length)
-    return arguments.get("past_key_values")
+    return arguments.get(name)
 
 
 def test_the_hook_makes_the_kind_of_cache_that_was_asked_for(llama):
@@ -123,6 +126,19 @@ def test_the_hook_makes_both_caches_of_an_encoder_decoder():
     cache = make_cache(model)
     assert isinstance(cache.self_attention_cache, HealCache)
     assert isinstance(cache.cross_attention_cache, HealCache)
+
+
+def test_the_hook_finds_the_cache_whatever_the_argument_is_called(llama, monkeypatch):
+    """transformers 5.24 renamed it; a BF16 cache that stays in place would say nothing."""
+
+    def prepare(self, generation_config, model_kwargs, *_):
+        model_kwargs |= {"use_cache": True, "renamed": DynamicCache(config=self.config)}
+
+    monkeypatch.setattr(type(llama), "_prepare_cache_for_generation", prepare)
+    heal_model(llama)
+    arguments = {}
+    llama._prepare_cache_for_generation(GenerationConfig(), arguments, None, 2, 20)
+    assert isinstance(arguments["renamed"], HealCache)
 
 
 def test_generate_does_not_compile_a_second_time(llama):
