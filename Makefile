@@ -12,7 +12,11 @@ STUDY = $(VENV)/bin/healpass check smollm2-135m
 # Exit status 1 is a result: some precision is not reproducible.
 RESULT = || test $$? -eq 1
 
-.PHONY: help venv demo study model test test-deep test-gpu check fix
+BENCH = $(VENV)/bin/healpass bench smollm2-135m
+# What `make bench` measures; WHAT=decode measures again only that, and leaves the rest as it was.
+WHAT = decode,prefill,compile
+
+.PHONY: help venv demo study bench model test test-deep test-gpu check fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +35,10 @@ demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; end 
 
 study: $(STAMP)  ## Run the whole study on SmolLM2 (an hour; run it again and it goes on)
 	$(STUDY) --preset standard --out build/study $(if $(wildcard build/study/plan.json),--resume) $(RESULT)
+
+bench: model  ## Measure what each precision costs on this CPU; writes docs/measurements/cpu.*
+	$(BENCH) --what $(WHAT) --csv docs/measurements/cpu.csv --page docs/measurements/cpu.md \
+	    --plot docs/measurements/cpu.svg
 
 model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
 	$(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'

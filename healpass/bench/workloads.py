@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from healpass.bench.source import SHAPES, ModelSource, ShapesSource, Source
-from healpass.bench.subject import Subject
+from healpass.bench.subject import ROOM, Subject
 
 #: Different inputs of one shape that the gate looks at: one alone may be lucky.
 INPUTS = 8
-#: Decode steps per timed round, and what a cache has room for.
-STEPS, ROOM = 16, 1024
+#: Decode steps per timed round.
+STEPS = 16
 #: Gradient elements per parameter that the gate looks at.
 SAMPLED = 4096
 
@@ -84,48 +84,35 @@ def tokens(subject: Subject, count: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (1, count), generator=generator).to(subject.device)
 
 
-def _model_step(subject: Subject) -> Callable[[Tensor, Any], Tensor]:
-    """The last token's logits `[1, V]`, the cache written."""
-    model: Any = subject.module
-
-    def step(ids: Tensor, cache: Any) -> Tensor:
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
-
-    return subject.compile(step)
-
-
 def _prefill(subject: Subject, size: int) -> Prepared:
     if subject.config is None:
         return _layers(subject, size)
-    step, cache = _model_step(subject), subject.cache(ROOM)
 
     def run(seed: int = 0) -> Tensor:
-        return step(tokens(subject, size, seed), cache)
+        return subject.step(tokens(subject, size, seed))
 
     def outputs() -> Tensor:
         rows = []
         for seed in range(INPUTS):
-            cache.reset()
+            subject.cache.reset()
             rows.append(run(seed).clone())
         return torch.cat(rows)
 
-    return Prepared(run, outputs, reset=cache.reset)
+    return Prepared(run, outputs, reset=subject.cache.reset)
 
 
 def _decode(subject: Subject, size: int) -> Prepared:
     if subject.config is None:
         return _layers(subject, size)
-    step, cache = _model_step(subject), subject.cache(ROOM)
     stream = tokens(subject, ROOM, seed=0).split(1, dim=1)
     context = torch.cat(stream[:size], dim=1)
 
     def advance(count: int) -> list[Tensor]:
-        return [step(token, cache).clone() for token in stream[size : size + count]]
+        return [subject.step(token).clone() for token in stream[size : size + count]]
 
     def rewind() -> None:
-        cache.reset()
-        step(context, cache)
+        subject.cache.reset()
+        subject.step(context)
 
     def outputs() -> Tensor:
         rewind()
@@ -193,9 +180,10 @@ def _attention(subject: Subject, size: int) -> Prepared:
 
 def _compile(subject: Subject, size: int) -> Prepared:
     """A decode step's first call: tracing, passes and code generation, nothing from a cache."""
-    step, cache = _model_step(subject), subject.cache(ROOM)
     token = tokens(subject, size, seed=0)
-    return Prepared(lambda: step(token, cache), lambda: step(token, cache), reset=cache.reset)
+    return Prepared(
+        lambda: subject.step(token), lambda: subject.step(token), reset=subject.cache.reset
+    )
 
 
 _PREPARE: dict[str, Callable[[Subject, int], Prepared]] = {
