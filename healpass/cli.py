@@ -214,7 +214,7 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     what: Annotated[
-        str, typer.Option(help="Of decode, prefill, train, attention, compile; with commas.")
+        str, typer.Option(help="Of decode, prefill, train, attention, compile; or prefill:16.")
     ] = "decode,prefill",
     contenders: Annotated[
         str, typer.Option(help="Who, with commas; the default compares the precisions.")

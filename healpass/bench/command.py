@@ -16,9 +16,9 @@ from healpass.bench import page, table
 from healpass.bench.contenders import DEFAULT, choose
 from healpass.bench.run import Plan, Row, measure
 from healpass.bench.source import ModelSource, ShapesSource
-from healpass.bench.workloads import KINDS, workloads
+from healpass.bench.workloads import workloads
 from healpass.environment import collect
-from healpass.errors import ConfigError, suggestion
+from healpass.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Request:
         Raises:
             ConfigError: A name is unknown, or the device is not there.
         """
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise ConfigError(
-                    f"--what {kind!r} is not one of {', '.join(KINDS)}.{suggestion(kind, KINDS)}"
-                )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device!r}: cpu or cuda is needed.")
         if self.device == "cuda" and not torch.cuda.is_available():

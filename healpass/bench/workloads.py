@@ -1,7 +1,7 @@
 """What the contenders do while the clock runs: prefill, decode, training, attention, compiling.
 
-Layer: bench. Imports `bench.subject`. A workload is a small record; `prepare` builds it inside a
-contender's process.
+Layer: bench. Imports `bench.subject` and `errors`. A workload is a small record; `prepare` builds
+it inside a contender's process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from healpass.bench.source import SHAPES, ModelSource, ShapesSource, Source
 from healpass.bench.subject import ROOM, Subject
+from healpass.errors import ConfigError, suggestion
 
 #: Different inputs of one shape that the gate looks at: one alone may be lucky.
 INPUTS = 8
@@ -60,9 +61,31 @@ class Workload:
 
 
 def workloads(kinds: tuple[str, ...], source: Source) -> tuple[Workload, ...]:
-    """The workloads of the kinds asked for, in the order they run."""
+    """The workloads of the kinds asked for, in the order they run.
+
+    Args:
+        kinds: Of `KINDS`, as `decode`; or with the tokens or rows, as `prefill:16`.
+        source: A model, or layers, which know other kinds.
+
+    Raises:
+        ConfigError: There is no such kind, or a size is not a number above 0.
+    """
     sizes = MODEL_SIZES if isinstance(source, ModelSource) else SHAPE_SIZES
-    return tuple(Workload(kind, size) for kind in kinds for size in sizes.get(kind, ()))
+    planned = []
+    for asked in kinds:
+        kind, colon, size = asked.partition(":")
+        if kind not in KINDS:
+            raise ConfigError(
+                f"--what {kind!r} is not one of {', '.join(KINDS)}.{suggestion(kind, KINDS)}"
+            )
+        if colon and not (size.isdecimal() and int(size)):
+            raise ConfigError(
+                f"--what {asked!r}: a number of tokens or rows above 0 is needed after the colon, "
+                "as prefill:16."
+            )
+        known = sizes.get(kind, ())
+        planned += [Workload(kind, int(n)) for n in ((size,) if colon and known else known)]
+    return tuple(planned)
 
 
 #: Tokens per kind for a model; rows per kind for the layers of `--shapes`.

@@ -158,6 +158,18 @@ def written(*rows: Row, command: str = "healpass bench") -> list[dict[str, str]]
     return table.every_cell(rows, table.provenance(plan(), collect(), command))
 
 
+def test_a_workload_is_asked_for_by_its_kind_and_size():
+    model = ModelSource("a")
+    names = [w.name for w in workloads.workloads(("prefill:9", "decode", "prefill"), model)]
+    assert names == ["prefill 9", "decode 128", "prefill 16", "prefill 128", "prefill 512"]
+    assert workloads.workloads(("train:8",), SOURCE) == (), "layers alone do not train"
+    with pytest.raises(ConfigError, match="Did you mean 'prefill'"):
+        workloads.workloads(("prefil:9",), model)
+    for wrong in ("prefill:", "prefill:0", "prefill:-1", "prefill:many"):
+        with pytest.raises(ConfigError, match="a number of tokens or rows above 0"):
+            workloads.workloads((wrong,), model)
+
+
 def test_what_was_not_measured_says_so(tmp_path):
     rows = [
         Row("decode 1", "fp32-inductor", 1e-7, 3e-7, 0.5, 0.4, 0.6, Memory(10, None)),
