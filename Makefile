@@ -12,6 +12,11 @@ STUDY = $(VENV)/bin/healpass check smollm2-135m
 # Exit status 1 is a result: some precision is not reproducible.
 RESULT = || test $$? -eq 1
 
+BENCH = $(VENV)/bin/healpass bench smollm2-135m
+# What `make bench` measures; WHAT=decode measures again only that, and leaves the rest as it was.
+WHAT = decode,prefill,compile
+
+
 # Tried beside what is installed: another transformers, and torchtitan, whose requirements exclude
 # ours (so without them, but for what its model code imports).
 BESIDE := build/beside
@@ -20,7 +25,7 @@ TRANSFORMERS ?= 5.24.0
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
-.PHONY: help venv demo study model test test-deep test-gpu test-transformers test-torchtitan check fix
+.PHONY: help venv demo study bench model test test-deep test-gpu test-transformers test-torchtitan check fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,6 +44,10 @@ demo: $(STAMP)  ## Generate text in BF16 and with HEAL at four batch sizes; end 
 
 study: $(STAMP)  ## Run the whole study on SmolLM2 (an hour; run it again and it goes on)
 	$(STUDY) --preset standard --out build/study $(if $(wildcard build/study/plan.json),--resume) $(RESULT)
+
+bench: model  ## Measure what each precision costs on this CPU; writes docs/measurements/cpu.*
+	$(BENCH) --what $(WHAT) --csv docs/measurements/cpu.csv --page docs/measurements/cpu.md \
+	    --plot docs/measurements/cpu.svg
 
 model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
 	$(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'

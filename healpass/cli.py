@@ -215,14 +215,19 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     what: Annotated[
-        str, typer.Option(help="Of decode, prefill, train, attention, compile; with commas.")
+        str, typer.Option(help="Of decode, prefill, train, attention, compile; or prefill:16.")
     ] = "decode,prefill",
     contenders: Annotated[
         str, typer.Option(help="Who, with commas; the default compares the precisions.")
     ] = "",
     rounds: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 9,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the rows here; other workloads in it stay.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here, as PNG or SVG.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Put them, as Markdown, between the marks of this page.")
+    ] = None,
 ) -> None:
     """Print what each precision costs in time and memory, as ratios measured in one run."""
     from healpass.bench.command import Request, run
@@ -237,6 +242,7 @@ def bench(
             rounds=rounds,
             csv=csv,
             plot=plot,
+            page=page,
         )
     )
 

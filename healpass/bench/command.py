@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from healpass.bench import table
+from healpass.bench import page, table
 from healpass.bench.contenders import DEFAULT, choose
 from healpass.bench.run import Plan, Row, measure
 from healpass.bench.source import ModelSource, ShapesSource
-from healpass.bench.workloads import KINDS, workloads
+from healpass.bench.workloads import workloads
 from healpass.environment import collect
-from healpass.errors import ConfigError, suggestion
+from healpass.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Request:
     rounds: int
     csv: Path | None
     plot: Path | None
+    page: Path | None = None
 
     def plan(self) -> Plan:
         """What is measured.
@@ -40,11 +41,6 @@ class Request:
         Raises:
             ConfigError: A name is unknown, or the device is not there.
         """
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise ConfigError(
-                    f"--what {kind!r} is not one of {', '.join(KINDS)}.{suggestion(kind, KINDS)}"
-                )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {self.device!r}: cpu or cuda is needed.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -72,23 +68,32 @@ class Request:
 
 
 def run(request: Request, console: Console | None = None) -> list[Row]:
-    """Measure, show progress, print the table, write the files.
+    """Measure, show progress, print the tables, write the files.
 
-    Rows are written after each workload, so that a run that is stopped keeps what it has.
+    The CSV is written after each row, so that a run that is stopped keeps what it has. Rows of
+    other workloads that it holds already stay, and the page shows them too.
     """
     console = console or Console()
     plan, environment = request.plan(), collect()
     common = table.provenance(plan, environment, request.command)
+    before = table.read_csv(request.csv) if request.csv else []
     rows: list[Row] = []
+    written = before
     with console.status("starting") as status:
         for row in measure(plan, lambda text: status.update(f"{text} ...")):
             rows.append(row)
+            written = table.merge(before, table.every_cell(rows, common))
             if request.csv:
-                table.write_csv(request.csv, rows, common)
+                table.write_csv(request.csv, written)
     title = f"{plan.source.name} on {common['processor']}, {plan.threads} threads"
     console.print(table.table(rows, title))
+    reached = table.target_table(table.every_cell(rows, common))
+    if reached is not None:
+        console.print(reached)
     for warning in environment.warnings:
         console.print(f"warning: {warning}", markup=False)
     if request.plot:
-        table.plot(request.plot, rows, title)
+        table.plot(request.plot, written, title)
+    if request.page:
+        page.write_page(request.page, written)
     return rows

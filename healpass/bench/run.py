@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ from healpass.bench.source import Source
 from healpass.bench.worker import Memory, Order, Worker
 from healpass.bench.workloads import Workload
 from healpass.errors import BenchError
+
+#: Rounds of cold compiles: each takes a minute and has a process of its own.
+COMPILES = 2
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,26 @@ def _measure_one(
 def _gate(
     plan: Plan, workload: Workload, workers: dict[str, Worker], progress: Callable[[str], Any]
 ) -> _Measured:
-    """Compute every contender's outputs and compare them with FP64's."""
+    """Compute every contender's outputs and compare them with FP64's.
+
+    Nothing is timed here, and compiling takes one thread: as many contenders as there are threads
+    compile at a time.
+    """
     found = _Measured()
     progress(f"{workload.name}: {REFERENCE}")
-    exact, _ = workers[REFERENCE].ask("outputs", workload)
-    for name, worker in workers.items():
+    exact, found.roundoff[REFERENCE] = workers[REFERENCE].ask("outputs", workload)
+    found.errors[REFERENCE] = 0.0
+
+    def check(name: str) -> None:
         progress(f"{workload.name}: compiling and checking {name}")
         try:
-            outputs, found.roundoff[name] = worker.ask("outputs", workload)
+            outputs, found.roundoff[name] = workers[name].ask("outputs", workload)
             found.errors[name] = relative_error(outputs, exact)
         except BenchError as error:
             found.failures[name] = str(error)
+
+    with ThreadPoolExecutor(plan.threads) as pool:
+        list(pool.map(check, (name for name in workers if name != REFERENCE)))
     for contender in plan.contenders:
         name = contender.name
         if name in found.failures:
@@ -190,13 +203,14 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 def _compile_times(
     plan: Plan, workload: Workload, progress: Callable[[str], Any]
 ) -> Iterator[Row]:
-    """Cold compiles, a fresh process and a fresh cache for each."""
+    """Cold compiles, a fresh process and a fresh cache for each; at most `COMPILES` rounds."""
     times: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
     compiled = [c for c in plan.contenders if c.compiler != "eager"]
-    for turn in range(plan.rounds):
+    rounds = min(plan.rounds, COMPILES)
+    for turn in range(rounds):
         for contender in compiled:
-            progress(f"{workload.name}: {contender.name}, {turn + 1} of {plan.rounds}")
+            progress(f"{workload.name}: {contender.name}, {turn + 1} of {rounds}")
             order = Order(contender, plan.source, plan.device, plan.threads, cold=True)
             try:
                 with _running(order) as worker:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from healpass.bench.contenders import Contender
 from healpass.bench.source import Source
+
+#: Tokens that a cache has room for.
+ROOM = 1024
 
 
 class Subject:
@@ -37,15 +41,33 @@ class Subject:
             self._attend_as_the_cache_wants()
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as this contender runs it; shapes are constants to every compiler."""
+        """The function as this contender runs it; shapes are constants to every compiler.
+
+        Whole graphs are asked for: torch would run a part of the function eagerly, and all of it
+        past its limit of recompilations, without an error.
+        """
         compiler = self.contender.compiler
         if compiler == "eager":
             return function
-        if compiler == "inductor":
-            return torch.compile(function, dynamic=False)
-        return torch.compile(
-            function, dynamic=False, backend="heal", options=dict(self.contender.options)
-        )
+        settings: dict[str, Any] = {"dynamic": False, "fullgraph": True}
+        if compiler == "heal":
+            settings |= {"backend": "heal", "options": dict(self.contender.options)}
+        return torch.compile(function, **settings)
+
+    @cached_property
+    def step(self) -> Callable[[Tensor], Tensor]:
+        """`[1, L]` token ids -> the last token's logits `[1, V]`; the cache is written.
+
+        One function and one cache for all workloads, which so share compiled code.
+        """
+        model: Any = self.module
+
+        def step(ids: Tensor, cache: Any) -> Tensor:
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1]
+
+        compiled = self.compile(step)
+        return lambda ids: compiled(ids, self.cache)
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -53,16 +75,17 @@ class Subject:
         wide = self.contender.compiler == "heal" or self.contender.upcast
         return torch.float32 if wide else self.dtype
 
-    def cache(self, length: int) -> Any:
+    @cached_property
+    def cache(self) -> Any:
         """An empty static cache for one sequence, in the contender's format, in place already."""
         from transformers import StaticCache
 
         from healpass.integrations.transformers import HealCache
 
         if self.contender.cache == "traced" or self.contender.upcast:
-            made: Any = StaticCache(config=self.config, max_cache_len=length)
+            made: Any = StaticCache(config=self.config, max_cache_len=ROOM)
         else:
-            made = HealCache(self.config, length, self.contender.cache)
+            made = HealCache(self.config, ROOM, self.contender.cache)
         heads = self.config.num_key_value_heads
         made.early_initialization(1, heads, self.head_size, self.activation_dtype, self.device)
         return made

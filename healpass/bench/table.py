@@ -1,12 +1,12 @@
 """The rows as a table on the terminal, a CSV and a plot.
 
-Layer: bench. Imports `bench.run` and `environment`.
+Layer: bench. Imports `bench.run`, `bench.targets` and `environment`.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from healpass.bench import targets
 from healpass.bench.run import Plan, Row, ratio
 from healpass.environment import Environment
 from healpass.errors import BenchError
@@ -23,7 +24,8 @@ BASELINES = ("bf16-inductor", "fp32-inductor")
 UNMEASURED = "not measured"
 COLUMNS = (
     "workload", "contender", "milliseconds", "p20", "p80", "to_bf16", "to_fp32",
-    "error_to_fp64", "gate_limit", "held_bytes", "peak_bytes_above", "note",
+    "error_to_fp64", "gate_limit", "held_bytes", "peak_bytes_above", "held_to_bf16",
+    "peak_to_bf16", "note",
     "model", "device", "processor", "threads", "rounds", "torch", "triton", "healpass",
     "fp32_precision", "omp_wait_policy", "command",
 )  # fmt: skip
@@ -44,8 +46,22 @@ def cells(rows: Sequence[Row], row: Row) -> dict[str, Any]:
     found["gate_limit"] = None if row.limit is None else f"{row.limit:.3e}"
     found["held_bytes"] = None if memory is None else memory.held
     found["peak_bytes_above"] = None if memory is None else memory.above
+    for column, value in _memory_ratios(rows, row).items():
+        found[column] = None if value is None else f"{value:.3f}"
     filled = {name: UNMEASURED if value is None else value for name, value in found.items()}
     return {"workload": row.workload, "contender": row.contender} | filled | {"note": row.note}
+
+
+def _memory_ratios(rows: Sequence[Row], row: Row) -> dict[str, float | None]:
+    """What a process holds, and its highest mark, over those of BF16 at the same workload."""
+    same = [r.memory for r in rows if (r.workload, r.contender) == (row.workload, BASELINES[0])]
+    ratios: dict[str, float | None] = {"held_to_bf16": None, "peak_to_bf16": None}
+    if row.memory is None or not same or same[0] is None:
+        return ratios
+    ratios["held_to_bf16"] = row.memory.held / same[0].held
+    if row.memory.peak is not None and same[0].peak is not None:
+        ratios["peak_to_bf16"] = row.memory.peak / same[0].peak
+    return ratios
 
 
 def provenance(plan: Plan, environment: Environment, command: str) -> dict[str, Any]:
@@ -66,7 +82,50 @@ def provenance(plan: Plan, environment: Environment, command: str) -> dict[str, 
     }
 
 
-def write_csv(path: Path, rows: Sequence[Row], common: dict[str, Any]) -> None:
+def every_cell(rows: Sequence[Row], common: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of one run as text, by column."""
+    return [{name: str(cell) for name, cell in (cells(rows, row) | common).items()}
+            for row in rows]  # fmt: skip
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """What an earlier run wrote; nothing if there is no file.
+
+    Raises:
+        BenchError: It is not such a file, or one with other columns.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise BenchError(
+                    f"{path} is not a file of healpass bench, or one of another version: its "
+                    "columns are others. Name a new file, or remove it."
+                )
+            return list(reader)
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}.") from error
+
+
+def merge(old: Sequence[dict[str, str]], new: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """New rows in place of old ones of the same model, device and workload; the others stay.
+
+    A workload is replaced as a whole: ratios are between rows of one run.
+    """
+    measured = {_subject(row): [r for r in new if _subject(r) == _subject(row)] for row in new}
+    kept: dict[Any, list[dict[str, str]]] = {}
+    for row in old:
+        kept.setdefault(_subject(row), []).append(row)
+    return [row for rows in (kept | measured).values() for row in rows]
+
+
+def _subject(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["model"], row["device"], row["workload"]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """Write all rows at once, into a file beside the target that then takes its place.
 
     Raises:
@@ -77,7 +136,7 @@ def write_csv(path: Path, rows: Sequence[Row], common: dict[str, Any]) -> None:
         with scratch.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(cells(rows, row) | common for row in rows)
+            writer.writerows(rows)
         scratch.replace(path)
     except OSError as error:
         raise BenchError(f"cannot write {path}: {error.strerror}.") from error
@@ -107,6 +166,20 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return made
 
 
+def target_table(rows: Sequence[dict[str, str]]) -> Table | None:
+    """The targets that the run says something about; None if there are none."""
+    found = [r for r in rows if (r["model"], r["device"]) == (targets.MODEL, targets.DEVICE)]
+    verdicts = targets.verdicts(found)
+    if not verdicts:
+        return None
+    made = Table(title="targets", title_justify="left")
+    for heading in ("target", "contender", "measured"):
+        made.add_column(heading)
+    for verdict in verdicts:
+        made.add_row(verdict.what, verdict.contender, str(verdict))
+    return made
+
+
 def _spread(row: Row) -> str:
     """How far the middle 60% of the rounds reach, of the median."""
     if not row.median or row.low is None or row.high is None:
@@ -118,7 +191,7 @@ def _megabytes(value: Any) -> str:
     return value if isinstance(value, str) else f"{value / 1e6:.0f}"
 
 
-def plot(path: Path, rows: Iterable[Row], title: str) -> None:
+def plot(path: Path, rows: Sequence[dict[str, str]], title: str) -> None:
     """Bars of time over FP32-Inductor's, a group per workload; PNG or SVG by the name's ending.
 
     Raises:
@@ -131,18 +204,17 @@ def plot(path: Path, rows: Iterable[Row], title: str) -> None:
             "--plot needs matplotlib, which is not installed. Way out: pip install "
             "'healpass[study]', or leave --plot out."
         ) from error
-    rows = list(rows)
-    workloads = list(dict.fromkeys(row.workload for row in rows))
-    names = list(dict.fromkeys(row.contender for row in rows))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    ratios = {(row["workload"], row["contender"]): row["to_fp32"] for row in rows}
     figure = Figure(figsize=(1.5 + 2.2 * len(workloads), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        bars = {row.workload: row for row in rows if row.contender == name}
-        found = [bars.get(workload) for workload in workloads]
-        values = [row and ratio(rows, row, BASELINES[1]) for row in found]
+        found = [ratios.get((workload, name), UNMEASURED) for workload in workloads]
+        values = [0.0 if ratio == UNMEASURED else float(ratio) for ratio in found]
         places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(values))]
-        axes.bar(places, [value or 0 for value in values], width, label=name)
+        axes.bar(places, values, width, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("time / FP32-Inductor")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from healpass.bench.contenders import Contender
-from healpass.bench.source import Source
+from healpass.bench.source import ModelSource, Source
 from healpass.bench.subject import Subject, held_bytes
 from healpass.bench.workloads import Prepared, Workload
 from healpass.errors import BenchError
@@ -48,6 +48,11 @@ class Memory:
 
     held: int
     above: int | None
+
+    @property
+    def peak(self) -> int | None:
+        """What is held, and what a run needs beside it."""
+        return None if self.above is None else self.held + self.above
 
 
 class Worker:
@@ -131,6 +136,10 @@ class Desk:
 
 def _serve(pipe: Connection, order: Order) -> None:
     """Answer until told to stop."""
+    if isinstance(order.source, ModelSource):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # that of loading weights
     with _compile_caches(order.cold):
         desk: Desk | None = None
         while (message := pipe.recv())[0] != "stop":

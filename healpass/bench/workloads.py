@@ -1,7 +1,7 @@
 """What the contenders do while the clock runs: prefill, decode, training, attention, compiling.
 
-Layer: bench. Imports `bench.subject`. A workload is a small record; `prepare` builds it inside a
-contender's process.
+Layer: bench. Imports `bench.subject` and `errors`. A workload is a small record; `prepare` builds
+it inside a contender's process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from healpass.bench.source import SHAPES, ModelSource, ShapesSource, Source
-from healpass.bench.subject import Subject
+from healpass.bench.subject import ROOM, Subject
+from healpass.errors import ConfigError, suggestion
 
 #: Different inputs of one shape that the gate looks at: one alone may be lucky.
 INPUTS = 8
-#: Decode steps per timed round, and what a cache has room for.
-STEPS, ROOM = 16, 1024
+#: Decode steps per timed round.
+STEPS = 16
 #: Gradient elements per parameter that the gate looks at.
 SAMPLED = 4096
 
@@ -60,9 +61,31 @@ class Workload:
 
 
 def workloads(kinds: tuple[str, ...], source: Source) -> tuple[Workload, ...]:
-    """The workloads of the kinds asked for, in the order they run."""
+    """The workloads of the kinds asked for, in the order they run.
+
+    Args:
+        kinds: Of `KINDS`, as `decode`; or with the tokens or rows, as `prefill:16`.
+        source: A model, or layers, which know other kinds.
+
+    Raises:
+        ConfigError: There is no such kind, or a size is not a number above 0.
+    """
     sizes = MODEL_SIZES if isinstance(source, ModelSource) else SHAPE_SIZES
-    return tuple(Workload(kind, size) for kind in kinds for size in sizes.get(kind, ()))
+    planned = []
+    for asked in kinds:
+        kind, colon, size = asked.partition(":")
+        if kind not in KINDS:
+            raise ConfigError(
+                f"--what {kind!r} is not one of {', '.join(KINDS)}.{suggestion(kind, KINDS)}"
+            )
+        if colon and not (size.isdecimal() and int(size)):
+            raise ConfigError(
+                f"--what {asked!r}: a number of tokens or rows above 0 is needed after the colon, "
+                "as prefill:16."
+            )
+        known = sizes.get(kind, ())
+        planned += [Workload(kind, int(n)) for n in ((size,) if colon and known else known)]
+    return tuple(planned)
 
 
 #: Tokens per kind for a model; rows per kind for the layers of `--shapes`.
@@ -84,48 +107,35 @@ def tokens(subject: Subject, count: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (1, count), generator=generator).to(subject.device)
 
 
-def _model_step(subject: Subject) -> Callable[[Tensor, Any], Tensor]:
-    """The last token's logits `[1, V]`, the cache written."""
-    model: Any = subject.module
-
-    def step(ids: Tensor, cache: Any) -> Tensor:
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
-
-    return subject.compile(step)
-
-
 def _prefill(subject: Subject, size: int) -> Prepared:
     if subject.config is None:
         return _layers(subject, size)
-    step, cache = _model_step(subject), subject.cache(ROOM)
 
     def run(seed: int = 0) -> Tensor:
-        return step(tokens(subject, size, seed), cache)
+        return subject.step(tokens(subject, size, seed))
 
     def outputs() -> Tensor:
         rows = []
         for seed in range(INPUTS):
-            cache.reset()
+            subject.cache.reset()
             rows.append(run(seed).clone())
         return torch.cat(rows)
 
-    return Prepared(run, outputs, reset=cache.reset)
+    return Prepared(run, outputs, reset=subject.cache.reset)
 
 
 def _decode(subject: Subject, size: int) -> Prepared:
     if subject.config is None:
         return _layers(subject, size)
-    step, cache = _model_step(subject), subject.cache(ROOM)
     stream = tokens(subject, ROOM, seed=0).split(1, dim=1)
     context = torch.cat(stream[:size], dim=1)
 
     def advance(count: int) -> list[Tensor]:
-        return [step(token, cache).clone() for token in stream[size : size + count]]
+        return [subject.step(token).clone() for token in stream[size : size + count]]
 
     def rewind() -> None:
-        cache.reset()
-        step(context, cache)
+        subject.cache.reset()
+        subject.step(context)
 
     def outputs() -> Tensor:
         rewind()
@@ -193,9 +203,10 @@ def _attention(subject: Subject, size: int) -> Prepared:
 
 def _compile(subject: Subject, size: int) -> Prepared:
     """A decode step's first call: tracing, passes and code generation, nothing from a cache."""
-    step, cache = _model_step(subject), subject.cache(ROOM)
     token = tokens(subject, size, seed=0)
-    return Prepared(lambda: step(token, cache), lambda: step(token, cache), reset=cache.reset)
+    return Prepared(
+        lambda: subject.step(token), lambda: subject.step(token), reset=subject.cache.reset
+    )
 
 
 _PREPARE: dict[str, Callable[[Subject, int], Prepared]] = {

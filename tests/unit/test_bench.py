@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from tiny_llama import SIZES, make_llama
 
-from healpass.bench import table, workloads
+from healpass.bench import page, table, targets, workloads
 from healpass.bench.contenders import CONTENDERS, DEFAULT, REFERENCE, choose, judges
 from healpass.bench.run import Plan, Row, limit, measure, ratio, relative_error, spread
 from healpass.bench.source import SHAPES, ModelSource, ShapesSource
@@ -153,32 +153,135 @@ def test_names_are_looked_up_and_the_nearest_is_suggested():
         ShapesSource("llama-3-8")
 
 
+def written(*rows: Row, command: str = "healpass bench") -> list[dict[str, str]]:
+    """Rows as a CSV holds them."""
+    return table.every_cell(rows, table.provenance(plan(), collect(), command))
+
+
+def test_a_workload_is_asked_for_by_its_kind_and_size():
+    model = ModelSource("a")
+    names = [w.name for w in workloads.workloads(("prefill:9", "decode", "prefill"), model)]
+    assert names == ["prefill 9", "decode 128", "prefill 16", "prefill 128", "prefill 512"]
+    assert workloads.workloads(("train:8",), SOURCE) == (), "layers alone do not train"
+    with pytest.raises(ConfigError, match="Did you mean 'prefill'"):
+        workloads.workloads(("prefil:9",), model)
+    for wrong in ("prefill:", "prefill:0", "prefill:-1", "prefill:many"):
+        with pytest.raises(ConfigError, match="a number of tokens or rows above 0"):
+            workloads.workloads((wrong,), model)
+
+
 def test_what_was_not_measured_says_so(tmp_path):
     rows = [
         Row("decode 1", "fp32-inductor", 1e-7, 3e-7, 0.5, 0.4, 0.6, Memory(10, None)),
         Row("decode 1", "heal", note="refused: [bold]x"),
     ]
     path = tmp_path / "rows.csv"
-    table.write_csv(path, rows, table.provenance(plan(), collect(), "healpass bench"))
+    table.write_csv(path, written(*rows))
     read = list(csv.DictReader(path.open()))
     assert read[0]["to_fp32"] == "1.000"
     assert read[0]["to_bf16"] == read[1]["milliseconds"] == table.UNMEASURED
-    assert read[0]["peak_bytes_above"] == table.UNMEASURED
+    assert read[0]["peak_bytes_above"] == read[0]["held_to_bf16"] == table.UNMEASURED
     out = io.StringIO()
     Console(file=out, width=140).print(table.table(rows, "title"))
     assert "refused: [bold]x" in out.getvalue()
+    assert "heal: refused: [bold]x." in page.markdown(read)
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(BenchError, match="cannot write"):
-        table.write_csv(tmp_path / "none" / "rows.csv", rows, {})
+        table.write_csv(tmp_path / "none" / "rows.csv", [])
+
+
+def test_memory_is_compared_with_bf16_of_the_same_workload():
+    baseline = Row("decode 1", "bf16-inductor", memory=Memory(100, 20))
+    other = Row("prefill 8", "bf16-inductor", memory=Memory(1, 1))
+    found = written(other, baseline, Row("decode 1", "heal", memory=Memory(110, 40)))[-1]
+    assert (found["held_to_bf16"], found["peak_to_bf16"]) == ("1.100", "1.250")
+
+
+def test_a_second_run_replaces_its_own_workloads_and_keeps_the_others(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert table.read_csv(path) == []
+    first = written(Row("decode 1", "heal", median=1.0), Row("decode 1", "exact", median=2.0),
+                    Row("prefill 8", "heal", median=3.0))  # fmt: skip
+    table.write_csv(path, first)
+    again = written(Row("decode 1", "heal", median=4.0), command="healpass bench again")
+    merged = table.merge(table.read_csv(path), again)
+    assert merged == [again[0], first[2]], "no row of the first decode, whoever ran it"
+    path.write_text("name,value\n")
+    with pytest.raises(BenchError, match="its columns are others"):
+        table.read_csv(path)
+
+
+def test_a_page_keeps_what_stands_around_its_tables(tmp_path):
+    path = tmp_path / "page.md"
+    rows = written(
+        Row("decode 128", "fp32-inductor", median=1.0, low=0.9, high=1.1),
+        Row("decode 128", "heal", median=0.375, low=0.3, high=0.4),
+    )
+    for _ in range(2):
+        page.write_page(path, rows)
+        text = path.read_text()
+        assert text.count("\n| heal | ") == text.count(page.BEGIN) == text.count(page.END) == 1
+        assert "| heal | 0.375 | 375 | 300 to 400 |" in text
+        assert "| decode time / FP32-Inductor | 0.38 of 0.40: met | not measured" in text
+        path.write_text(f"before\n{text}after\n")
+    assert path.read_text().startswith("before\nbefore\n")
+    path.write_text("a page of somebody else's")
+    with pytest.raises(BenchError, match="does not have the lines"):
+        page.write_page(path, rows)
+    with pytest.raises(BenchError, match="cannot write"):
+        page.write_page(tmp_path / "none" / "page.md", rows)
+
+
+@pytest.mark.parametrize(("milliseconds", "met"), [(1.14, True), (1.15, True), (1.16, False)])
+def test_the_worst_workload_decides_whether_a_target_is_met(milliseconds, met):
+    """And a workload that was refused or not run is not met."""
+    rows = [
+        {"workload": "prefill 16", "contender": "heal", "to_fp32": "0.9"},
+        {"workload": "prefill 128", "contender": "heal", "to_fp32": str(milliseconds)},
+        {"workload": "prefill 16", "contender": "exact", "to_fp32": "0.9"},
+        {"workload": "prefill 128", "contender": "exact", "to_fp32": table.UNMEASURED},
+    ]
+    found = {verdict.contender: verdict for verdict in targets.verdicts(rows)}
+    assert found["heal"].met == met
+    assert str(found["heal"]).endswith("met" if met else "missed")
+    assert not found["exact"].met
+    assert not found["layercast"].met
+    assert targets.verdicts([]) == []
+
+
+def test_targets_are_about_workloads_and_contenders_that_there_are():
+    planned = {w.name for w in workloads.workloads(workloads.KINDS, ModelSource("a"))}
+    for target in targets.TARGETS:
+        assert planned.issuperset(target.workloads)
+        assert CONTENDERS.keys() >= target.most.keys()
+        assert target.column in table.COLUMNS
 
 
 def test_a_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [Row("decode 1", name, median=t) for name, t in (("fp32-inductor", 2.0), ("heal", 1.0))]
-    table.plot(tmp_path / "bars.svg", rows, "title")
+    table.plot(tmp_path / "bars.svg", written(*rows), "title")
     assert "<svg" in (tmp_path / "bars.svg").read_text()
     with pytest.raises(BenchError, match="cannot write"):
-        table.plot(tmp_path / "bars.nonsense", rows, "title")
+        table.plot(tmp_path / "bars.nonsense", written(*rows), "title")
+
+
+def test_a_function_that_would_run_eagerly_is_refused():
+    """torch goes on eagerly at a graph break, and past its limit of recompilations."""
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        Subject(CONTENDERS["heal"], SOURCE, "cpu").compile(breaks)(torch.ones(3))
+
+
+def test_workloads_of_a_contender_share_one_function_and_one_cache(tiny):
+    """Or the context of decode and the prefill of as many tokens would compile twice."""
+    subject = Subject(CONTENDERS["bf16-eager"], tiny, "cpu")
+    assert subject.step is subject.step
+    assert subject.cache is subject.cache
 
 
 def test_the_spread_is_of_the_rounds():

@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from rewriting import to, worst_ratio
 from torch import nn
+from torch._inductor import compile_fx, metrics
 from torch._inductor.utils import run_and_get_code
 
 U = 2.0**-24
@@ -72,6 +74,37 @@ def test_the_counter_sees_a_weight_that_is_copied():
     _, source = source_of(Decoder(), torch.randn(64, 72).to(BF16))
     assert len(gemms(source)) == 3
     assert max(buffers(source)) >= 72 * 200
+
+
+@pytest.fixture
+def traffic(caplog):
+    """Bytes that the loops of one call read and write, by Inductor's count, and kernels called."""
+
+    def count(rows: int) -> tuple[int, int]:
+        metrics.reset()
+        log = compile_fx.inductor_metrics_log  # Inductor counts for it alone
+        with caplog.at_level(logging.INFO, log.name):
+            _, source = source_of(Decoder(), torch.randn(rows, 72).to(BF16))
+        kernels = re.findall(r"^ +cpp_fused\w*\(", source, re.MULTILINE)
+        return metrics.num_bytes_accessed, len(kernels)
+
+    return count
+
+
+def test_decode_reads_each_weight_once_in_its_16_bits(traffic):
+    """And runs one kernel per layer at most: what lies between layers is fused into them."""
+    found, kernels = traffic(1)
+    weights = sum(weight.nbytes for weight in Decoder().parameters())
+    activations = 4 * (2 * 72 + 3 * 200 + 2 * 72)  # FP32: in, gate, up, their product, sum, out
+    print(f"{found} bytes of {weights} + {2 * activations}, {kernels} kernels")
+    assert weights <= found <= weights + 2 * activations
+    assert kernels <= 3
+
+
+def test_the_count_of_bytes_sees_a_weight_that_is_copied(traffic):
+    """The inverse: a GEMM reads FP32, which is written from 16 bits before."""
+    weights = sum(weight.nbytes for weight in Decoder().parameters())
+    assert traffic(64)[0] >= (1 + 2 + 2) * weights
 
 
 def weight(rows: int, columns: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
