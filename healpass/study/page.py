@@ -159,13 +159,13 @@ def contribution_tables(anatomies: Mapping[str, Anatomy]) -> list[ContributionTa
         if anatomy.contributions:
             kinds = tuple(part.kind for part in anatomy.contributions)
             by_kinds.setdefault(kinds, {})[name] = anatomy.contributions
-    tables = []
+    found = []
     for kinds, columns in by_kinds.items():
         errors = {name: tuple(p.error for p in parts) for name, parts in columns.items()}
         sums = {n: s for n, parts in columns.items() if (s := independent(parts)) is not None}
         apart = tuple(name for name in sums if not adds_up(columns[name]))
-        tables.append(ContributionTable(kinds, errors, sums, apart))
-    return tables
+        found.append(ContributionTable(kinds, errors, sums, apart))
+    return found
 
 
 def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def span(percentages: Mapping[str, float] | None) -> str:
     """The least and the most of what the configurations have, `5 to 10 %`; one where all agree."""
     if not percentages:
         return UNKNOWN
-    ends = dict.fromkeys(number(end(percentages.values())) for end in (min, max))
+    values = percentages.values()
+    ends = dict.fromkeys((number(min(values)), number(max(values))))
     return f"{' to '.join(ends)} %"
 
 
