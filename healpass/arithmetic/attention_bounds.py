@@ -239,14 +239,26 @@ def describe_attention(
     """
     shape = AttentionShape(int(head_size) if isinstance(head_size, int) else 0, 0, precision, rule)
     shape = dataclasses.replace(shape, kv=kv)
-    plain = {QK_S: S, QK_A: A, QK_B: B, QK_SA: SA, QK_SB: SB, SCALE: Integer(1), MASK: Integer(0)}
-    scores = describe(_score_error(shape).subs(plain, simultaneous=True))
+    scores = _describe_scores(shape)
     if not isinstance(head_size, int):
         scores = f"{head_size} u S" if kv == "fp32" else f"{head_size} u S + {scores}"
-    constant = math.ceil(10 * float(_weight_error(Integer(0), 0).subs(SPREAD, 0) / U)) / 10
+    constant = _softmax_roundings()
     step = "" if kv == "fp32" else f" + 2^{math.ceil(10 * math.log2(_step(kv))) / 10:.1f} max|v|"
     sums = f"{2 * keys + constant:.1f}u" if isinstance(keys, int) else f"(2 {keys} + {constant})u"
     return f"(e^2d - 1 + {sums}) V{step}, d = scale ({scores})"
+
+
+@functools.cache
+def _describe_scores(shape: AttentionShape) -> str:
+    """The error of the scores in one line; every layer of a model asks for the same."""
+    plain = {QK_S: S, QK_A: A, QK_B: B, QK_SA: SA, QK_SB: SB, SCALE: Integer(1), MASK: Integer(0)}
+    return describe(_score_error(shape).subs(plain, simultaneous=True))
+
+
+@functools.cache
+def _softmax_roundings() -> float:
+    """What a softmax's functions and its division lose, in units of u."""
+    return math.ceil(10 * float(_weight_error(Integer(0), 0).subs(SPREAD, 0) / U)) / 10
 
 
 def attention_magnitudes(

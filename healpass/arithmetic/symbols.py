@@ -117,11 +117,12 @@ def matmul_magnitudes(a: Tensor, b: Tensor) -> dict[str, Tensor | float]:
     }
 
 
+@functools.cache
 def describe(expression: Expr) -> str:
     """The polynomial in one line: S's coefficient in units of u, the others as powers of two.
 
     Coefficients are rounded up. Terms below 2^-50, which only operands near zero can feel, are
-    left out and named "tiny".
+    left out and named "tiny". Cached: a graph asks for the same few bounds at every node.
     """
     polynomial = sympy.Poly(sympy.expand(expression), S, A, B, SA, SB)
     parts, tiny = [], False
