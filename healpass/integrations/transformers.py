@@ -100,7 +100,8 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     """Let transformers choose the kind of cache, then put a HealCache of that kind there."""
-    given = model_kwargs.get(_cache_name(model_kwargs))
+    name = _cache_name(model_kwargs)
+    given = None if name is None else model_kwargs[name]
     _check_given(model, options, given, max_cache_length)
     _disable_auto_compile(generation_config)
     type(model)._prepare_cache_for_generation(
