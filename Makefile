@@ -16,7 +16,6 @@ BENCH = $(VENV)/bin/healpass bench smollm2-135m
 # What `make bench` measures; WHAT=decode measures again only that, and leaves the rest as it was.
 WHAT = decode,prefill,compile
 
-
 # Tried beside what is installed: another transformers, and torchtitan, whose requirements exclude
 # ours (so without them, but for what its model code imports).
 BESIDE := build/beside
