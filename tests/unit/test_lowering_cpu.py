@@ -79,7 +79,7 @@ def test_the_counter_sees_a_weight_that_is_copied():
 @pytest.fixture
 def traffic(monkeypatch):
     """Bytes that the loops of one call read and write, by Inductor's count, and kernels called."""
-    # Inductor counts for this log alone, and other libraries disable the logs that they find.
+    # Inductor counts for a log that takes INFO, and for nobody else.
     log = logging.Logger("bytes", logging.INFO)
     monkeypatch.setattr(compile_fx, "inductor_metrics_log", log)
 
