@@ -109,19 +109,7 @@ def four_heads(**changes: Any) -> Any:
 
 def parallelized(model: Any, ranks: int) -> Any:
     """Attention and MLP cut over the ranks, as the plans of torchtitan and transformers do."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    mesh = init_device_mesh("cpu", (ranks,))
-    for block in model.model.layers:
-        parallelize_module(block, mesh, plan)
+    load_example("rank_bits").parallelize(model, ranks)
     return model
 
 
