@@ -92,6 +92,8 @@ class Scorer(GRPOTrainer):
     def __init__(self, passes: Passes, fused: bool, **arguments: Any) -> None:
         self.passes, self.fused = passes, fused
         super().__init__(**arguments)
+        if not fused:
+            del self.model.forward  # TRL's, with its head: the forward of the class is back
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self.passes.sampled.append(inputs["sampling_per_token_logps"])  # shuffled like its rows

@@ -5,19 +5,25 @@ backends, and raises. A callback needs no such list, and runs before the first s
 
     Trainer(model=model, args=args, callbacks=[HealCallback()])
 
+TRL's trainers score with an output head of their own, which no compiler reaches: the callback
+warns of it, and `examples/grpo.py` shows the way out.
+
 Imports `config` and `errors`.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from healpass.config import HealConfig
-from healpass.errors import ConfigError, missing_extra
+from healpass.errors import ConfigError, StrictError, missing_extra
 from healpass.integrations.transformers import heal_model
 
 try:
@@ -29,6 +35,8 @@ except ImportError as error:
 DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
 #: Switches of torch that lower FP32 matmuls of the whole process.
 SWITCHES = ("backends.fp32_precision", "backends.cuda.matmul.fp32_precision")
+#: What a model's `forward` takes since TRL's `add_fused_lm_head`.
+FUSED_HEAD = "fused_lm_head"
 
 
 class HealCallback(TrainerCallback):
@@ -44,10 +52,12 @@ class HealCallback(TrainerCallback):
     Raises:
         ConfigError: An option is wrong; or, when a Trainer is made, its arguments ask for another
             compiler or for TF32.
+        StrictError: With `strict=True`, when training starts or an evaluation ends: the model has
+            TRL's fused head. Without it, that is a warning.
     """
 
     def __init__(self, **config: Any) -> None:
-        HealConfig.from_options(config, None)
+        self.options = HealConfig.from_options(config, None)
         self.config = config
         self._healed: Any = None
 
@@ -58,12 +68,33 @@ class HealCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Compile where the callback was added later, or the model was replaced since."""
         self._heal(args, kwargs["model"])
+        self._check_head(kwargs["model"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Look for TRL's head where nothing was trained: it is put on after `on_init_end`."""
+        self._check_head(kwargs["model"])
 
     def _heal(self, args: Any, model: Any) -> None:
         _refuse_other_compilers(args)
         _refuse_tf32()
         if self._healed is not model:
             self._healed = heal_model(model, **self.config)
+
+    def _check_head(self, model: Any) -> None:
+        if not self.options.rewrites or not _has_fused_head(model):
+            return
+        message = (
+            f"precision={self.options.precision!r} was asked for, but TRL has put a fused head "
+            "into this model's forward: that product with the output weights is torch's, not "
+            "HEAL's.\n"
+            "Log-probabilities and losses have neither the bound of heal nor the bits of exact, "
+            "and autocast (bf16=True) rounds their logits to BF16. Score with the model's own "
+            "logits, as the trainer of examples/grpo.py does (del trainer.model.forward takes the "
+            "head off), or train with transformers' own Trainer."
+        )
+        if self.options.strict:
+            raise StrictError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _refuse_other_compilers(args: Any) -> None:
@@ -96,3 +127,17 @@ def _refuse_tf32() -> None:
                 f"Leave both out, and set torch.{switch} = 'ieee' if this process has made such "
                 "arguments."
             )
+
+
+def _has_fused_head(model: Any) -> bool:
+    """Whether TRL's `add_fused_lm_head` has replaced the `forward` of this model.
+
+    Its replacement shows the signature of the model's class, and accelerate's autocast wraps it
+    once more; so every function in the chain is asked for what it takes itself.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    return _takes_fused_head(inspect.unwrap(base.forward, stop=_takes_fused_head))
+
+
+def _takes_fused_head(forward: Callable[..., Any]) -> bool:
+    return FUSED_HEAD in inspect.signature(forward, follow_wrapped=False).parameters
