@@ -85,12 +85,13 @@ class HealCallback(TrainerCallback):
             return
         message = (
             f"precision={self.options.precision!r} was asked for, but TRL has put a fused head "
-            "into this model's forward: that product with the output weights is torch's, not "
+            "into this model's forward, whose product with the output weights is torch's, not "
             "HEAL's.\n"
             "Log-probabilities and losses have neither the bound of heal nor the bits of exact, "
-            "and autocast (bf16=True) rounds their logits to BF16. Score with the model's own "
-            "logits, as the trainer of examples/grpo.py does (del trainer.model.forward takes the "
-            "head off), or train with transformers' own Trainer."
+            "and autocast (bf16=True) rounds their logits to BF16. Way out: a subclass of the "
+            "trainer that scores with the model's own logits (GRPO: examples/grpo.py; SFT: "
+            "compute_loss = transformers.Trainer.compute_loss), then `del trainer.model.forward`, "
+            "which takes the head off."
         )
         if self.options.strict:
             raise StrictError(message)

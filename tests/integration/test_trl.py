@@ -7,6 +7,8 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from rewriting import Rewritten
 from tiny_llama import make_llama
+from torch._dynamo.utils import counters
+from transformers import Trainer
 
 from healpass import HealConfig
 from healpass.errors import StrictError
@@ -27,7 +29,7 @@ def no_gradients():
 def supervised(tmp_path):
     """Makes a trainer of TRL for one step on two texts, with a HealCallback."""
 
-    def make(peft_config=None, bf16=False, **options):
+    def make(peft_config=None, bf16=False, kind=trl.SFTTrainer, **options):
         tokenizer = byte_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
         texts = [{"text": "a tide rises"}, {"text": "and it falls"}] * 2
@@ -45,7 +47,7 @@ def supervised(tmp_path):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return trl.SFTTrainer(
+            return kind(
                 model=make_llama(torch.float32, vocab_size=len(tokenizer)),
                 args=settings,
                 train_dataset=datasets.Dataset.from_list(texts),
@@ -57,15 +59,42 @@ def supervised(tmp_path):
     return make
 
 
-def test_a_supervised_step(supervised):
-    trainer = supervised()
+def train(trainer):
+    """Train with graphs rewritten and run by torch; returns the compiler."""
+    counters.clear()
+    torch._dynamo.reset()
     compiler = Rewritten(trainer.model, HealConfig(outputs="fp32", kv="int24"), aot=True)
     trainer.model.compile(backend=compiler._backend, dynamic=True)
-    with pytest.warns(UserWarning, match="that product with the output weights"):
-        trainer.train()
+    trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
     assert compiler.nodes
     assert not compiler.kept
+    return compiler
+
+
+def test_a_supervised_step(supervised):
+    """As TRL has it: the graph ends at the head, which is torch's."""
+    with pytest.warns(UserWarning, match="whose product with the output weights is torch's"):
+        train(supervised())
+    assert counters["graph_break"]
+
+
+class OwnLogits(trl.SFTTrainer):
+    """What the warning recommends."""
+
+    compute_loss = Trainer.compute_loss
+
+
+def test_a_supervised_step_with_the_models_own_logits(supervised):
+    trainer = supervised(kind=OwnLogits)
+    del trainer.model.forward
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*TRL has put a fused head")
+        compiler = train(trainer)
+    assert not counters["graph_break"]
+    weights = [name for name, p in trainer.model.named_parameters() if p.ndim == 2]
+    linears = [node for node in compiler.reports[0].nodes if node.op == "linear"]
+    assert len(linears) == len(weights) - 1, "all but the embedding, so the head is among them"
 
 
 def begin(trainer):
