@@ -93,7 +93,7 @@ class Scorer(GRPOTrainer):
         self.passes, self.fused = passes, fused
         super().__init__(**arguments)
         if not fused:
-            del self.model.forward  # TRL's, with its head: the forward of the class is back
+            vars(self.model).pop("forward", None)  # TRL's, with its head, where TRL has one
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self.passes.sampled.append(inputs["sampling_per_token_logps"])  # shuffled like its rows

@@ -58,7 +58,9 @@ def test_two_ranks_are_as_near_fp64_as_one_process(how, references, tmp_path):
 @pytest.mark.deep
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "checkpoint"])
 def test_two_ranks_compiled_by_inductor(how, references, tmp_path):
-    assert worst(on_ranks(2, tmp_path, data_parallel, how, "heal")[0], references) <= 1
+    ratio = worst(on_ranks(2, tmp_path, data_parallel, how, "heal")[0], references)
+    print(f"{how}: observed/bound {ratio:.3f}")
+    assert ratio <= 1
 
 
 def test_one_process_compiled_per_block(references):
