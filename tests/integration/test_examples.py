@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -117,7 +118,9 @@ def test_grpo_has_one_log_probability_in_exact(capsys):
     for fused, end in (([], "ratio 1 to 1"), (["--fused"], "")):
         torch._dynamo.reset()
         sizes = ["--layers", "1", "--vocabulary", "500", "--new-tokens", "3"]
-        load_example("grpo").main([*sizes, *fused])
+        with warnings.catch_warnings(record=True) as caught:
+            load_example("grpo").main([*sizes, *fused])
+        assert any("a fused head" in str(one.message) for one in caught) == bool(fused)
         *_, line = capsys.readouterr().out.replace("\n", " ").split("exact")
         assert ("largest difference 0," in line) == (not fused)
         assert line.rstrip().endswith(end)
