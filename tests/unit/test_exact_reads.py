@@ -123,3 +123,23 @@ def test_nothing_changes_where_nothing_is_trained(name):
     assert differing(call(TABLE), READS[name](TABLE)) == 0
     assert call.kept == {}
     assert "heal::" not in str(call.graphs[0].graph).replace("heal::canonical", "")
+
+
+@pytest.mark.deep
+def test_sizes_may_be_symbols():
+    """One compile for every number of tokens, and the bits of the compiles that know it."""
+
+    def function(table, ids):
+        rows = table[ids].gather(1, ids[..., None].remainder(5).expand(-1, -1, 4))
+        return rows.repeat(1, 2, 1) * rows.take(ids.flatten()).sum()
+
+    call = torch.compile(function, backend="heal", dynamic=True, options={"precision": "exact"})
+    torch._dynamo.reset()
+    for batch, length in ((2, 5), (3, 7)):
+        ids = torch.arange(batch * length).remainder(9).reshape(batch, length)
+        found = []
+        for run in (call, Rewritten(function, CONFIG, aot=True)):
+            table = TABLE.clone().requires_grad_()
+            result = run(table, ids)
+            found.append(torch.autograd.grad(result, table, weights(result)))
+        assert differing(*found) == 0
