@@ -1,9 +1,9 @@
-"""`heal::mm` and `heal::bmm` of an exact precision on CUDA: digits as a graph, one template.
+"""Products of an exact precision on CUDA: digits as a graph, one template.
 
 May import `compat`, `exact_tiles`, `kernels`, `matmul` (its limits), `selfcheck`.
-`DECOMPOSITIONS` opens the two operators into `ops.digit_products.by_digits`, so Inductor fuses the
-cutting with what produced an operand; `heal::digit_mm`, which is left, becomes the template, and
-so does `heal::digit_sums`, which is the same without its rounding.
+`DECOMPOSITIONS` opens `heal::mm` and `heal::bmm` into `ops.digit_products.by_digits`, so Inductor
+fuses the cutting with what produced an operand; `heal::digit_mm`, which is left, becomes the
+template, and so does `heal::digit_sums`, the same without its rounding, of a `heal::weighted_sum`.
 
 No knob can change a bit, because every accumulator holds its sums exactly. Here that is proved per
 shape: `terms` is how many terms of K a level of digit products may add, and K is split there.
@@ -11,6 +11,7 @@ shape: `terms` is how many terms of K a level of digit products may add, and K i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,10 @@ from healpass.arithmetic.digits import (
     INT32_ACCUMULATOR,
     exact_terms,
 )
-from healpass.ops.digit_products import by_digits
-from healpass.ops.exact_matmul import MOST_TERMS, Scheme
+from healpass.ops.digit_products import by_digits, digit_sums
+from healpass.ops.exact_matmul import MOST_TERMS, Scheme, scheme
 from healpass.ops.numerics import Numerics
+from healpass.ops.weighted_sum import finite_sum
 
 #: Tuning: up to here B is read by few tiles of rows, and cut into digits as it is read.
 FEW_ROWS = 32
@@ -50,6 +52,23 @@ def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     if how.products is None or how.simulate or how.order or not has_kernels(a.device):
         return NotImplemented
     return NotImplemented if a.shape[-1] > MOST_TERMS else by_digits(a, b, how.products)
+
+
+def weighted_on_cuda(weights: Tensor, values: Tensor, numerics: str) -> Any:
+    """Decompose `heal::weighted_sum`, which is exact by definition; NotImplemented as above."""
+    how = Numerics.parse(numerics)
+    if how.products is None or how.simulate or how.order or not has_kernels(weights.device):
+        return NotImplemented
+    if weights.shape[-1] > MOST_TERMS:
+        return NotImplemented
+    plan = scheme(how.products, values.dtype)
+    p, v = (torch.where(x.isfinite(), x, 0.0) for x in (weights, values))
+    result = finite_sum(p, v, plan, lambda a, b: digit_sums(a, b, plan.cut))
+    marks = (
+        torch.where(x.isfinite().all(dim, keepdim=True), 1.0, math.nan)
+        for x, dim in ((weights, -1), (values, -2))
+    )
+    return torch.ops.heal.with_special(result, weights, values, *marks)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -230,6 +249,7 @@ def _by_descriptor(problem: DigitProblem, nodes: list[ir.IRNode]) -> bool:
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.heal.mm.default: digits_on_cuda,
     torch.ops.heal.bmm.default: digits_on_cuda,
+    torch.ops.heal.weighted_sum.default: weighted_on_cuda,
 }
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.heal.digit_mm.default: lower,

@@ -100,6 +100,30 @@ def test_one_span_over_the_budget_shows(monkeypatch):
     assert differing(summed(left, right, 0, 103), wanted) > 0
 
 
+# --------------------------------------------------------------------------------- weighted sums
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numerics", "capability"),
+    [(torch.float32, "exact5", 90), (torch.bfloat16, "exact8", 103)],
+)
+def test_a_weighted_sum_has_the_bits_of_its_meaning(dtype, numerics, capability):
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(2, 3, 9, 37, generator=generator).softmax(-1)
+    weights[..., ::5] = 0.0
+    values = torch.randn(2, 3, 37, 24, generator=generator)
+    values *= 2.0 ** torch.randint(-30, 30, (37, 1), generator=generator)
+    weights[0, 0, 3, 1], values[1, 2, 7, 5], values[0, 1, 5, 3] = math.nan, -math.inf, math.inf
+
+    def weigh(p: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (heal.weighted_sum(p, v, numerics),)
+
+    tensors = [weights, values.to(dtype)]
+    text = source(weigh, tensors, capability)
+    assert "heal.weighted_sum" not in text, "it was left to its meaning"
+    assert differing(interpreter.run(text, *tensors), weigh(*tensors)) == 0
+
+
 # -------------------------------------------------------------------------- attention's gradient
 
 

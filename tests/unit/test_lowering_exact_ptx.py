@@ -80,12 +80,24 @@ def test_the_exponential_has_its_constants_in_fp64():
         assert f"0d{struct.pack('>d', constant).hex().upper()}" in sums.ptx
 
 
+def weigh(weights: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.ops.heal.weighted_sum(weights, values, "exact5"),)
+
+
+#: Functions, the shapes of their operands, and how many kernels are templates.
+OPENED = {
+    "attention's gradient": (Attended(is_causal=True), [(1, 4, 64, 32)] * 4, 4),  # two are one
+    "a weighted sum": (weigh, [(1, 4, 64, 80), (1, 4, 80, 32)], 1),
+}
+
+
 @pytest.mark.deep
-def test_the_steps_of_attentions_gradient_are_pinned():
-    """Inductor's own kernels too: they divide, exponentiate and add between the products."""
-    tensors = [torch.empty(1, 4, 64, 32, device="meta") for _ in range(4)]
-    found = kernels(source(Attended(is_causal=True), tensors))
-    assert sum(kernel.is_template for kernel in found) == 4  # five products, two of one source
+@pytest.mark.parametrize("name", OPENED)
+def test_the_steps_between_products_are_pinned(name):
+    """Inductor's own kernels too: they divide, exponentiate and add."""
+    function, shapes, templates = OPENED[name]
+    found = kernels(source(function, [torch.empty(*shape, device="meta") for shape in shapes]))
+    assert sum(kernel.is_template for kernel in found) == templates
     assert {instruction for kernel in found for instruction in free(ptx(kernel))} == set()
 
 
