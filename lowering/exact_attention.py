@@ -4,6 +4,7 @@ May import `attention` (launches), `compat`, `exact_matmul` (budgets), `exact_ti
 `DECOMPOSITIONS` opens the operators into digits and `ops.exact_attention_parts`, of which
 `heal::exact_tops` and `heal::exact_sums` become templates; what is between and behind them is
 plain Inductor code. Chunks, tiles and spans are tuning: all that crosses them is exact.
+`heal::exact_attend_backward` becomes products (`exact_matmul`) and pinned steps between them.
 """
 
 from __future__ import annotations
