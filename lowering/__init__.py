@@ -53,14 +53,15 @@ def register() -> None:
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
         for device, found in modules.items()
     }
-    for operator in dict.fromkeys(operator for table in tables.values() for operator in table):
+    opened = [module.DECOMPOSITIONS for module in (exact_cpu, *exact)]
+    # (Inductor gives an operator that has a decomposition no fallback of its own.)
+    for operator in dict.fromkeys(op for table in (*tables.values(), *opened) for op in table):
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
     decomposition.decompositions.update(DECOMPOSITIONS)
-    opened = [module.DECOMPOSITIONS for module in (exact_cpu, *exact)]
     for operator in dict.fromkeys(operator for table in opened for operator in table):
         choices = [table[operator] for table in opened if operator in table]
         decomposition.decompositions[operator] = _first(choices)
@@ -79,7 +80,8 @@ def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
 
 def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
-        device: torch.device = first.get_device()
+        leading = first[0] if isinstance(first, (list, tuple)) else first
+        device: torch.device = leading.get_device()
         lowering = lowerings.get(device.type) if _has_kernel(args, kwargs) else None
         result = None if lowering is None else lowering(first, *args, **kwargs)
         return meaning(first, *args, **kwargs) if result is None else result

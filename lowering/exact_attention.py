@@ -4,6 +4,7 @@ May import `attention` (launches), `compat`, `exact_matmul` (budgets), `exact_ti
 `DECOMPOSITIONS` opens the operators into digits and `ops.exact_attention_parts`, of which
 `heal::exact_tops` and `heal::exact_sums` become templates; what is between and behind them is
 plain Inductor code. Chunks, tiles and spans are tuning: all that crosses them is exact.
+`heal::exact_attend_backward` becomes products (`exact_matmul`) and pinned steps between them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
 
+from healpass.arithmetic.int16 import round_trip
 from healpass.ops import coefficients, fp64
-from healpass.ops.exact_attention import MOST_KEYS, P_DIGITS, planes
+from healpass.ops.digit_products import digit_sums
+from healpass.ops.exact_attention import FORMATS, MOST_KEYS, P_DIGITS, planes, scaled_scores
 from healpass.ops.exact_attention_parts import attention_in_parts, heads_per_key
 from healpass.ops.exact_matmul import Scheme
+from healpass.ops.exact_sdpa import attend_gradients
 from healpass.ops.numerics import Numerics
+from healpass.ops.reduce import from_integers
 
 #: Tuning: keys per program where few rows, or many, share a key head; multiples of BLOCK_N.
 DECODE_CHUNK, PREFILL_CHUNK = 256, 1 << 15
@@ -95,6 +100,42 @@ def attention_on_cuda(
     chunk = DECODE_CHUNK if few else PREFILL_CHUNK
     states = (query_digits, query_scale, key_digits, key_scale, value_digits, value_scale)
     return attention_in_parts(*states, attn_mask, is_causal, scale, chunk)
+
+
+def gradients_on_cuda(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kv: str,
+    numerics: str,
+) -> Any:
+    """Decompose `heal::exact_attend_backward`: digit products, and pinned steps between them.
+
+    The scores are formed again, and here they have a matrix in memory. NotImplemented as above.
+    """
+    how = Numerics.parse(numerics)
+    if how.simulate or how.order or not has_kernels(query.device):
+        return NotImplemented
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return NotImplemented
+    (q, q_scale), (k, k_scale) = planes(query, kv), planes(key, kv)
+    rows = [plane.reshape(*key.shape[:2], -1, key.shape[3]) for plane in q.unbind(2)]
+    sums = digit_sums(rows, [plane.mT for plane in k.unbind(2)])
+    sums = sums.reshape(*query.shape[:3], key.shape[2])
+    scores, visible = scaled_scores(
+        from_integers(sums), q_scale, k_scale, attn_mask, is_causal, scale
+    )
+    states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        product: Tensor = heal.matmul(a, b, numerics)
+        return product
+
+    return attend_gradients(grad, states, scores, visible, scale, multiply)
 
 
 def lower_tops(
@@ -227,6 +268,7 @@ def _knobs(problem: AttentionProblem, chunk: int) -> dict[str, Any]:
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     heal.exact_attend.default: attend_on_cuda,
     heal.exact_attention.default: attention_on_cuda,
+    heal.exact_attend_backward.default: gradients_on_cuda,
 }
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     heal.exact_tops.default: lower_tops,

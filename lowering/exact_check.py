@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GEMM, BATCHED = "exact_gemm", "exact_gemm_batched"
+GEMM, BATCHED, SUMS = "exact_gemm", "exact_gemm_batched", "exact_sums"
 ATTENTION = ("exact_attention_tops", "exact_attention_sums")
 
 
@@ -52,6 +52,30 @@ class ExactProduct:
 
 
 @dataclass(frozen=True)
+class ExactSums:
+    """Sums of products of digits, the largest ones in the first row and column."""
+
+    digits: tuple[int, int]
+    cut: int
+    terms: int
+    templates: tuple[str, ...] = (SUMS,)
+
+    def operands(self) -> list[Tensor]:
+        """Planes `[2, 70, terms]` and `[2, 40, terms]` INT8."""
+        generator = torch.Generator().manual_seed(0)
+        rows = [70] * self.digits[0] + [40] * self.digits[1]
+        planes = [torch.randint(-128, 128, (2, n, self.terms), generator=generator) for n in rows]
+        for plane in planes:
+            plane[:, 0] = -128
+        return [plane.to(torch.int8) for plane in planes]
+
+    def __call__(self, *planes: Tensor) -> Tensor:
+        """The integers."""
+        left, right = planes[: self.digits[0]], planes[self.digits[0] :]
+        return torch.ops.heal.digit_sums(left, [plane.mT for plane in right], self.cut)
+
+
+@dataclass(frozen=True)
 class ExactAttention:
     """An attention through both of its templates: three query heads per key head, a mask."""
 
@@ -76,7 +100,7 @@ class ExactAttention:
         return torch.ops.heal.exact_attend(query, key, value, *rest)
 
 
-Check = ExactProduct | ExactAttention
+Check = ExactProduct | ExactSums | ExactAttention
 #: What a check gives when it runs somewhere.
 Run = Callable[[Check], Tensor]
 
@@ -93,6 +117,9 @@ def checks() -> Iterator[Check]:
         yield ExactProduct((GEMM,), bf16, rows, columns=33, terms=131, spoiled=True)
     yield ExactProduct((GEMM,), bf16, 70, columns=40, terms=70_000)  # past INT32: split
     yield ExactProduct((BATCHED,), fp32, 70)
+    yield ExactSums((2, 2), 0, 128)
+    yield ExactSums((3, 3), 0, 131)
+    yield ExactSums((3, 2), 1, 70_000)  # past INT32: split
     for kv in ("int16", "int24"):
         yield ExactAttention(kv, length=70, keys=70)
         yield ExactAttention(kv, length=1, keys=600)

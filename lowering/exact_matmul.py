@@ -1,8 +1,9 @@
-"""`heal::mm` and `heal::bmm` of an exact precision on CUDA: digits as a graph, one template.
+"""Products of an exact precision on CUDA: digits as a graph, one template.
 
 May import `compat`, `exact_tiles`, `kernels`, `matmul` (its limits), `selfcheck`.
-`DECOMPOSITIONS` opens the two operators into `ops.digit_products.by_digits`, so Inductor fuses the
-cutting with what produced an operand; `heal::digit_mm`, which is left, becomes the template.
+`DECOMPOSITIONS` opens `heal::mm` and `heal::bmm` into `ops.digit_products.by_digits`, so Inductor
+fuses the cutting with what produced an operand; `heal::digit_mm`, which is left, becomes the
+template, and so does `heal::digit_sums`, the same without its rounding, of a `heal::weighted_sum`.
 
 No knob can change a bit, because every accumulator holds its sums exactly. Here that is proved per
 shape: `terms` is how many terms of K a level of digit products may add, and K is split there.
@@ -10,6 +11,7 @@ shape: `terms` is how many terms of K a level of digit products may add, and K i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +31,10 @@ from healpass.arithmetic.digits import (
     INT32_ACCUMULATOR,
     exact_terms,
 )
-from healpass.ops.digit_products import by_digits
-from healpass.ops.exact_matmul import MOST_TERMS, Scheme
+from healpass.ops.digit_products import by_digits, digit_sums
+from healpass.ops.exact_matmul import MOST_TERMS, Scheme, scheme
 from healpass.ops.numerics import Numerics
+from healpass.ops.weighted_sum import finite_sum
 
 #: Tuning: up to here B is read by few tiles of rows, and cut into digits as it is read.
 FEW_ROWS = 32
@@ -49,6 +52,23 @@ def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     if how.products is None or how.simulate or how.order or not has_kernels(a.device):
         return NotImplemented
     return NotImplemented if a.shape[-1] > MOST_TERMS else by_digits(a, b, how.products)
+
+
+def weighted_on_cuda(weights: Tensor, values: Tensor, numerics: str) -> Any:
+    """Decompose `heal::weighted_sum`, which is exact by definition; NotImplemented as above."""
+    how = Numerics.parse(numerics)
+    if how.products is None or how.simulate or how.order or not has_kernels(weights.device):
+        return NotImplemented
+    if weights.shape[-1] > MOST_TERMS:
+        return NotImplemented
+    plan = scheme(how.products, values.dtype)
+    p, v = (torch.where(x.isfinite(), x, 0.0) for x in (weights, values))
+    result = finite_sum(p, v, plan, lambda a, b: digit_sums(a, b, plan.cut))
+    marks = (
+        torch.where(x.isfinite().all(dim, keepdim=True), 1.0, math.nan)
+        for x, dim in ((weights, -1), (values, -2))
+    )
+    return torch.ops.heal.with_special(result, weights, values, *marks)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -83,13 +103,16 @@ def terms(plan: Scheme, *, half: bool) -> int:
 class DigitProblem:
     """One product of digits `[(batch,) m, k] @ [(batch,) k, n]`, planes K-contiguous."""
 
-    a: ir.TensorBox
-    b: ir.TensorBox
     a_digits: list[ir.TensorBox]
     b_digits: list[ir.TensorBox]
-    a_scale: ir.TensorBox
-    b_scale: ir.TensorBox
     cut: int
+    operands: tuple[ir.TensorBox, ...] = ()
+    scales: tuple[ir.TensorBox, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: without scales there is nothing to round to."""
+        return torch.float32 if self.scales else torch.int64
 
     @property
     def plan(self) -> Scheme:
@@ -99,17 +122,17 @@ class DigitProblem:
     @property
     def size(self) -> list[sympy.Expr]:
         """Shape of the result."""
-        return [*self.a.get_size()[:-1], self.b.get_size()[-1]]
+        return [*self.a_digits[0].get_size()[:-1], self.b_digits[0].get_size()[-1]]
 
     @property
     def k(self) -> sympy.Expr:
         """Terms of a sum."""
-        return self.a.get_size()[-1]
+        return self.a_digits[0].get_size()[-1]
 
     @property
     def device(self) -> torch.device:
         """Where everything is."""
-        return self.a.get_device_or_error()
+        return self.a_digits[0].get_device_or_error()
 
     @property
     def batched(self) -> bool:
@@ -142,18 +165,33 @@ def lower(
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.
     """
-    problem = DigitProblem(a, b, a_digits, b_digits, a_scale, b_scale, cut)
+    name = "exact_gemm_batched" if len(a.get_size()) == 3 else "exact_gemm"
+    problem = DigitProblem(a_digits, b_digits, cut, (a, b), (a_scale, b_scale))
+    return _lower(name, problem)
+
+
+def lower_sums(
+    a_digits: list[ir.TensorBox], b_digits: list[ir.TensorBox], cut: int
+) -> ir.TensorBox | None:
+    """Lower `heal::digit_sums` on CUDA; None, its own meaning, where a GPU has no kernels.
+
+    Raises:
+        DeviceCheckError: The template has failed its check on this GPU.
+    """
+    return _lower("exact_sums", DigitProblem(a_digits, b_digits, cut))
+
+
+def _lower(name: str, problem: DigitProblem) -> ir.TensorBox | None:
     if not has_kernels(problem.device):
         return None
     if problem.empty:
         return lowerings[aten.full.default](
-            problem.size, 0.0, dtype=torch.float32, device=problem.device
+            problem.size, 0, dtype=problem.dtype, device=problem.device
         )
-    name = "exact_gemm_batched" if problem.batched else "exact_gemm"
     selfcheck.require(name, problem.device)
-    cuts = problem.hints[0] <= FEW_ROWS
+    cuts = bool(problem.operands) and problem.hints[0] <= FEW_ROWS
     nodes = _nodes(problem, cuts)
-    layout = ir.FixedLayout(problem.device, torch.float32, problem.size)
+    layout = ir.FixedLayout(problem.device, problem.dtype, problem.size)
     tiles = exact_tiles(capability(problem.device), *problem.hints, problem.plan, cuts=cuts)
     renderings = [tile.knobs | _knobs(problem, nodes, tile) for tile in tiles]
     return kernels.select(name, nodes, layout, renderings)
@@ -166,12 +204,10 @@ def _nodes(problem: DigitProblem, cuts: bool) -> list[ir.IRNode]:
     planes = list(problem.a_digits)
     if not cuts:
         planes += [permute(plane, turned) for plane in problem.b_digits]
-    operands = (problem.a, problem.b)
-    scales = (problem.a_scale, problem.b_scale)
     return [
-        *map(compat.realize_inputs, operands),
+        *map(compat.realize_inputs, problem.operands),
         *(compat.realize_inputs(contiguous(plane)) for plane in planes),
-        *map(compat.realize_inputs, scales),
+        *map(compat.realize_inputs, problem.scales),
     ]
 
 
@@ -182,6 +218,8 @@ def _knobs(problem: DigitProblem, nodes: list[ir.IRNode], tile: ExactTile) -> di
     known = compat.V.graph.sizevars.statically_known_true
     even = known(sympy.Eq(sympy.Mod(problem.k, tile.block_k), 0))
     return {
+        "INTEGERS": not problem.scales,
+        "ACC_TYPE": "tl.float32" if problem.scales else "tl.int64",
         "BATCHED": problem.batched,
         "A_DIGITS": plan.left,
         "B_DIGITS": plan.right,
@@ -202,7 +240,7 @@ def _by_descriptor(problem: DigitProblem, nodes: list[ir.IRNode]) -> bool:
     It reads zeros past the end, where the other way wraps around. So a result of one element,
     which Inductor stores without a mask, must not come this way.
     """
-    planes = nodes[2:-2]
+    planes = nodes[len(problem.operands) : len(nodes) - len(problem.scales)]
     many = compat.is_many(problem.size[-1])
     fits = all(compat.fits_descriptor(plane) for plane in planes)
     return capability(problem.device) >= TMA_CAPABILITY and many and fits
@@ -211,5 +249,9 @@ def _by_descriptor(problem: DigitProblem, nodes: list[ir.IRNode]) -> bool:
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.heal.mm.default: digits_on_cuda,
     torch.ops.heal.bmm.default: digits_on_cuda,
+    torch.ops.heal.weighted_sum.default: weighted_on_cuda,
 }
-LOWERINGS: dict[Any, Callable[..., Any]] = {torch.ops.heal.digit_mm.default: lower}
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.heal.digit_mm.default: lower,
+    torch.ops.heal.digit_sums.default: lower_sums,
+}

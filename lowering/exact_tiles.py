@@ -72,7 +72,7 @@ def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) ->
     if prefers_half(capability):  # wider tiles and more stages spill
         tiles = [ExactTile(128, 32 if plan.right == 3 else 64, 64, 8, 3), *small]
     elif plan.right == 3 and not 90 <= capability < 120:
-        tiles = small
+        tiles = small if plan.cut else [ExactTile(64, 32, 64, 4, 3)]  # five levels spill
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
     return [_fit(tile, capability, plan) for tile in whole]
 

@@ -27,6 +27,7 @@ TEXTS = {
     "layercast_batched": "layercast",
     "invariant": "decode",
     "exact_gemm_batched": "exact_gemm",
+    "exact_sums": "exact_gemm",
 }
 #: Device functions, a file each; one calls only those that stand before it.
 HELPERS = ("helpers", "attention_helpers", "exact_helpers")
@@ -116,6 +117,7 @@ GRIDS = {
     "layercast_batched": batched_grid,
     "exact_gemm": gemm_grid,
     "exact_gemm_batched": batched_grid,
+    "exact_sums": batched_grid,
     "attention": attention_grid,
     "attention_merge": attention_grid,
     "exact_attention_tops": attention_grid,

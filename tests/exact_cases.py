@@ -1,4 +1,4 @@
-"""Exact products and attentions to show: what `tests.sass` prints, and what tests compile."""
+"""Exact products, sums, attentions to show: what `tests.sass` prints, and what tests compile."""
 
 from __future__ import annotations
 
@@ -74,7 +74,34 @@ class ExactAttentionCase:
         return _templates(self, capability)
 
 
-def _templates(case: ExactCase | ExactAttentionCase, capability: int) -> list[Kernel]:
+@dataclass(frozen=True)
+class ExactSumsCase:
+    """Scores in integers, `[heads, rows, size] @ [heads, size, keys]`, K stored as it comes."""
+
+    title: str
+    rows: int
+    keys: int
+    head_size: int
+    digits: int = 2
+
+    def tensors(self) -> list[Tensor]:
+        """Meta tensors of the planes of both."""
+        lengths = [self.rows] * self.digits + [self.keys] * self.digits
+        return [empty(8, length, self.head_size, dtype=torch.int8) for length in lengths]
+
+    def __call__(self, *planes: Tensor) -> tuple[Tensor]:
+        """The operator, as a graph has it."""
+        left, right = planes[: self.digits], planes[self.digits :]
+        return (torch.ops.heal.digit_sums(left, [plane.mT for plane in right], 0),)
+
+    def templates(self, capability: int = 90) -> list[Kernel]:
+        """The template kernel that Inductor generates for this product."""
+        return _templates(self, capability)
+
+
+def _templates(
+    case: ExactCase | ExactAttentionCase | ExactSumsCase, capability: int
+) -> list[Kernel]:
     found = kernels(source(case, case.tensors(), capability))
     return [kernel for kernel in found if kernel.is_template]
 
@@ -86,6 +113,8 @@ CASES = (
     ExactCase("exact batched", 512, 512, 64, b=FP32, batch=8),
     ExactCase("exact decode", 1, 4096, 4096),
     ExactCase("exact decode, FP32 weight", 8, 4096, 4096, b=FP32),
+    ExactSumsCase("exact scores 128", 8192, 2048, 128),
+    ExactSumsCase("exact scores 128, int24", 8192, 2048, 128, 3),
     ExactAttentionCase("exact attention 128", 2048, 2048, 128),
     ExactAttentionCase("exact attention 64", 2048, 2048, 64),
     ExactAttentionCase("exact attention 128, int24", 2048, 2048, 128, "int24"),

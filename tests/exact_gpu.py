@@ -102,6 +102,24 @@ class Scored:
         return (torch.ops.heal.exact_attend(query, key, value, given, *rest),)
 
 
+@dataclass(frozen=True)
+class Attended:
+    """The gradient of `heal::exact_attend`: everything but its tensors."""
+
+    is_causal: bool = False
+    scale: float = 0.25
+    kv: str = "int16"
+    numerics: str = "exact5"
+
+    def __call__(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Of Q, K and V, with a mask if there is one."""
+        given = mask[0] if mask else None
+        rest = (self.is_causal, self.scale, self.kv, self.numerics)
+        return torch.ops.heal.exact_attend_backward(grad, query, key, value, given, *rest)
+
+
 def laid(matrix: Tensor, *, transposed: bool, padding: int) -> Tensor:
     """The same values, stored transposed and with NaN between rows."""
     stored = matrix.mT if transposed else matrix

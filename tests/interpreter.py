@@ -233,8 +233,10 @@ class _Launch:
 
 
 def _poisoned(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A buffer in which whatever is not written shows: NaN, or the largest integer."""
-    poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+    """A buffer in which whatever is not written shows: NaN, the largest integer, or True."""
+    poison = math.nan if dtype.is_floating_point else True
+    if dtype != torch.bool and not dtype.is_floating_point:
+        poison = torch.iinfo(dtype).max
     return torch.empty_strided(size, stride, dtype=dtype).fill_(poison)
 
 

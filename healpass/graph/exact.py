@@ -6,6 +6,7 @@ computes floating-point numbers is one of these:
 * a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`, and the
   product of a softmax `heal::weighted_sum`, so that keys of weight 0 do not show;
 * an operator with a rule (`graph.exact_rules`): a pinned `heal::` operator takes its place;
+* a trained read of one element in several places (`graph.exact_reads`): its gradient is a sum;
 * a single IEEE operation, a choice, a comparison, or data that moves: it stays;
 * anything else: it stays, the report lists it with the reason, and `strict=True` refuses.
 
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from healpass.graph import classes, names
 from healpass.graph.context import Context
+from healpass.graph.exact_reads import READS, reads_by_index
 from healpass.graph.exact_rules import (
     EXPANDING,
     FORMS,
@@ -44,8 +46,6 @@ from healpass.graph.nodes import (
 )
 
 heal = torch.ops.heal
-#: Read an element more than once, so that its gradient is a sum; slices do not.
-SUMMED = names.REPEATS - {"getitem"}
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -70,6 +70,8 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
         return False
     if name in EXPANDING and _is_trained(node):
         return _exact_expand(node, graph_module, context)
+    if _is_read(node, name) and _is_trained(node) and _exact_read(node, graph_module, context):
+        return True
     reason = _why_not(node, name)
     if reason is None and name in FORMS:
         if name in TRAINED and not _is_trained(node):
@@ -92,7 +94,7 @@ def _why_not(node: Node, name: str | None) -> str | None:
         return "random numbers: their stream differs between devices"
     if name in SCATTERED or _accumulates(node):
         return "a sum over repeated indices, added in the order of the device"
-    if name in SUMMED and _is_trained(node):
+    if _is_read(node, name) and _is_trained(node):
         return "its gradient adds what was read more than once in the order of the device"
     if name in FORMS or kind in UNTOUCHED or (kind == "factory" and not _spaced(name)):
         return None
@@ -101,6 +103,11 @@ def _why_not(node: Node, name: str | None) -> str | None:
     if kind == "foreign":
         return "an operator of the caller's: its arithmetic is its own"
     return "no exact operator for it: it rounds as torch or the device does"
+
+
+def _is_read(node: Node, name: str | None) -> bool:
+    """Whether a node may read an element more than once, so that its gradient is a sum."""
+    return reads_by_index(node) if name == "getitem" else name in names.REPEATS
 
 
 def _is_trained(node: Node) -> bool:
@@ -149,6 +156,14 @@ def _exact_expand(node: Node, graph_module: GraphModule, context: Context) -> bo
     set_value(result, value(node))
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not zeros)
     return True
+
+
+def _exact_read(node: Node, graph_module: GraphModule, context: Context) -> bool:
+    rule, builder = READS.get(str(op_name(node))), context.builder(graph_module, node)
+    result = None if rule is None else rule(builder, *node.args, **node.kwargs)
+    if result is not None:
+        _take_place(node, builder.cast(result, value(node).dtype))
+    return result is not None
 
 
 def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:

@@ -1,4 +1,4 @@
-"""Exact products with the digits given: `heal::digit_mm`, and `by_digits`, which makes them.
+"""Exact products with the digits given: `heal::digit_mm` and `heal::digit_sums`, and `by_digits`.
 
 `exact_matmul` in two steps, for compilers: `by_digits` cuts operands into digits by plain tensor
 operations, which fuse with what produced them and are shared by the products that read them;
@@ -6,6 +6,9 @@ operations, which fuse with what produced them and are shared by the products th
 
 A row or column that is not finite has the scale NaN. Its digits mean nothing then, and so the
 operator takes the operands, too: `exact_matmul.special` says what infinities and NaN make.
+
+`heal::digit_sums` stops before the rounding: its result is the integers. With it operators whose
+scales do not factor out of a product (scores of attention, weighted sums) are graphs as well.
 Imports `ops.exact_matmul`.
 """
 
@@ -91,4 +94,41 @@ register_opaque(
     " Tensor b_scale, int cut) -> Tensor",
     _digit_mm,
     _digit_mm_fake,
+)
+
+
+def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) -> Tensor:
+    """As `exact_matmul.sum_products`, by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
+
+    Leading dimensions are equal. The caller proves that the total fits INT64.
+    """
+    lead = left[0].shape[:-2]
+    a, b = ([x.reshape(-1, *x.shape[-2:]) for x in planes] for planes in (left, right))
+    total: Tensor = torch.ops.heal.digit_sums(a, b, cut)
+    return total.reshape(*lead, *total.shape[-2:])
+
+
+def _digit_sums(a_digits: Sequence[Tensor], b_digits: Sequence[Tensor], cut: int) -> Tensor:
+    """Sum over kept pairs of 256^(i + j - cut) (a_i @ b_j), INT64 `[Q, M, N]`.
+
+    Args:
+        a_digits: INT8 planes `[Q, M, K]`, the lowest first.
+        b_digits: INT8 planes `[Q, K, N]`.
+        cut: Pairs of digits with i + j below this are dropped.
+    """
+    size = (*a_digits[0].shape[:-1], b_digits[0].shape[-1])
+    if 0 in (*size, a_digits[0].shape[-1]):
+        return a_digits[0].new_zeros(size, dtype=torch.int64)
+    return sum_products(tuple(a_digits), tuple(b_digits), cut, Adders())
+
+
+def _digit_sums_fake(a_digits: Sequence[Tensor], b_digits: Sequence[Tensor], cut: int) -> Tensor:  # noqa: ARG001
+    size = (*a_digits[0].shape[:-1], b_digits[0].shape[-1])
+    return a_digits[0].new_empty(size, dtype=torch.int64)
+
+
+register_opaque(
+    "digit_sums(Tensor[] a_digits, Tensor[] b_digits, int cut) -> Tensor",
+    _digit_sums,
+    _digit_sums_fake,
 )

@@ -165,7 +165,7 @@ def scaled_scores(
 ) -> tuple[Tensor, Tensor]:
     """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible."""
     groups = query_scale.shape[1] // key_scale.shape[1]
-    scales = query_scale.to(torch.float64)[..., None] * _per_head(key_scale, groups)
+    scales = query_scale.to(torch.float64).unsqueeze(-1) * _per_head(key_scale, groups)
     return _masked(sums * scales * scale, attn_mask, is_causal)
 
 

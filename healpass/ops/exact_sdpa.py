@@ -9,6 +9,7 @@ has the same bits everywhere too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,26 +62,45 @@ def _attend_backward(
     kv: str,
     numerics: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P the probabilities, G what comes in: dV = P^T G, dS = P (G V^T - rowsum(P G V^T)).
-
-    Then dQ = scale dS K and dK = scale dS^T Q, in FP32.
-    """
+    """The gradients of Q, K and V, in FP32."""
     how = Numerics.parse(numerics)
-    rounded = [round_trip(x, FORMATS[kv]) for x in (query, key, value)]
     scores, visible = visible_scores(
         *planes(query, kv), *planes(key, kv), attn_mask, is_causal, scale,
         Adders(how.simulate, how.order),
     )  # fmt: skip
+    states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
+    return attend_gradients(grad, states, scores, visible, scale, how.multiply)
+
+
+def attend_gradients(
+    grad: Tensor,
+    states: tuple[Tensor, ...],
+    scores: Tensor,
+    visible: Tensor,
+    scale: float,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P the probabilities, G what comes in: dV = P^T G, dS = P (G V^T - rowsum(P G V^T)).
+
+    Then dQ = scale dS K and dK = scale dS^T Q, in FP32.
+
+    Args:
+        grad: `[B, H, L, Ev]`.
+        states: Q, K and V, rounded: `[B, H, L, E]`, `[B, Hkv, S, E]`, `[B, Hkv, S, Ev]`.
+        scores: FP64 `[B, H, L, S]`, -inf where a key is hidden.
+        visible: Bool of that shape.
+        scale: Factor of the scores.
+        multiply: An exact product in FP32, `[..., M, K]` by `[..., K, N]`.
+    """
+    query, key, value = states
     weights = exponentials(scores)
     probabilities = torch.where(visible, weights / denominator(weights, -1), 0.0)
-    heads, multiply = key.shape[1], how.multiply
-    p, g, q = (_fold(x, heads) for x in (fp64.to_fp32(probabilities), grad, rounded[0]))
-    k, v = rounded[1], rounded[2]
-    grad_p = multiply(g, v.mT).to(torch.float64)
+    p, g, q = (_fold(x, key.shape[1]) for x in (fp64.to_fp32(probabilities), grad, query))
+    grad_p = multiply(g, value.mT).to(torch.float64)
     p64 = p.to(torch.float64)
     row = sum_fp64(p64 * grad_p, [3])
     grad_scores = fp64.to_fp32(p64 * (grad_p - row) * scale)
-    grad_query = multiply(grad_scores, k).reshape(query.shape)
+    grad_query = multiply(grad_scores, key).reshape(query.shape)
     return grad_query, multiply(grad_scores.mT, q), multiply(p.mT, g)
 
 

@@ -21,14 +21,14 @@ from healpass.ops.pinned import register_opaque
 def _with_special(
     result: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor
 ) -> Tensor:
-    """The product of `a` `[M, K]` and `b` `[K, N]`.
+    """The product of `a` `[..., M, K]` and `b` `[..., K, N]`.
 
     Args:
-        result: FP32 `[M, N]`, right in the rows and columns that are finite.
+        result: FP32 `[..., M, N]`, right in the rows and columns that are finite.
         a: FP16, BF16 or FP32.
         b: Any of those.
-        a_scale: `[M, 1]`, NaN for a row that is not finite.
-        b_scale: `[N, 1]`, NaN for a column that is not finite.
+        a_scale: Per row, NaN for one that is not finite; of any shape, positive otherwise.
+        b_scale: Per column, likewise.
     """
     if not math.isnan(a_scale.sum().item() + b_scale.sum().item()):  # scales are positive
         return result.clone()

@@ -22,7 +22,7 @@ heal = torch.ops.heal
 
 
 def _embedding(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:  # noqa: ARG001
-    """Rows `[..., E]` of `weight` `[V, E]` (FP16, BF16 or FP32), in its dtype.
+    """Rows `[..., *E]` of `weight` `[V, *E]` (FP16, BF16 or FP32), in its dtype.
 
     Args:
         weight: The table.
@@ -33,12 +33,12 @@ def _embedding(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:  # 
 
 
 def _embedding_fake(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:  # noqa: ARG001
-    return fp64.checked(weight).new_empty((*indices.shape, weight.shape[1]))
+    return fp64.checked(weight).new_empty((*indices.shape, *weight.shape[1:]))
 
 
 def _scatter_rows(grad: Tensor, indices: Tensor, rows: int, padding_idx: int) -> Tensor:
     """The exact sum of the rows of `grad` `[..., E]` with equal `indices`, FP32 `[rows, E]`."""
-    x = fp64.to_fp64(grad.reshape(-1, grad.shape[-1]))
+    x = fp64.to_fp64(grad.reshape(indices.numel(), grad.shape[-1]))
     index = indices.reshape(-1)
     x = torch.where((index == padding_idx)[:, None], 0.0, x)
     if x.numel() == 0:
@@ -58,13 +58,15 @@ def _scatter_rows_fake(grad: Tensor, indices: Tensor, rows: int, padding_idx: in
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     weight, indices, padding_idx = inputs
     ctx.save_for_backward(indices)
-    ctx.rows, ctx.padding_idx, ctx.dtype = weight.shape[0], padding_idx, weight.dtype
+    ctx.shape, ctx.padding_idx, ctx.dtype = weight.shape, padding_idx, weight.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (indices,) = ctx.saved_tensors
-    found = heal.scatter_rows(grad, indices, ctx.rows, ctx.padding_idx)
-    return found.to(ctx.dtype), None, None
+    rows, *columns = ctx.shape
+    flat = grad.reshape(indices.numel(), math.prod(columns))
+    found = heal.scatter_rows(flat, indices.reshape(-1), rows, ctx.padding_idx)
+    return found.reshape(ctx.shape).to(ctx.dtype), None, None
 
 
 register_opaque(

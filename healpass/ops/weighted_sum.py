@@ -12,6 +12,7 @@ half a unit of P 2^e, which is the row's maximum times 2^(2 - 8 digits), for eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from torch import Tensor
 from healpass.arithmetic.bits import exponent
 from healpass.arithmetic.digits import BASE_BITS, scaled_digits
 from healpass.ops import fp64
-from healpass.ops.exact_matmul import Adders, Scheme, scale_of, scheme, special, sum_products
+from healpass.ops.exact_matmul import (
+    Adders,
+    Digits,
+    Scheme,
+    scale_of,
+    scheme,
+    special,
+    sum_products,
+)
 from healpass.ops.numerics import Numerics
 from healpass.ops.pinned import register_opaque
 from healpass.ops.reduce import from_integers
@@ -42,24 +51,36 @@ def _weighted_sum(weights: Tensor, values: Tensor, numerics: str) -> Tensor:
     row_scale = scale_of(values, -1, plan.right)
     finite = bool(row_scale.isfinite().all() and weights.isfinite().all())
     if finite:
-        return _finite_sum(weights, values, row_scale, plan, Adders(how.simulate, how.order))
+        adders = Adders(how.simulate, how.order)
+        return finite_sum(
+            weights, values, plan, lambda left, right: sum_products(left, right, plan.cut, adders)
+        )
     apart = special(weights, values)
     weights, values = (torch.where(x.isfinite(), x, 0.0) for x in (weights, values))
     result = _weighted_sum(weights, values, numerics)
     return fp64.canonical(torch.where(apart == 0, result, apart))
 
 
-def _finite_sum(
-    weights: Tensor, values: Tensor, row_scale: Tensor, plan: Scheme, adders: Adders
+def finite_sum(
+    weights: Tensor, values: Tensor, plan: Scheme, add: Callable[[Digits, Digits], Tensor]
 ) -> Tensor:
+    """The sum for operands that are finite.
+
+    Args:
+        weights: `[..., L, S]`.
+        values: `[..., S, E]`.
+        plan: Digits of both.
+        add: `exact_matmul.sum_products` with the plan's cut.
+    """
     shape = (*weights.shape[:-1], values.shape[-1])
     if 0 in (*shape, weights.shape[-1]):
         return weights.new_zeros(shape, dtype=torch.float32)
+    row_scale = scale_of(values, -1, plan.right)
     folded, top = _folded(weights, exponent(row_scale).mT)
     scale = scale_of(folded, -1, plan.left)
     left = scaled_digits(folded, scale, plan.left)
     right = scaled_digits(values, row_scale, plan.right)
-    total = from_integers(sum_products(left, right, plan.cut, adders))
+    total = from_integers(add(left, right))
     unit = scale.to(torch.float64) * fp64.two_to(top.to(torch.int64) + BASE_BITS * plan.cut)
     return fp64.to_fp32(total * unit)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from healpass.backend import PINNED_SETTINGS
 from tests.attention_cases import AttentionCase, Scoring
+from tests.exact_cases import ExactAttentionCase, ExactCase, ExactSumsCase
 from tests.fake_cuda import Device, generated_source, kernels
 from tests.sass import Case
 
@@ -37,15 +39,24 @@ CASES = {
         "window, softcap", 512, 512, 80,
         scoring=Scoring(is_causal=True, window=256, softcap=50.0), backward=True,
     ),
+    "exact_prefill": ExactCase("exact prefill", 2048, 4096, 14336),
+    "exact_half": ExactCase("exact prefill", 2048, 4096, 14336, numerics="exact8"),
+    "exact_batched": ExactCase("exact batched", 512, 512, 64, b=FP32, batch=9),
+    "exact_decode": ExactCase("exact decode", 1, 4096, 14336),
+    "exact_sums": ExactSumsCase("exact scores", 8192, 2048, 128),
+    "exact_attention": ExactAttentionCase("exact attention", 2048, 2048, 128),
+    "exact_attention_decode": ExactAttentionCase("exact decode", 1, 8192, 64, "int24"),
 }  # fmt: skip
 #: Compute capability where it is not Hopper's.
-DEVICES = {"gemm_ampere": Device(80)}
+DEVICES = {"gemm_ampere": Device(80), "exact_half": Device(103)}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_kernels_are_as_expected(name):
     case = CASES[name]
-    found = kernels(generated_source(case, case.tensors(), DEVICES.get(name, Device())))
+    settings = PINNED_SETTINGS if name.startswith("exact") else {}
+    device = DEVICES.get(name, Device())
+    found = kernels(generated_source(case, case.tensors(), device, **settings))
     text = "\n".join(f"# {kernel.name}\n{kernel.body.rstrip()}\n" for kernel in found)
     text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
     path = Path(__file__).with_name(f"test_templates.{name}.expected")

@@ -120,3 +120,32 @@ def test_the_digest_of_a_model_of_smollm2s_size_is_the_cpus():
     found = digest(compiled(ids.cuda()))
     print(f"digest on CPU {wanted[:16]}, on {torch.cuda.get_device_name()} {found[:16]}")
     assert found == wanted
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def gradients(device: str, kv: str) -> list[Tensor]:
+    """Of a table that is read by index, through grouped attention, compiled for a device."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 3 * SIZE, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(SIZE, 3 * SIZE, generator=generator).to(device).requires_grad_()
+    ids = torch.randint(0, 50, (2, 70), generator=generator).to(device)
+
+    def loss(table: Tensor, weight: Tensor) -> Tensor:
+        x = table[ids]
+        q = x.unflatten(-1, (3, SIZE)).transpose(1, 2)
+        k = F.linear(x, weight)[:, None]
+        seen = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+        return seen.square().mean()
+
+    torch._dynamo.reset()
+    call = torch.compile(loss, backend="heal", dynamic=False, options=OPTIONS | {"kv": kv})
+    found = torch.autograd.grad(call(table, weight), (table, weight))
+    return [gradient.cpu() for gradient in found]
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+def test_the_gradients_of_a_training_step_are_the_cpus(kv):
+    for found, wanted in zip(gradients("cuda", kv), gradients("cpu", kv), strict=True):
+        assert same_bits(found, wanted)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from healpass.ops.exact_attention import planes
 from healpass.ops.exact_attention_parts import attention_in_parts
-from tests.exact_gpu import Scored, run
+from tests.exact_gpu import Scored, run, source
 from tests.fake_cuda import always
 
 heal = torch.ops.heal
@@ -98,6 +98,12 @@ def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
     for mask, causal in ((None, True), (float_mask(5, 17), False), (float_mask(5, 17) > 0, False)):
         whole = heal.exact_attention(*digits, mask, causal, 0.25, "exact5")
         assert differing(attention_in_parts(*digits, mask, causal, 0.25, chunk), whole) == 0
+
+
+def test_what_has_no_kernel_runs_its_meaning():
+    """On a GPU without the instructions the compile goes on, with one call."""
+    text = source(Scored(), states(5, 9), 75)
+    assert "torch.ops.heal.exact_attend.default" in text
 
 
 # ------------------------------------------------------------------------------ inverse tests

@@ -11,11 +11,13 @@ import struct
 from functools import cache
 
 import pytest
+import torch
 
 from healpass.ops import coefficients
 from tests.exact_cases import CASES
-from tests.fake_cuda import Kernel
-from tests.ptx import free
+from tests.exact_gpu import Attended, source
+from tests.fake_cuda import Kernel, kernels
+from tests.ptx import free, ptx
 from tests.sass import Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
@@ -61,6 +63,8 @@ def test_no_kernel_contracts_approximates_flushes_or_spills(title, capability):
         ("exact prefill", 100, {"UTCIMMA", "UTCHMMA"}),
         ("exact prefill", 103, {"UTCHMMA"}),
         ("exact decode", 90, {"IGMMA", "HGMMA"}),
+        ("exact scores 128", 80, {"IMMA"}),
+        ("exact scores 128", 90, {"IGMMA"}),
     ],
 )
 def test_digits_go_through_the_tensor_core(title, capability, expected):
@@ -74,6 +78,27 @@ def test_the_exponential_has_its_constants_in_fp64():
     _, sums = reports("exact attention 64", 90)
     for constant in (1 / math.log(2), *coefficients.EXPM1):
         assert f"0d{struct.pack('>d', constant).hex().upper()}" in sums.ptx
+
+
+def weigh(weights: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.ops.heal.weighted_sum(weights, values, "exact5"),)
+
+
+#: Functions, the shapes of their operands, and how many kernels are templates.
+OPENED = {
+    "attention's gradient": (Attended(is_causal=True), [(1, 4, 64, 32)] * 4, 4),  # two are one
+    "a weighted sum": (weigh, [(1, 4, 64, 80), (1, 4, 80, 32)], 1),
+}
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", OPENED)
+def test_the_steps_between_products_are_pinned(name):
+    """Inductor's own kernels too: they divide, exponentiate and add."""
+    function, shapes, templates = OPENED[name]
+    found = kernels(source(function, [torch.empty(*shape, device="meta") for shape in shapes]))
+    assert sum(kernel.is_template for kernel in found) == templates
+    assert {instruction for kernel in found for instruction in free(ptx(kernel))} == set()
 
 
 # ------------------------------------------------------------------------------ inverse tests
