@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_llama import SIZES, make_llama
+from torch._dynamo.testing import CompileCounter
 
 from healpass.bench import page, table, targets, workloads
 from healpass.bench.contenders import CONTENDERS, DEFAULT, REFERENCE, choose, judges
@@ -284,6 +285,28 @@ def test_workloads_of_a_contender_share_one_function_and_one_cache(tiny):
     subject = Subject(CONTENDERS["bf16-eager"], tiny, "cpu")
     assert subject.step is subject.step
     assert subject.cache is subject.cache
+
+
+@pytest.mark.parametrize("name", ["bf16-inductor", "layercast", "heal", "heal-int24"])
+def test_a_prefill_and_a_decode_step_are_compiled_once_each(tiny, monkeypatch, name):
+    """Tokens and rounds after them reuse both graphs; Dynamo is counted, Inductor left out."""
+    counter, compile_ = CompileCounter(), torch.compile
+
+    def counted(function, *, dynamic, fullgraph, **_options):
+        return compile_(function, backend=counter, dynamic=dynamic, fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        subject = Subject(CONTENDERS[name], tiny, "cpu")
+        decode = Workload("decode", 8).prepare(subject)
+        seen = []
+        for do in (decode.reset, decode.run, decode.reset, decode.run):
+            do()
+            seen.append(counter.frame_count)
+        assert seen == [1, 2, 2, 2], f"{workloads.STEPS} steps a run"
+        subject.step(workloads.tokens(subject, 3, seed=0))
+        assert counter.frame_count == 3, "the counter sees a graph of another length"
 
 
 def test_the_spread_is_of_the_rounds():
