@@ -26,7 +26,7 @@ tail -20 "$out/bench.log"
 
 # Every contender that a GPU has, one block of Llama-3-8B. Rows are kept as they come, so a run that
 # the time ends (exit code 124) is a shorter one.
-timeout 115 python3 -c 'from healpass.cli import main; main()' bench --device cuda --rounds 5 \
+COLUMNS=140 timeout 115 python3 -c 'from healpass.cli import main; main()' bench --device cuda --rounds 5 \
     --shapes llama-3-8b --what decode,attention,prefill:512 --csv "$out/contenders.csv" \
     >"$out/contenders.log" 2>&1
 contenders=$?
