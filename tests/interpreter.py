@@ -5,6 +5,7 @@ Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
 * `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
   tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
   elsewhere), for FP32 operands in the order of K, a rounding per term; for INT8 it is exact;
+  `input_precision` is obeyed: FP32 operands are cut into the pieces of TF32 or BF16 that it names;
 * a cast from FP32 to BF16 truncates: it is made to round to nearest even;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import linecache
 import math
 import types
@@ -32,6 +34,7 @@ import torch
 import triton.experimental.gluon  # noqa: F401  it must see Triton as it is, before the patches
 import triton.language as tl
 from torch._inductor.runtime import triton_helpers
+from triton._C.libtriton import ir
 from triton.language import standard
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -50,6 +53,12 @@ _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int8, torch.int32, torch.int64, torch.bool),
 )
+#: `input_precision` -> significant bits and number of the pieces of an FP32 operand.
+_PIECES = {
+    ir.INPUT_PRECISION.TF32: (11, 1),
+    ir.INPUT_PRECISION.TF32x3: (11, 2),
+    ir.INPUT_PRECISION.BF16x6: (8, 3),
+}
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -68,8 +77,29 @@ def _chain(a: Any, b: Any, accumulator: Any) -> Any:
     return interpreter.TensorHandle(total, tl.float32)
 
 
-def _dot(self: Any, a: Any, b: Any, accumulator: Any, *_rest: Any) -> Any:
+def _pieces(values: Any, bits: int, count: int) -> list[Any]:
+    """Numbers of so many significant bits whose sum is near `values`, the largest first."""
+    pieces = []
+    for _ in range(count):
+        mantissa, exponent = np.frexp(values)
+        pieces.append(np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits))
+        values = values - pieces[-1]
+    return pieces
+
+
+def _emulated(a: Any, b: Any, accumulator: Any, bits: int, count: int) -> Any:
+    """FP32 operands in pieces; of their products the 1, 3 or 6 largest are kept."""
+    total = _values(accumulator)
+    for i, left in enumerate(_pieces(_values(a), bits, count)):
+        for right in _pieces(_values(b), bits, count)[: count - i]:
+            total = total + left @ right
+    return interpreter.TensorHandle(total.astype(np.float32), tl.float32)
+
+
+def _dot(self: Any, a: Any, b: Any, accumulator: Any, precision: Any, *_rest: Any) -> Any:
     if a.dtype.scalar == tl.float32:
+        if precision in _PIECES:
+            return _emulated(a, b, accumulator, *_PIECES[precision])
         return _chain(a, b, accumulator)
     total = _values(a) @ _values(b) + _values(accumulator)
     result = tl.int32 if accumulator.dtype.scalar == tl.int32 else tl.float32
@@ -147,10 +177,21 @@ def _corrected() -> Iterator[None]:
         # NumPy warns of NaN and overflow in elements that a kernel masks off.
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(mock.patch.multiple(_Builder, **changes))
+        builder = interpreter.interpreter_builder
+        allowed = ("ieee", "tf32", "tf32x3", "bf16x6")
+        options = dataclasses.replace(builder.options, allowed_dot_input_precisions=allowed)
+        stack.enter_context(mock.patch.object(builder, "options", options))
         for module in (tl, standard, triton_helpers):
             # Triton was imported to compile: its own library functions are compiled ones, too.
             stack.enter_context(mock.patch.multiple(module, **_interpreted_functions(module)))
         yield
+
+
+@contextlib.contextmanager
+def interpreted(kernel: JITFunction) -> Iterator[Any]:
+    """A kernel that was written by hand, to be launched on CPU tensors for the time of a block."""
+    with _corrected():
+        yield interpreter.InterpretedFunction(kernel.fn)
 
 
 class _Helpers:

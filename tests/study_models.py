@@ -48,13 +48,29 @@ def make_checkpoint(folder: Path, *, context: int = 2048, tokenizer: bool = True
     return folder
 
 
-def make_gguf(path: Path, checkpoint: Path, kind: str = "F32") -> Path:
+def _vocabulary(size: int) -> dict[str, Any]:
+    """Entries of a byte-level tokenizer in a GGUF file, by the name of the method that adds it."""
+    # Such a vocabulary spells a space and a line's end with letters of their own.
+    tokens = [PADDING, END, UNKNOWN, "\u0120", "\u010a", *map(chr, range(33, 127)), "ab"]
+    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
+    return {
+        "tokenizer_model": "gpt2",
+        "token_list": tokens,
+        "token_types": [3] * 3 + [1] * (len(tokens) - 3),
+        "token_merges": ["a b"],
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+
+
+def make_gguf(path: Path, checkpoint: Path, kind: str = "F32", **tokenizer: Any) -> Path:
     """The checkpoint as llama.cpp keeps it: one file, Q and K in another order of rows.
 
     Args:
         path: Of the new file.
         checkpoint: What `make_checkpoint` made.
         kind: GGML type of the matrices that its blocks fit; the others are FP32.
+        **tokenizer: Entries in place of those of `_vocabulary`; None leaves one out.
     """
     import gguf
 
@@ -72,15 +88,9 @@ def make_gguf(path: Path, checkpoint: Path, kind: str = "F32") -> Path:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_vocab_size(c.vocab_size)
-    # A byte-level vocabulary spells a space and a line's end with letters of their own.
-    tokens = [PADDING, END, UNKNOWN, "\u0120", "\u010a", *map(chr, range(33, 127)), "ab"]
-    tokens += [f"<unused{i}>" for i in range(c.vocab_size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(0)
+    for name, value in (_vocabulary(c.vocab_size) | tokenizer).items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
     for name, weight in model.state_dict().items():

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from healpass.bench import page, table
-from healpass.bench.contenders import DEFAULT, choose
+from healpass.bench.contenders import choose, default
 from healpass.bench.run import Plan, Row, measure
 from healpass.bench.source import ModelSource, ShapesSource
 from healpass.bench.workloads import workloads
@@ -49,10 +49,10 @@ class Request:
         planned = workloads(self.kinds, source)
         if not planned:
             raise ConfigError(
-                f"--what {','.join(self.kinds)} has nothing to measure with --shapes: use decode "
-                "or prefill."
+                f"--what {','.join(self.kinds)} has nothing to measure with --shapes: use decode, "
+                "prefill or attention."
             )
-        chosen = choose(self.contenders or DEFAULT)
+        chosen = choose(self.contenders or default(self.device), self.device)
         threads = torch.get_num_threads()
         return Plan(source, chosen, planned, self.device, self.rounds, threads)
 

@@ -22,6 +22,22 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Attention heads of a model: query heads, key heads, and the size of one."""
+
+    queries: int
+    keys: int
+    size: int
+
+
+HEADS = {
+    "llama-3-8b": Heads(32, 8, 128),
+    "qwen3-4b": Heads(32, 8, 128),
+    "smollm2-135m": Heads(9, 3, 64),
+}
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A causal language model: a folder, a hub id, a GGUF file, or `smollm2-135m`."""
 

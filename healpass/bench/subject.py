@@ -1,6 +1,6 @@
 """A contender made ready in its own process: weights loaded, attention set, compiler attached.
 
-Layer: bench. Imports `bench.contenders`, `bench.source` and `integrations`.
+Layer: bench. Imports `bench.contenders`, `bench.products`, `bench.source` and `integrations`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from healpass.bench.contenders import Contender
-from healpass.bench.source import Source
+from healpass.bench.source import HEADS, Heads, ShapesSource, Source
 
 #: Tokens that a cache has room for.
 ROOM = 1024
@@ -32,12 +33,13 @@ class Subject:
 
     def __init__(self, contender: Contender, source: Source, device: str) -> None:
         self.contender = contender
+        self.source = source
         self.device = device
         self.dtype = getattr(torch, contender.dtype)
-        loaded = source.load(torch.float32 if contender.upcast else self.dtype)
-        self.module = (_upcasting(loaded) if contender.upcast else loaded).to(device)
+        loaded = source.load(torch.float32 if contender.wide else self.dtype)
+        self.module = _with_layers_of(contender, loaded).to(device)
         self.config: Any = getattr(loaded, "config", None)
-        if self.config is not None and contender.cache != "traced" and not contender.upcast:
+        if self.config is not None and contender.has_heal_cache:
             self._attend_as_the_cache_wants()
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +49,8 @@ class Subject:
         past its limit of recompilations, without an error.
         """
         compiler = self.contender.compiler
+        if self.contender.attention == "flash":
+            return _with_flash_alone(function)
         if compiler == "eager":
             return function
         settings: dict[str, Any] = {"dynamic": False, "fullgraph": True}
@@ -72,29 +76,35 @@ class Subject:
     @property
     def activation_dtype(self) -> torch.dtype:
         """What an input that is not token ids comes in: HEAL takes FP32, whatever the weights."""
-        wide = self.contender.compiler == "heal" or self.contender.upcast
+        wide = self.contender.compiler == "heal" or self.contender.wide
         return torch.float32 if wide else self.dtype
 
     @cached_property
     def cache(self) -> Any:
-        """An empty static cache for one sequence, in the contender's format, in place already."""
-        from transformers import StaticCache
+        """An empty cache for one sequence, in the contender's format; a static one is in place."""
+        from transformers import DynamicCache, StaticCache
 
         from healpass.integrations.transformers import HealCache
 
-        if self.contender.cache == "traced" or self.contender.upcast:
-            made: Any = StaticCache(config=self.config, max_cache_len=ROOM)
+        if self.contender.cache == "growing":
+            return DynamicCache(config=self.config)
+        if self.contender.has_heal_cache:
+            made: Any = HealCache(self.config, ROOM, self.contender.cache)
         else:
-            made = HealCache(self.config, ROOM, self.contender.cache)
-        heads = self.config.num_key_value_heads
-        made.early_initialization(1, heads, self.head_size, self.activation_dtype, self.device)
+            made = StaticCache(config=self.config, max_cache_len=ROOM)
+        heads = self.heads
+        made.early_initialization(1, heads.keys, heads.size, self.activation_dtype, self.device)
         return made
 
     @property
-    def head_size(self) -> int:
-        """Size of one attention head of a language model."""
-        shared = self.config.hidden_size // self.config.num_attention_heads
-        return int(getattr(self.config, "head_dim", None) or shared)
+    def heads(self) -> Heads:
+        """Attention heads of the language model, or of the one whose layers these are."""
+        if isinstance(self.source, ShapesSource):
+            return HEADS[self.source.name]
+        config = self.config
+        shared = config.hidden_size // config.num_attention_heads
+        size = getattr(config, "head_dim", None) or shared
+        return Heads(config.num_attention_heads, config.num_key_value_heads, int(size))
 
     def _attend_as_the_cache_wants(self) -> None:
         from healpass.integrations.transformers import register
@@ -105,17 +115,24 @@ class Subject:
         module.set_attn_implementation(names[self.contender.cache])
 
 
-class UpcastLinear(nn.Module):
-    """LayerCast as published: the weight stays BF16 and is upcast for one FP32 product."""
+class Linear16(nn.Module):
+    """A linear layer whose weight stays BF16, multiplied in a contender's own way."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.to(torch.bfloat16))
         self.bias = linear.bias
+        self.product = product
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Multiply `[..., K]` by the upcast weight `[N, K]`."""
-        return F.linear(activation, self.weight.float(), self.bias)
+        """Multiply `[..., K]` by the weight `[N, K]`."""
+        multiplied = self.product(activation, self.weight)
+        return multiplied if self.bias is None else multiplied + self.bias
+
+
+def upcast_product(activation: Tensor, weight: Tensor) -> Tensor:
+    """LayerCast as published: the weight `[N, K]` is upcast for one FP32 product."""
+    return F.linear(activation, weight.float())
 
 
 class UpcastEmbedding(nn.Module):
@@ -130,16 +147,37 @@ class UpcastEmbedding(nn.Module):
         return F.embedding(ids, self.weight).float()
 
 
-def _upcasting(module: nn.Module) -> nn.Module:
-    """Put the two modules above in place of torch's; weights that were tied stay tied."""
-    wide: dict[type, Any] = {nn.Linear: UpcastLinear, nn.Embedding: UpcastEmbedding}
-    ours: dict[nn.Parameter, nn.Parameter] = {}
+def _with_layers_of(contender: Contender, module: nn.Module) -> nn.Module:
+    """Put the contender's layers in place of torch's; weights that were tied stay tied."""
+    if contender.linear == "torch":
+        return module
+    product = upcast_product
+    if contender.is_triton:
+        from healpass.bench.products import PRODUCTS
+
+        product = PRODUCTS[contender.linear]
+    made: dict[type, Callable[[Any], Any]] = {nn.Linear: lambda layer: Linear16(layer, product)}
+    if contender.wide:
+        made[nn.Embedding] = UpcastEmbedding
+    ours: dict[Any, Any] = {}
     for name, child in list(module.named_modules()):
-        if type(child) in wide:
-            new = wide[type(child)](child)
+        if type(child) in made:
+            new = made[type(child)](child)
             new.weight = ours.setdefault(child.weight, new.weight)
             module.set_submodule(name, new)
+        elif isinstance(child, nn.Embedding):
+            ours.setdefault(child.weight, child.weight)
     return module
+
+
+def _with_flash_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function run eagerly with flash attention; torch raises where that cannot compute it."""
+
+    def run(*arguments: Any) -> Any:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return function(*arguments)
+
+    return run
 
 
 def held_bytes() -> int:

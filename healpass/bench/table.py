@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +21,11 @@ from healpass.errors import BenchError
 #: What the ratios are to.
 BASELINES = ("bf16-inductor", "fp32-inductor")
 UNMEASURED = "not measured"
+TF32_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TRITON_F32_DEFAULT",
+)
 COLUMNS = (
     "workload", "contender", "milliseconds", "p20", "p80", "to_bf16", "to_fp32",
     "error_to_fp64", "gate_limit", "held_bytes", "peak_bytes_above", "held_to_bf16",
@@ -76,10 +80,18 @@ def provenance(plan: Plan, environment: Environment, command: str) -> dict[str, 
         "torch": environment.packages["torch"],
         "triton": environment.packages["triton"],
         "healpass": environment.packages["healpass"],
-        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+        "fp32_precision": _fp32_precision(environment),
         "omp_wait_policy": environment.variables.get("OMP_WAIT_POLICY", "default"),
         "command": command,
     }
+
+
+def _fp32_precision(environment: Environment) -> str:
+    """Torch's TF32 switch for matmuls, then the variables that are set and overrule it."""
+    overruling = [f"{name}={environment.variables[name]}" for name in TF32_VARIABLES
+                  if name in environment.variables]  # fmt: skip
+    switch = environment.precision_flags["torch.backends.cuda.matmul.fp32_precision"]
+    return " ".join([switch, *overruling])
 
 
 def every_cell(rows: Sequence[Row], common: dict[str, Any]) -> list[dict[str, str]]:

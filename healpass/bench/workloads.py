@@ -96,7 +96,7 @@ MODEL_SIZES = {
     "attention": (512, 2048),
     "compile": (1,),
 }
-SHAPE_SIZES = {"decode": (1, 8), "prefill": (64, 512)}
+SHAPE_SIZES = {"decode": (1, 8), "prefill": (64, 512), "attention": (512, 2048)}
 KINDS = tuple(MODEL_SIZES)
 
 
@@ -146,6 +146,8 @@ def _decode(subject: Subject, size: int) -> Prepared:
 
 def _layers(subject: Subject, size: int) -> Prepared:
     """Linear layers alone, `size` rows each."""
+    if subject.contender.attention == "flash":
+        raise _nothing_new(subject, "linear layers have no attention")
     generator = torch.Generator().manual_seed(size)
     module: Any = subject.module
     widths = [layer.weight.shape[1] for layer in module.layers]
@@ -162,6 +164,8 @@ def _layers(subject: Subject, size: int) -> Prepared:
 
 
 def _train(subject: Subject, size: int) -> Prepared:
+    if subject.contender.is_triton:
+        raise _nothing_new(subject, "its kernel has no gradient")
     model: Any = subject.module
 
     def loss(ids: Tensor) -> Tensor:
@@ -185,13 +189,15 @@ def _train(subject: Subject, size: int) -> Prepared:
 
 
 def _attention(subject: Subject, size: int) -> Prepared:
+    if subject.contender.is_triton:
+        raise _nothing_new(subject, "attention has no linear layer")
     generator = torch.Generator().manual_seed(size)
-    heads, groups = subject.config.num_attention_heads, subject.config.num_key_value_heads
+    heads = subject.heads
     query, key, value = (
-        torch.randn(1, count, size, subject.head_size, generator=generator)
+        torch.randn(1, count, size, heads.size, generator=generator)
         .to(torch.bfloat16)
         .to(subject.device, subject.activation_dtype)
-        for count in (heads, groups, groups)
+        for count in (heads.queries, heads.keys, heads.keys)
     )
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -199,6 +205,12 @@ def _attention(subject: Subject, size: int) -> Prepared:
 
     compiled = subject.compile(attend)
     return Prepared(lambda: compiled(query, key, value), lambda: compiled(query, key, value))
+
+
+def _nothing_new(subject: Subject, why: str) -> ConfigError:
+    """What a contender's row says of a workload in which it would be another contender."""
+    name = subject.contender.name
+    return ConfigError(f"{name} has nothing to measure here: {why}; leave it out of --contenders")
 
 
 def _compile(subject: Subject, size: int) -> Prepared:

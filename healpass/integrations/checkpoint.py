@@ -1,7 +1,7 @@
 """A causal language model by name: found, loaded, or told why not.
 
-Layer: integrations. Imports `errors`, `integrations.smollm2`, and transformers when something is
-loaded.
+Layer: integrations. Imports `errors`, `integrations.smollm2`, `integrations.vocabulary`, and
+transformers when something is loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from healpass.errors import FetchError, StudyError
 from healpass.integrations import smollm2
+from healpass.integrations.vocabulary import check_vocabulary
 
 _WAYS = (
     "Give a folder with config.json, weights and tokenizer, an id from the Hugging Face hub, a "
@@ -57,7 +58,7 @@ class Checkpoint:
         """Load the tokenizer, padding on the left.
 
         Raises:
-            FetchError: There is none.
+            FetchError: There is none, or it contradicts itself.
         """
         tokenizer = self._load("AutoTokenizer", padding_side="left")
         if tokenizer.pad_token is None:
@@ -77,6 +78,8 @@ class Checkpoint:
         if how and what != "tokenizer":
             how["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
+            if how and what == "tokenizer":
+                check_vocabulary(Path(self.name))
             return getattr(transformers, auto).from_pretrained(source, **how, **options)
         except (OSError, LookupError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__

@@ -66,7 +66,7 @@ def check(plan: StudyPlan, request: Request, console: Console) -> StudyResult:
         watch = Watcher(bar, store)
         run(store, materials, watch)
         dissect(store, materials, watch.say)
-    result = evaluate(store)
+    result = evaluate(store, materials.tasks)
     page.write(store, result)
     return result
 
@@ -117,6 +117,8 @@ class Watcher:
 def show(result: StudyResult, console: Console, folder: Path) -> None:
     """Print the tables, what was not run, the verdict and where the report is."""
     console.print(tables.paper_table(result))
+    if len(result.domains) > 1:
+        console.print(tables.domain_table(result))
     if any(found.prediction is not None for found in result.precisions):
         console.print(tables.prediction_table(result))
     for line in [*tables.blames(result), *tables.notes(result)]:

@@ -178,6 +178,7 @@ def _row(result: StudyResult, found: PrecisionResult) -> dict[str, Any]:
         "varied": any(m.div_percent for m in (metrics, found.sampled) if m is not None),
         "state": {True: "good", False: "bad", None: "open"}[found.reproducible],
         "metrics": metrics,
+        "domains": {name: metrics.accuracy for name, metrics in found.domains.items()},
         "sampled": found.sampled,
         "prediction": prediction,
         "interval": prediction and prediction.interval,

@@ -34,15 +34,23 @@ def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -
     """The prompts as token ids.
 
     Raises:
-        StudyError: A prompt and its answer do not fit into the model's context.
+        StudyError: A prompt and its answer do not fit into the model's context, or the tokenizer
+            has tokens that the model has not.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     texts = [chat(tokenizer, task.prompt) for task in tasks]
     ids = [tokenizer(text, add_special_tokens=not has_template)["input_ids"] for text in texts]
+    known = model.get_input_embeddings().num_embeddings
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for task, tokens in zip(tasks, ids, strict=True):
         if not tokens:
             raise StudyError(f"the prompt of task {task.id!r} has no tokens. Give it a text.")
+        if max(tokens) >= known:
+            raise StudyError(
+                f"the prompt of task {task.id!r} has the token {max(tokens)}, but the model has "
+                f"{known} tokens only: this tokenizer is another model's. Give the model with its "
+                "own tokenizer."
+            )
         if room is not None and len(tokens) + new_tokens > room:
             raise StudyError(
                 f"the prompt of task {task.id!r} has {len(tokens)} tokens and its answer may have "

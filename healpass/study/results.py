@@ -6,7 +6,7 @@ Layer: study. Imports `study` only. Runs no model.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from healpass.study.prediction import FlipRate, Margins, measured_flip_rate, pre
 from healpass.study.records import Answer, Scores, Store
 from healpass.study.runner import reference_unit
 from healpass.study.scoring import greedy_output, margins
+from healpass.study.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class PrecisionResult:
     Attributes:
         precision: Its name.
         generated: Metrics of the greedy answers; None where none is complete.
+        domains: Metrics of the greedy answers to the tasks of one domain, by its name.
         sampled: Metrics of the sampled ones; None where there are none.
         forced: Metrics of given text: what greedy decoding would have written, up to its first
             difference. Lengths and accuracy are not known there.
@@ -61,6 +63,7 @@ class PrecisionResult:
 
     precision: str
     generated: Metrics | None
+    domains: dict[str, Metrics]
     sampled: Metrics | None
     forced: Metrics | None
     shifts: tuple[Shift, ...]
@@ -105,6 +108,7 @@ class PrecisionResult:
             "reproducible": self.reproducible,
             "bit_identical": self.identical,
             "greedy": self.generated and self.generated.to_dict(),
+            "domains": {name: _of_a_domain(found) for name, found in self.domains.items()},
             "sampled": self.sampled and self.sampled.to_dict(),
             "forced": self.forced and _without_lengths(self.forced),
             "prediction": self.prediction and self.prediction.to_dict(),
@@ -126,6 +130,11 @@ class StudyResult:
     plan: StudyPlan
     precisions: tuple[PrecisionResult, ...]
     anatomies: dict[str, Anatomy]
+
+    @property
+    def domains(self) -> dict[str, int]:
+        """Domains of the tasks that were answered, and how many tasks each has."""
+        return {n: m.prompts for result in self.precisions for n, m in result.domains.items()}
 
     @property
     def exit_code(self) -> int:
@@ -153,27 +162,34 @@ class StudyResult:
         }
 
 
-def evaluate(store: Store) -> StudyResult:
+def evaluate(store: Store, tasks: Sequence[Task] = ()) -> StudyResult:
     """Evaluate what a store holds; units that are not complete are listed as missing.
+
+    Args:
+        store: The records.
+        tasks: What was answered; the domains of those that are not given stay unknown.
 
     Raises:
         StudyError: A record is damaged.
     """
     plan = store.plan
-    found = tuple(_evaluate(store, precision) for precision in plan.precisions)
+    domains = {task.id: task.domain for task in tasks}
+    found = tuple(_evaluate(store, precision, domains) for precision in plan.precisions)
     return StudyResult(plan, found, anatomy.load(store))
 
 
-def _evaluate(store: Store, precision: str) -> PrecisionResult:
+def _evaluate(store: Store, precision: str, domains: Mapping[str, str]) -> PrecisionResult:
     units = [u for u in store.plan.units if u.configuration.precision == precision]
     runnable = [u for u in units if u.configuration.unavailable is None]
     done = [u for u in runnable if store.is_complete(u)]
     forced = [u for u in done if u.kind == "forced"]
+    greedy = [u for u in done if u.kind == "greedy"]
     shifts = _shifts(store, precision, forced)
     measured = [s.by_prompt for s in shifts]
     return PrecisionResult(
         precision=precision,
-        generated=_metrics(store, [u for u in done if u.kind == "greedy"]),
+        generated=_metrics(store, greedy),
+        domains=_by_domain(store, greedy, domains),
         sampled=_metrics(store, [u for u in done if u.kind == "sampled"]),
         forced=_forced_metrics(store, precision, forced),
         shifts=shifts,
@@ -189,6 +205,19 @@ def _evaluate(store: Store, precision: str) -> PrecisionResult:
 def _metrics(store: Store, units: Sequence[Unit]) -> Metrics | None:
     runs = {u.configuration.label: [_output(a) for a in store.answers(u)] for u in units}
     return compute_metrics(runs) if runs else None
+
+
+def _by_domain(
+    store: Store, units: Sequence[Unit], domains: Mapping[str, str]
+) -> dict[str, Metrics]:
+    """The same metrics for the tasks of each domain, in the order of the tasks."""
+    runs: dict[str, dict[str, list[Output]]] = {}
+    for unit in units:
+        for answer in store.answers(unit):
+            if answer.task in domains:
+                of_domain = runs.setdefault(domains[answer.task], {})
+                of_domain.setdefault(unit.configuration.label, []).append(_output(answer))
+    return {domain: compute_metrics(found) for domain, found in runs.items()}
 
 
 def _output(answer: Answer) -> Output:
@@ -295,6 +324,12 @@ def survival(metrics: Metrics | None, length: int) -> tuple[float, ...]:
     if metrics is None or metrics.div_percent is None:
         return ()
     return agreement_by_position(metrics, length)
+
+
+def _of_a_domain(metrics: Metrics) -> dict[str, Any]:
+    """What is said of one domain; `greedy` has the rest, of all of them."""
+    whole = metrics.to_dict()
+    return {name: whole[name] for name in ("prompts", "Accuracy", "Std@Acc", "Div_Percent")}
 
 
 def _without_lengths(metrics: Metrics) -> dict[str, Any]:

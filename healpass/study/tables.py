@@ -45,6 +45,16 @@ def paper_table(result: StudyResult) -> Table:
     return table
 
 
+def domain_table(result: StudyResult) -> Table:
+    """One row per precision: right answers in each domain, from the least to the most."""
+    headings = [f"{escape(name)}, {count} prompts" for name, count in result.domains.items()]
+    table = _table("Right answers by domain, over the configurations", headings)
+    for found in result.precisions:
+        shares = {name: metrics.accuracy for name, metrics in found.domains.items()}
+        table.add_row(found.precision, *[span(shares.get(name)) for name in result.domains])
+    return table
+
+
 def prediction_table(result: StudyResult) -> Table:
     """One row per precision: flips on given text, measured and predicted, and what follows."""
     headings = (

@@ -62,6 +62,7 @@ def test_bf16_is_not_reproducible(bf16):
     assert found["reproducible"] is False
     assert found["bit_identical"] is False
     assert found["prediction"]["rate"] > 0
+    assert found["domains"]["other"]["Accuracy"] == found["greedy"]["Accuracy"]
     assert (folder / "report.html").exists()
 
 

@@ -101,6 +101,47 @@ def test_a_gguf_file_that_cannot_be_read_is_refused(folder, tmp_path, spoil, rea
     assert reason in str(error.value)
 
 
+#: What is wrong with the tokenizer, and what the error says of it.
+BROKEN_TOKENIZERS = {
+    "no model": ({"tokenizer_model": None}, "it has no tokenizer.ggml.model"),
+    "unknown model": ({"tokenizer_model": "nonsense"}, "'nonsense'"),
+    "no tokens": ({"token_list": None}, "it has no tokenizer.ggml.tokens"),
+    "no merges": ({"token_merges": None}, "it has no tokenizer.ggml.merges"),
+    "one part": ({"token_merges": ["ab"]}, "its merge 0, 'ab', is not two tokens"),
+    "unknown part": ({"token_merges": ["a b", "a \u4e00"]}, "its merge 1, 'a \u4e00', needs"),
+    "unknown result": ({"token_merges": ["b a"]}, "needs the token 'ba', which is not among"),
+    "few tokens": ({"token_list": ["a", "ab"]}, "needs the token 'b', which is not among its 2"),
+    "end": ({"eos_token_id": 999}, "its tokenizer.ggml.eos_token_id is 999, but it has 128"),
+    "padding": ({"pad_token_id": 128}, "its tokenizer.ggml.padding_token_id is 128, but it has"),
+    "another model's": (
+        {"token_list": [f"<{i}>" for i in range(128)] + ["ab", *map(chr, range(33, 290))]},
+        "but the model has 128 tokens only",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_wrong_use_and_no_traceback(folder, tmp_path, fault):
+    entries, reason = BROKEN_TOKENIZERS[fault]
+    path = make_gguf(tmp_path / "bad.gguf", folder, **entries)
+    tasks = write_tasks(tmp_path / "tasks.jsonl", ["How many?"])
+    options = ["--tasks", tasks, "--prompts", 1, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(cli.app, ["check", str(path), *map(str, options)])
+    assert result.exit_code == 2, result.output
+    message = result.stderr.replace("\n", " ")
+    assert reason in message
+    assert "Give a" in message or "Give the" in message, "the way out"
+
+
+def test_bytes_that_are_no_text_are_refused(folder, tmp_path):
+    path = make_gguf(tmp_path / "bad.gguf", folder)
+    path.write_bytes(path.read_bytes().replace(b"<unused5>", b"<\xffnused5>"))
+    with pytest.raises(
+        FetchError, match=r"cannot load .* as a tokenizer, .*can't decode byte 0xff"
+    ):
+        Checkpoint(str(path)).tokenizer()
+
+
 def test_a_folder_without_all_parameters_is_refused(folder, tmp_path):
     """transformers only warns, and the study would be one of random numbers."""
     from safetensors.torch import load_file, save_file

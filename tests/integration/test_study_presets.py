@@ -1,4 +1,4 @@
-"""The big presets to their end on a tiny model, stopped and gone on with."""
+"""The big presets to their end on a tiny model; simulated GPUs on layers of a real one."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from study_models import make_checkpoint, write_tasks
 from typer.testing import CliRunner
 
 from healpass import cli
+from healpass.integrations import smollm2
 
 QUESTIONS = ["How many?", "Which share of the whole is it?"]
 
@@ -47,3 +48,27 @@ def test_a_preset_runs_to_its_end_and_goes_on_where_it_was_stopped(tmp_path, tas
         shutil.rmtree(run)
     assert study(model, tasks, folder, *options, "--resume") == (whole, status)
     assert [next(run.iterdir()).read_bytes() for run in runs[:6]] == kept
+
+
+@pytest.mark.deep
+@pytest.mark.model
+def test_exact_is_the_same_on_every_simulated_gpu_and_bf16_is_not(tmp_path, tasks):
+    """Two layers of SmolLM2, whole width and vocabulary: its arithmetic is real."""
+    model, tokenizer = smollm2.load(layers=2)
+    folder = tmp_path / "two-layers"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = ["--preset", "standard", "--precision", "bf16,exact", "--prompts", 1]
+    options += ["--max-new-tokens", 2, "--batch-sizes", "1", "--orders", "1"]
+    options += ["--gpus", "v100,a100,h100", "--no-compile"]
+    found, status = study(folder, tasks, tmp_path / "out", *options)
+    bf16, exact = found["precisions"]
+    gpus = {p["precision"]: {s["gpu"]: s for s in p["shifts"]} for p in found["precisions"]}
+    assert set(gpus["exact"]) == {None, "v100", "a100", "h100"}
+    assert set(gpus["bf16"]) == {None, "a100", "h100"}
+    assert all(shift["identical"] for shift in gpus["exact"].values())
+    assert not any(shift["identical"] for shift in gpus["bf16"].values())
+    assert (exact["reproducible"], exact["bit_identical"]) == (True, True)
+    assert bf16["bit_identical"] is False
+    assert list(bf16["unavailable"].values()) == ["a V100 has no BF16 tensor core"]
+    assert status == (0 if bf16["reproducible"] else 1)

@@ -20,6 +20,7 @@ from healpass.study.contributions import ALL, KINDS, Contribution
 from healpass.study.records import Answer, Batch, Store
 from healpass.study.results import evaluate
 from healpass.study.scoring import scores_of
+from healpass.study.tasks import Task
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
@@ -228,6 +229,34 @@ def test_what_flips_on_given_text_only_is_not_said_to_answer_twice(tmp_path):
     text = page.write(store, evaluate(store)).read_text()
     assert "<strong>fp32</strong> preferred another token on given text" in text
     assert "gave more than one answer" not in text
+
+
+def test_the_page_tells_right_answers_by_domain(tmp_path):
+    """A domain's name comes from a user's file: it is text, too."""
+    one = Configuration(precision="fp32")
+    plan = StudyPlan(model="m", greedy=(one, dataclasses.replace(one, batch_size=2)), prompts=2)
+    store = Store.open(tmp_path / "out", plan, {"environment": page_environment(), "command": "c"})
+    for unit in plan.units:
+        right = unit.configuration.batch_size == 2
+        found = [Answer(f"q{i}", (1,), (0.5,), "", None, right or i == 1) for i in range(2)]
+        store.save_answers(unit, 0, Batch(tuple(found), 1.0))
+    tasks = [
+        Task(id=f"q{i}", kind="number", question="?", answer="1", tolerance="0", domain=domain)
+        for i, domain in enumerate((EVIL, "law"))
+    ]
+    text = page.write(store, evaluate(store, tasks)).read_text()
+    table = text[text.index("Right answers by domain") :]
+    table = table[: table.index("</table>")]
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    assert cells == ["fp32", "0 to 100 %", "100 %"]
+    assert "law,<br>1 prompts" in table
+    assert "&lt;script&gt;" in table
+    assert "<script" not in table
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["precisions"][0]["domains"]["law"]["Accuracy"] == {
+        "batch 1": 100.0,
+        "batch 2": 100.0,
+    }
 
 
 def test_every_figure_is_there_as_svg_and_png(report):

@@ -12,12 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_llama import SIZES, make_llama
+from torch._dynamo.testing import CompileCounter
 
 from healpass.bench import page, table, targets, workloads
 from healpass.bench.contenders import CONTENDERS, DEFAULT, REFERENCE, choose, judges
 from healpass.bench.run import Plan, Row, limit, measure, ratio, relative_error, spread
-from healpass.bench.source import SHAPES, ModelSource, ShapesSource
-from healpass.bench.subject import Subject, UpcastLinear
+from healpass.bench.source import HEADS, SHAPES, ModelSource, ShapesSource
+from healpass.bench.subject import Linear16, Subject
 from healpass.bench.worker import Memory, Order, Worker
 from healpass.bench.workloads import Workload
 from healpass.environment import collect
@@ -105,7 +106,7 @@ def test_a_process_that_dies_is_named():
 
 
 @pytest.mark.parametrize(
-    "name", ["bf16-eager", "fp32-eager", "int16-eager", "layercast-published"]
+    "name", ["bf16-eager", "bf16-flash", "fp32-eager", "int16-eager", "layercast-published"]
 )
 @pytest.mark.parametrize("work", [Workload("prefill", 8), Workload("decode", 8)], ids=("p", "d"))
 def test_eager_contenders_agree_with_the_reference(tiny, name, work):
@@ -119,7 +120,9 @@ def test_eager_contenders_agree_with_the_reference(tiny, name, work):
     finally:
         torch.set_grad_enabled(True)
     assert found[name].shape == (workloads.INPUTS, SIZES["vocab_size"])
-    roundoff = {"bf16-eager": 2.0**-9, "int16-eager": 2.0**-16}.get(name, 2.0**-24)
+    roundoff = {"bf16-eager": 2.0**-9, "bf16-flash": 2.0**-9, "int16-eager": 2.0**-16}.get(
+        name, 2.0**-24
+    )
     error = relative_error(found[name], found[REFERENCE])
     print(f"{name}: {error / roundoff:.3g} roundoffs")
     # Two layers of 7 products and 3 norms each, rounded independently or all alike.
@@ -141,7 +144,7 @@ def test_upcasting_keeps_tied_weights_tied(tiny):
     assert all(
         child.weight.dtype == torch.bfloat16
         for child in module.modules()
-        if isinstance(child, UpcastLinear)
+        if isinstance(child, Linear16)
     )
 
 
@@ -284,7 +287,45 @@ def test_workloads_of_a_contender_share_one_function_and_one_cache(tiny):
     assert subject.cache is subject.cache
 
 
+@pytest.mark.parametrize("name", ["bf16-inductor", "layercast", "heal", "heal-int24"])
+def test_a_prefill_and_a_decode_step_are_compiled_once_each(tiny, monkeypatch, name):
+    """Tokens and rounds after them reuse both graphs; Dynamo is counted, Inductor left out."""
+    counter, compile_ = CompileCounter(), torch.compile
+
+    def counted(function, *, dynamic, fullgraph, **_options):
+        return compile_(function, backend=counter, dynamic=dynamic, fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        subject = Subject(CONTENDERS[name], tiny, "cpu")
+        decode = Workload("decode", 8).prepare(subject)
+        seen = []
+        for do in (decode.reset, decode.run, decode.reset, decode.run):
+            do()
+            seen.append(counter.frame_count)
+        assert seen == [1, 2, 2, 2], f"{workloads.STEPS} steps a run"
+        subject.step(workloads.tokens(subject, 3, seed=0))
+        assert counter.frame_count == 3, "the counter sees a graph of another length"
+
+
 def test_the_spread_is_of_the_rounds():
     found = spread([3.0, 1.0, 2.0, 5.0, 4.0])
     assert found["median"] == 3
     assert found["low"] == np.quantile([1, 2, 3, 4, 5], 0.2)
+
+
+def test_what_overrules_the_tf32_switch_stands_in_every_row():
+    environment = replace(collect(), variables={"NVIDIA_TF32_OVERRIDE": "1", "OTHER": "x"})
+    common = table.provenance(plan(), environment, "healpass bench")
+    switch = torch.backends.cuda.matmul.fp32_precision
+    assert common["fp32_precision"] == f"{switch} NVIDIA_TF32_OVERRIDE=1"
+
+
+def test_the_layers_of_a_model_know_its_attention():
+    """`attention` with `--shapes`: as many heads as the rows of the first layer say."""
+    for name, heads in HEADS.items():
+        assert SHAPES[name][0][0] == (heads.queries + 2 * heads.keys) * heads.size
+        assert SHAPES[name][1][1] == heads.queries * heads.size
+    outputs = Workload("attention", 5).prepare(Subject(CONTENDERS[REFERENCE], SOURCE, "cpu"))
+    assert outputs.outputs().shape == (1, 9, 5, 64)

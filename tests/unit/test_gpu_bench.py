@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from tests.fake_cuda import Device, always, fake_cuda
+from healpass.bench.command import Request
+from tests.fake_cuda import always
 from tests.gpu import bench
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "run_all.sh"
@@ -65,29 +64,19 @@ def test_the_listed_contenders_are_compared(monkeypatch):
     assert tuple(bench.contenders()) == bench.NAMES
 
 
-@pytest.mark.parametrize("precision", ["tf32x3", "bf16x6"])
-def test_tritons_own_emulations_compile(precision):
-    arguments = dict.fromkeys(("A", "C"), "*fp32") | {"B": "*bf16"}
-    arguments |= dict.fromkeys(("M", "N", "K"), "i32")
-    constants = {"PRECISION": precision, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
-    signature = arguments | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(bench._emulated_fp32, signature, constexprs=constants)
-    with fake_cuda(Device(90)):
-        assert triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
-        ).asm
-
-
 # --------------------------------------------------------------------------------- run_all.sh
 
 
-def script(folder: Path, tests: int, times: int = 0) -> subprocess.CompletedProcess[str]:
+def script(
+    folder: Path, tests: int, times: int = 0, command: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Run the script with stand-ins for python3 and nvidia-smi, which end with the given codes."""
     commands = {
         "nvidia-smi": "echo imagined GPU",
         "python3": f"""case "$*" in
             "-m pytest"*) echo "3 passed"; exit {tests};;
             "-m tests.gpu.bench"*) echo "the table"; exit {times};;
+            *"bench --device cuda"*) echo "contenders"; exit {command};;
         esac""",
     }
     for name, body in commands.items():
@@ -102,7 +91,7 @@ def script(folder: Path, tests: int, times: int = 0) -> subprocess.CompletedProc
 def test_the_script_ends_with_the_table(tmp_path):
     done = script(tmp_path, tests=0)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["imagined GPU", "3 passed", "the table"]
+    assert done.stdout.splitlines() == ["imagined GPU", "3 passed", "the table", "contenders"]
 
 
 def test_the_script_times_nothing_that_failed_its_tests(tmp_path):
@@ -114,3 +103,31 @@ def test_the_script_times_nothing_that_failed_its_tests(tmp_path):
 
 def test_the_script_reports_a_benchmark_that_failed(tmp_path):
     assert script(tmp_path, tests=0, times=7).returncode == 7
+    assert script(tmp_path, tests=0, command=3).returncode == 3
+
+
+def test_a_bench_that_the_clock_ended_is_a_shorter_one(tmp_path):
+    done = script(tmp_path, tests=0, command=124)
+    assert done.returncode == 0
+    assert "ended by the clock" in done.stdout.splitlines()[-1]
+
+
+def test_the_script_ends_within_nine_minutes():
+    """The tests, and then the longer of its two ways."""
+    text = SCRIPT.read_text()
+    tests, attention, layers, contenders = map(int, re.findall(r"timeout (\d+) python3", text))
+    assert tests + max(attention, layers + contenders) <= 9 * 60
+
+
+def test_the_script_asks_healpass_bench_for_what_there_is(monkeypatch):
+    """Its options, as the command line reads them: every contender that a GPU has."""
+    words = shlex.split(re.search(r" bench (--device.*?)>", SCRIPT.read_text(), re.DOTALL)[1])
+    given = dict(zip(*[(word for word in words if word.strip())] * 2, strict=True))
+    asked = Request("", given["--shapes"], given["--device"], tuple(given["--what"].split(",")),
+                    (), int(given["--rounds"]), None, None)  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", always(True))
+    plan = asked.plan()
+    assert [w.name for w in plan.workloads] == [
+        "decode 1", "decode 8", "attention 512", "attention 2048", "prefill 512"
+    ]  # fmt: skip
+    assert {c.name for c in plan.contenders} >= {"tf32x3", "bf16x6", "bf16-invariant"}

@@ -1,6 +1,8 @@
 """From records to a verdict: metrics, shifts, exit codes, cost and the tables."""
 
+import dataclasses
 import io
+import math
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from healpass.study.records import Answer, Batch, Store
 from healpass.study.results import evaluate
 from healpass.study.scoring import scores_of
 from healpass.study.tables import span
+from healpass.study.tasks import Task
 
 
 def configuration(precision="fp32", **changes):
@@ -43,9 +46,9 @@ def filled(folder, *batches, **changes):
     return store
 
 
-def printed(store):
+def printed(store, tasks=()):
     out = io.StringIO()
-    show(evaluate(store), Console(file=out, width=200), store.folder)
+    show(evaluate(store, tasks), Console(file=out, width=200), store.folder)
     return out.getvalue()
 
 
@@ -65,6 +68,74 @@ def test_one_other_answer_exits_with_1(tmp_path):
     assert result.exit_code == 1
     assert result.precisions[0].generated.div_percent == 25
     assert "Not shown to be reproducible: fp32" in printed(store)
+
+
+#: Two tasks of finance, one of each other domain.
+TASKS = tuple(
+    Task(id=f"q{i}", kind="number", question="?", answer="1", tolerance="0", domain=domain)
+    for i, domain in enumerate(("finance", "medicine", "law", "finance"))
+)
+
+
+def rights(*correct):
+    """One token per task, the same everywhere; whether each answer is right."""
+    found = [Answer(f"q{i}", (3,), (0.5,), "", None, c) for i, c in enumerate(correct)]
+    return Batch(tuple(found), 2.0)
+
+
+FEW = rights(True, False, False, False)
+
+
+def test_accuracy_is_told_by_domain_for_each_precision(tmp_path):
+    """Finance: 1 of 2 and 2 of 2 right, so 50 and 100 %, which deviate by 50 / sqrt(2)."""
+    store = filled(tmp_path, rights(True, True, False, False), rights(True, True, False, True))
+    result = evaluate(store, TASKS)
+    found = result.to_dict()["precisions"][0]["domains"]
+    assert found == {
+        "finance": {
+            "prompts": 2,
+            "Accuracy": {ONE.label: 50, TWO.label: 100},
+            "Std@Acc": math.sqrt(50**2 / 2),
+            "Div_Percent": 0,
+        },
+        "medicine": {
+            "prompts": 1,
+            "Accuracy": {ONE.label: 100, TWO.label: 100},
+            "Std@Acc": 0,
+            "Div_Percent": 0,
+        },
+        "law": {
+            "prompts": 1,
+            "Accuracy": {ONE.label: 0, TWO.label: 0},
+            "Std@Acc": 0,
+            "Div_Percent": 0,
+        },
+    }
+    text = printed(store, TASKS)
+    (row,) = (line for line in text.splitlines() if "50 to 100 %" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["50 to 100 %", "100 %", "0 %"]
+    assert "finance, 2 prompts" in text
+
+
+def test_one_domain_is_no_table_and_an_unknown_task_no_domain(tmp_path):
+    store = filled(tmp_path, SAME, SAME)
+    assert evaluate(store, TASKS).domains == evaluate(store).domains == {}
+    alike = [dataclasses.replace(task, domain="other") for task in TASKS]
+    alone = filled(tmp_path / "one", FEW, FEW)
+    assert evaluate(alone, alike).domains == {"other": 4}
+    assert "by domain" not in printed(alone, alike)
+
+
+def test_a_domain_that_an_unfinished_precision_has_not_reached_is_a_dash(tmp_path):
+    greedy = (ONE, TWO, configuration("bf16"), configuration("bf16", batch_size=2))
+    store = filled(
+        tmp_path,
+        rights(True, False, False, False),
+        rights(True, False, False, False),
+        greedy=greedy,
+    )
+    (row,) = (x for x in printed(store, TASKS).splitlines() if x.count(" - ") == 3 and "bf16" in x)
+    assert [cell.strip() for cell in row.split("│")[1:5]] == ["bf16", "-", "-", "-"]
 
 
 def test_one_configuration_shows_nothing(tmp_path):
