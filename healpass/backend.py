@@ -17,7 +17,8 @@ from torch.fx import GraphModule
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph import prepack
-from healpass.graph.pipeline import rewrite
+from healpass.graph.outline import outline_repeats
+from healpass.graph.pipeline import OUTLINE, rewrite
 
 #: The torch releases that healpass is tested with: from the first up to, not including, the last.
 SUPPORTED_TORCH = ((2, 11), (2, 16))
@@ -94,8 +95,12 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
     if config.precision == "exact":
         patches |= PINNED_SETTINGS
-    key = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
-    return patches | {"post_grad_custom_pre_pass": key}
+    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
+    patches |= {"post_grad_custom_pre_pass": first}
+    if OUTLINE not in config.disable:
+        last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, outline_repeats)
+        patches |= {"post_grad_custom_post_pass": last}
+    return patches
 
 
 def check_torch(version: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -38,21 +39,26 @@ def _files(folder: Any) -> list[Any]:
 
 
 class CacheKey(CustomGraphPass):
-    """A pass that changes nothing and carries (source, options) into the caches' keys.
+    """A pass that carries (source, options) into the caches' keys, and changes nothing itself.
 
     Attributes:
         options: Canonical text of the configuration.
         chained: The user's own pass in that slot; it runs, and its uuid counts too.
+        last: A pass of ours that runs after it; what it does must follow from the options.
     """
 
-    def __init__(self, options: str, chained: Any = None) -> None:
+    def __init__(
+        self, options: str, chained: Any = None, last: Callable[[Graph], None] | None = None
+    ) -> None:
         self.options = options
         self.chained = chained
+        self.last = last
 
     def __call__(self, graph: Graph) -> None:
-        """Run the user's pass, if there is one."""
-        if self.chained is not None:
-            self.chained(graph)
+        """Run the user's pass, if there is one, then ours."""
+        for step in (self.chained, self.last):
+            if step is not None:
+                step(graph)
 
     def uuid(self) -> Any:
         """Our part of the key, then the user's; None (no caching) if theirs has none."""

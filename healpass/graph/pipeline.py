@@ -64,6 +64,8 @@ PASSES: dict[str, Pass] = {
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
 }
+#: A pass that Inductor runs, on the graph that it is about to lower: `graph.outline`.
+OUTLINE = "outline"
 
 
 def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
@@ -141,11 +143,12 @@ def _artifact(name: str, graph_module: GraphModule) -> None:
 
 
 def _check_names(disabled: tuple[str, ...]) -> None:
+    known = (*PASSES, OUTLINE)
     for name in disabled:
-        if name not in PASSES:
+        if name not in known:
             raise ConfigError(
-                f"disable={name!r} names no pass; passes: {', '.join(PASSES)}."
-                + suggestion(name, PASSES)
+                f"disable={name!r} names no pass; passes: {', '.join(known)}."
+                + suggestion(name, known)
             )
 
 
