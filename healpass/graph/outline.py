@@ -2,8 +2,9 @@
 
 A decoder of thirty layers traces to thirty copies of one sequence of nodes, and Inductor lowers,
 schedules and writes code for each. Here the copies become calls of one subgraph
-(`torch.ops.higher_order.invoke_subgraph`), which Inductor compiles once. No node changes, so no
-bit of a result does; only what would have been fused across the border of two layers is not.
+(`torch.ops.higher_order.invoke_subgraph`), which Inductor compiles once. No node changes; only
+what would have been fused across the border of two layers is not. Bits of `exact` do not depend on
+that; those of the others may, where Inductor vectorizes a float sum otherwise in another kernel.
 
 The pass gets ATen nodes, of the forward or the backward, when Inductor's own passes are done but
 for those that put results into their inputs' memory. What those may change stays outside.
@@ -19,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
 from torch._ops import OpOverload
+from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
@@ -302,8 +303,6 @@ def _call(graph: Graph, name: str, copy: Copy, returned: list[int]) -> None:
     for node in reversed(copy.nodes):
         if not node.users:
             graph.erase_node(node)
-
-
 
 
 def _views_read_outside(copy: Copy) -> set[Node]:
