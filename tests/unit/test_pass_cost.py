@@ -103,6 +103,16 @@ def test_the_passes_take_time_in_proportion_to_the_nodes(precision, captured):
     assert found < PART**0.5
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize("precision", ["heal", "layercast"])
+def test_ten_thousand_nodes_take_less_than_ten_seconds(precision, captured):
+    """By the clocks of the passes: what pytest does with logged graphs is not counted."""
+    report = rewrite(repeated(captured, 10_000), HealConfig(precision=precision))
+    found = sum(entry["seconds"] for entry in report.passes)
+    print(f"{precision}: {found:.2f} s")
+    assert found < 10
+
+
 def test_the_measure_sees_a_pass_that_is_quadratic(captured):
     def pairs(graph_module: GraphModule) -> None:
         for node in graph_module.graph.nodes:
