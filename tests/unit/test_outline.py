@@ -139,7 +139,8 @@ def gradients(network: Any, inputs: Tensor, **options: Any) -> tuple[list[Tensor
         return run_and_get_code(step, torch.compile(network, backend="heal", options=options))
 
 
-def compared(network: Any, inputs: Tensor) -> None:
+def assert_same_steps(network: Any, inputs: Tensor) -> None:
+    """Compare a training step with layers outlined and without."""
     (ours, code), (plain, _) = (
         gradients(network, inputs, precision="exact", disable=disable)
         for disable in ((), ("outline",))
@@ -149,7 +150,7 @@ def compared(network: Any, inputs: Tensor) -> None:
 
 
 def test_a_training_step_in_exact_has_the_same_bits():
-    compared(blocks(), torch.randn(3, 8))
+    assert_same_steps(blocks(), torch.randn(3, 8))
 
 
 @pytest.mark.deep
@@ -162,7 +163,7 @@ def test_a_training_step_of_a_llama_in_exact_has_the_same_bits():
         def forward(self, ids: Tensor) -> Tensor:
             return self.llama(ids, use_cache=False).logits
 
-    compared(Logits(), tokens())
+    assert_same_steps(Logits(), tokens())
 
 
 def test_a_static_cache_is_written_in_place_outside():
