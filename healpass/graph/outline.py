@@ -16,6 +16,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from healpass.graph.repeats import Run, longest_run
 
-#: Fewer nodes than this are not worth a call.
+#: Fewer nodes than this are not worth a call: what they would be fused with is worth more.
 SMALLEST = 24
 #: Bytes at which kernels on a GPU expect their operands to begin, or a multiple.
 ALIGNMENT = 16
@@ -46,22 +47,23 @@ def outline_repeats(graph: Graph) -> None:
         return  # that wrapper has no code for a call of a subgraph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     labels = [_label(node) for node in nodes]
-    for run in _runs(labels, 0, len(nodes)):
-        stretch = nodes[run.start : run.start + run.count * run.period + run.rest]
+    for run in _runs(labels):
+        stretch = nodes[run.start : run.stop]
         run = run.shifted(_narrowest(stretch, run))
         for copies in _segments(nodes, run):
             _outline(graph, copies)
 
 
-def _runs(labels: Sequence[Any], low: int, high: int) -> Iterator[Run]:
+def _runs(labels: Sequence[Any]) -> Iterator[Run]:
     """The longest run, then those before and after it."""
-    found = longest_run(labels[low:high])
-    if found is None or found.saved < SMALLEST:
-        return
-    run = Run(low + found.start, found.period, found.count, found.rest)
-    yield run
-    yield from _runs(labels, low, run.start)
-    yield from _runs(labels, run.start + run.count * run.period + run.rest, high)
+    pending = [(0, len(labels))]
+    while pending:
+        low, high = pending.pop()
+        found = longest_run(labels[low:high], SMALLEST)
+        if found is not None:
+            run = Run(low + found.start, found.period, found.count, found.rest)
+            yield run
+            pending += [(low, run.start), (run.stop, high)]
 
 
 # --------------------------------------------------------------------------- what is equal
@@ -108,12 +110,13 @@ def _narrowest(stretch: Sequence[Node], run: Run) -> int:
     """
     index = {node: position for position, node in enumerate(stretch)}
     period = run.period
-    crossing = [0] * (2 * period + 1)  # crossing[i]: values made before i and read at i or later
+    begins = [0] * (len(stretch) + 1)  # what is made before a border and read behind it, as steps
     for position, node in enumerate(stretch[: 2 * period]):
         last = max((index[user] for user in node.users if user in index), default=position)
         weight = len(stretch) if not isinstance(node.meta.get("val"), Tensor) else _cost(node)
-        for border in range(max(position + 1, period), min(last, 2 * period - 1) + 1):
-            crossing[border] += weight
+        begins[position + 1] += weight
+        begins[last + 1] -= weight
+    crossing = list(accumulate(begins))
     return min(range(period), key=lambda phase: (crossing[period + phase], phase > run.rest))
 
 
@@ -217,8 +220,8 @@ def _outline(graph: Graph, segments: list[list[Node]]) -> None:
     [(wiring, count)] = Counter(copy.wiring for copy in copies).most_common(1)
     copies = [copy for copy in copies if copy.wiring == wiring]
     returned = sorted({index for copy in copies for index in _returned(copy)})
-    saved = (count - 1) * len(copies[0].nodes)
-    if saved < SMALLEST or not returned or not _can_pass(copies, returned):
+    small = count == 1 or len(copies[0].nodes) < SMALLEST
+    if small or not returned or not _can_pass(copies, returned):
         return
     owner: Any = graph.owning_module
     name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"repeated_{i}"))

@@ -27,6 +27,11 @@ class Run:
     rest: int
 
     @property
+    def stop(self) -> int:
+        """Index behind the last label."""
+        return self.start + self.count * self.period + self.rest
+
+    @property
     def saved(self) -> int:
         """Labels that need not be looked at again."""
         return (self.count - 1) * self.period
@@ -37,23 +42,23 @@ class Run:
         return Run(self.start + phase, self.period, *divmod(labels, self.period))
 
 
-def longest_run(labels: Sequence[Hashable]) -> Run | None:
-    """The run that saves most; None where nothing repeats.
+def longest_run(labels: Sequence[Hashable], shortest: int = 1) -> Run | None:
+    """The run that saves most, of periods from `shortest` on; None where nothing repeats.
 
     The time is linear: few distances are tried as the period, those that most labels speak for. A
     label that stands in each copy once has its equals at the period; one that stands there often
     has them nearer, which is why a distance counts with its length.
     """
-    runs = (_run(labels, period) for period in _distances(labels))
+    runs = (_run(labels, period) for period in _distances(labels, shortest))
     found = max(runs, key=lambda run: (run.saved, -run.period), default=None)
     return found if found is not None and found.saved > 0 else None
 
 
-def _distances(labels: Sequence[Hashable]) -> list[int]:
+def _distances(labels: Sequence[Hashable], shortest: int) -> list[int]:
     last: dict[Hashable, int] = {}
     weights: Counter[int] = Counter()
     for index, label in enumerate(labels):
-        if label in last:
+        if label in last and index - last[label] >= shortest:
             weights[index - last[label]] += index - last[label]
         last[label] = index
     return [distance for distance, _ in weights.most_common(TRIED)]

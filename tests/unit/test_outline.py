@@ -38,7 +38,7 @@ def test_what_is_found_repeats_and_what_repeats_is_found(before, body, count, af
     run = longest_run(labels)
     assert run is not None
     assert run.saved >= (count - 1) * len(body) - len(body), "one copy may be cut by the phase"
-    stretch = labels[run.start : run.start + run.count * run.period + run.rest]
+    stretch = labels[run.start : run.stop]
     assert len(stretch) == run.count * run.period + run.rest
     assert stretch[run.period :] == stretch[: -run.period]
 
@@ -206,9 +206,9 @@ def outlined(graph: Graph) -> list[str]:
 
 
 def chain(x: Tensor, step: Callable[[Tensor, int], Tensor], times: int = 6) -> Tensor:
-    """A layer of sixteen nodes and `step`, so many times."""
+    """A layer of thirty-two nodes and `step`, so many times."""
     for index in range(times):
-        for _ in range(4):
+        for _ in range(8):
             x = torch.sin(x * 2) + torch.cos(x)
         x = step(x, index)
     return x
@@ -228,6 +228,10 @@ def test_a_chain_of_equal_layers_is_outlined():
     found = agrees(lambda x: chain(x, lambda y, _: y + 1), torch.randn(4, 4))
     assert set(found) == {"repeated_0"}
     assert len(found) >= 5, "all six, or one less where the cut is elsewhere"
+
+
+def test_short_pieces_are_left_to_be_fused():
+    assert agrees(lambda x: chain(x, lambda y, _: y, times=1), torch.randn(4, 4)) == []
 
 
 def test_a_layer_that_is_wired_otherwise_stays():
