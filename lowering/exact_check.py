@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 GEMM, BATCHED, SUMS = "exact_gemm", "exact_gemm_batched", "exact_sums"
+ROUTED, RAGGED = "exact_grouped", "exact_grouped_sum"
 ATTENTION = ("exact_attention_tops", "exact_attention_sums")
 
 
@@ -49,6 +50,32 @@ class ExactProduct:
         """The product."""
         multiply = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
         return multiply(a, b, self.numerics)
+
+
+@dataclass(frozen=True)
+class ExactGroups:
+    """Products of three groups, one of them empty, and a rest that is in none."""
+
+    templates: tuple[str, ...]
+    right: torch.dtype
+    length: int = 150
+    spoiled: bool = False
+
+    def operands(self) -> list[Tensor]:
+        """`[length, 70]` with `[3, 70, 40]`, or `[70, length]` with `[length, 40]`; offsets."""
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(self.length, 70, generator=generator)
+        a *= 2.0 ** torch.randint(-10, 11, (self.length, 1), generator=generator)
+        routed = ROUTED in self.templates
+        b = torch.randn(*((3, 70) if routed else (self.length,)), 40, generator=generator)
+        if self.spoiled:
+            a.view(-1)[5], b.view(-1)[3] = math.nan, -math.inf
+        ends = torch.tensor([self.length // 3, self.length // 3, self.length - 5])
+        return [a if routed else a.t(), b.to(self.right), ends.to(torch.int32)]
+
+    def __call__(self, a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        """The products."""
+        return torch.ops.heal.grouped_mm(a, b, offs, "exact5")
 
 
 @dataclass(frozen=True)
@@ -100,7 +127,7 @@ class ExactAttention:
         return torch.ops.heal.exact_attend(query, key, value, *rest)
 
 
-Check = ExactProduct | ExactSums | ExactAttention
+Check = ExactProduct | ExactGroups | ExactSums | ExactAttention
 #: What a check gives when it runs somewhere.
 Run = Callable[[Check], Tensor]
 
@@ -117,6 +144,10 @@ def checks() -> Iterator[Check]:
         yield ExactProduct((GEMM,), bf16, rows, columns=33, terms=131, spoiled=True)
     yield ExactProduct((GEMM,), bf16, 70, columns=40, terms=70_000)  # past INT32: split
     yield ExactProduct((BATCHED,), fp32, 70)
+    for spoiled in (False, True):
+        yield ExactGroups((ROUTED,), bf16, spoiled=spoiled)
+        yield ExactGroups((RAGGED,), fp32, spoiled=spoiled)
+    yield ExactGroups((ROUTED,), bf16, length=20)  # few rows: matrices are cut as they are read
     yield ExactSums((2, 2), 0, 128)
     yield ExactSums((3, 3), 0, 131)
     yield ExactSums((3, 2), 1, 70_000)  # past INT32: split

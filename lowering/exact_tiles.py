@@ -51,7 +51,9 @@ def prefers_half(capability: int) -> bool:
     return 100 < capability < 120
 
 
-def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) -> list[ExactTile]:
+def exact_tiles(
+    capability: int, m: int, n: int, plan: Scheme, *, cuts: bool, groups: bool = False
+) -> list[ExactTile]:
     """Tiles of the kernel for about `m` x `n` outputs, best guess first.
 
     Args:
@@ -60,13 +62,17 @@ def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) ->
         n: Columns, a hint.
         plan: Digits of both operands.
         cuts: B is cut into digits as it is read.
+        groups: Rows or terms are in groups; what is known of a group takes registers.
     """
     if cuts:
         rows = 16 if m <= 16 else 32
-        return [
+        tiles = [
             ExactTile(rows, 64, 64, 4, 4, swap=True),
             ExactTile(rows, 32, 64, 4, 4, swap=True),
         ]
+        return tiles[1:] if groups and capability < 90 else tiles
+    if groups:
+        return [_fit(tile, capability, plan) for tile in _tiles_of_groups(capability, plan)]
     small = [ExactTile(64, 64, 64, 8, 3)]
     tiles = [ExactTile(128, 64, 64, 8, 4), *small]
     if prefers_half(capability):  # wider tiles and more stages spill
@@ -75,6 +81,15 @@ def exact_tiles(capability: int, m: int, n: int, plan: Scheme, *, cuts: bool) ->
         tiles = small if plan.cut else [ExactTile(64, 32, 64, 4, 3)]  # five levels spill
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
     return [_fit(tile, capability, plan) for tile in whole]
+
+
+def _tiles_of_groups(capability: int, plan: Scheme) -> list[ExactTile]:
+    narrow = ExactTile(64, 32, 64, 8, 3)
+    if prefers_half(capability):
+        return [ExactTile(128, 32, 64, 8, 3), narrow]
+    if plan.right == 3 and capability < 90:
+        return [narrow]
+    return [ExactTile(64, 64, 64, 8, 3), narrow]
 
 
 def _fit(tile: ExactTile, capability: int, plan: Scheme) -> ExactTile:

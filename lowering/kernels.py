@@ -27,6 +27,8 @@ TEXTS = {
     "layercast_batched": "layercast",
     "invariant": "decode",
     "exact_gemm_batched": "exact_gemm",
+    "exact_grouped": "exact_gemm",
+    "exact_grouped_sum": "exact_gemm",
     "exact_sums": "exact_gemm",
 }
 #: Device functions, a file each; one calls only those that stand before it.
@@ -117,6 +119,8 @@ GRIDS = {
     "layercast_batched": batched_grid,
     "exact_gemm": gemm_grid,
     "exact_gemm_batched": batched_grid,
+    "exact_grouped": grouped_grid,
+    "exact_grouped_sum": batched_grid,
     "exact_sums": batched_grid,
     "attention": attention_grid,
     "attention_merge": attention_grid,

@@ -1,4 +1,4 @@
-"""Exact products, sums, attentions to show: what `tests.sass` prints, and what tests compile."""
+"""Exact products, sums, attentions to show: what `tests.sass` prints, what tests compile."""
 
 from __future__ import annotations
 
@@ -99,8 +99,36 @@ class ExactSumsCase:
         return _templates(self, capability)
 
 
+@dataclass(frozen=True)
+class ExactGroupsCase:
+    """Rows of eight groups, each with a matrix of its own; or the gradient of those matrices."""
+
+    title: str
+    rows: int
+    n: int
+    k: int
+    ragged: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """Meta tensors of activations, of weights (or gradients), and of where groups end."""
+        right = (self.rows, self.n) if self.ragged else (8, self.n, self.k)
+        dtype = FP32 if self.ragged else BF16
+        return [
+            empty(self.rows, self.k), empty(*right, dtype=dtype), empty(8, dtype=torch.int32)
+        ]  # fmt: skip
+
+    def __call__(self, a: Tensor, b: Tensor, offs: Tensor) -> tuple[Tensor]:
+        """The operator, as a graph has it."""
+        a, b = (a.t(), b) if self.ragged else (a, b.mT)
+        return (torch.ops.heal.grouped_mm(a, b, offs, "exact5"),)
+
+    def templates(self, capability: int = 90) -> list[Kernel]:
+        """The template kernel that Inductor generates for this product."""
+        return _templates(self, capability)
+
+
 def _templates(
-    case: ExactCase | ExactAttentionCase | ExactSumsCase, capability: int
+    case: ExactCase | ExactAttentionCase | ExactGroupsCase | ExactSumsCase, capability: int
 ) -> list[Kernel]:
     found = kernels(source(case, case.tensors(), capability))
     return [kernel for kernel in found if kernel.is_template]
@@ -113,6 +141,9 @@ CASES = (
     ExactCase("exact batched", 512, 512, 64, b=FP32, batch=8),
     ExactCase("exact decode", 1, 4096, 4096),
     ExactCase("exact decode, FP32 weight", 8, 4096, 4096, b=FP32),
+    ExactGroupsCase("exact routed rows", 4096, 4096, 2048),
+    ExactGroupsCase("exact routed decode", 16, 4096, 2048),
+    ExactGroupsCase("exact routed gradient", 4096, 4096, 2048, ragged=True),
     ExactSumsCase("exact scores 128", 8192, 2048, 128),
     ExactSumsCase("exact scores 128, int24", 8192, 2048, 128, 3),
     ExactAttentionCase("exact attention 128", 2048, 2048, 128),

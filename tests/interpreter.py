@@ -295,6 +295,7 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         "torch": types.SimpleNamespace(
             cuda=guard, ops=torch.ops, **{str(d)[6:]: d for d in _DTYPES}
         ),
+        "aten": torch.ops.aten,
         "empty_strided_cuda": _poisoned,
         "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
         "get_raw_stream": always(None),

@@ -1,4 +1,4 @@
-"""Exact products with the digits given: `heal::digit_mm` and `heal::digit_sums`, and `by_digits`.
+"""Exact products with the digits given: `heal::digit_mm`, `digit_grouped_mm`, `digit_sums`.
 
 `exact_matmul` in two steps, for compilers: `by_digits` cuts operands into digits by plain tensor
 operations, which fuse with what produced them and are shared by the products that read them;
@@ -7,21 +7,24 @@ operations, which fuse with what produced them and are shared by the products th
 A row or column that is not finite has the scale NaN. Its digits mean nothing then, and so the
 operator takes the operands, too: `exact_matmul.special` says what infinities and NaN make.
 
+`groups_by_digits` and `heal::digit_grouped_mm` are the same for products of groups.
 `heal::digit_sums` stops before the rounding: its result is the integers. With it operators whose
-scales do not factor out of a product (scores of attention, weighted sums) are graphs as well.
-Imports `ops.exact_matmul`.
+scales do not factor out of a product (scores of attention, weighted sums) are graphs as well, and
+so are sums that go on elsewhere (`partial_by_digits`). Imports `ops.exact_matmul`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from healpass.arithmetic.digits import scaled_digits
+from healpass.arithmetic.digits import digit_scale, scaled_digits
 from healpass.ops import fp64
 from healpass.ops.exact_matmul import (
+    SCHEMES,
     Adders,
     Scheme,
     scale_of,
@@ -95,6 +98,126 @@ register_opaque(
     _digit_mm,
     _digit_mm_fake,
 )
+
+
+# ------------------------------------------------------------------------------------- groups
+
+
+def groups_by_digits(a: Tensor, b: Tensor, offs: Tensor, products: int) -> Tensor:
+    """`heal::grouped_mm` of two operands, FP32: the bits of `exact_matmul` per group, as a graph.
+
+    Args:
+        a: FP16, BF16 or FP32; ranks of both as `heal::grouped_mm` takes them.
+        b: Any of those.
+        offs: `[G]`, where each group ends.
+        products: 3, 5, 6 or 8. The caller sees to it that K is at most 2^24.
+    """
+    plan = scheme(products, b.dtype)
+    if a.dim() == b.dim():  # both 2-D: the sum is ragged
+        group = _group_of_each(a.shape[1], offs)
+        (a_scale, a_of_each), (b_scale, b_of_each) = (
+            _scales_of_groups(x, group, offs.shape[0], count)
+            for x, count in ((a.t(), plan.left), (b, plan.right))
+        )
+        left = scaled_digits(a, a_of_each.t(), plan.left)
+        right = scaled_digits(b, b_of_each, plan.right)
+        a_scale, b_scale = a_scale.unsqueeze(-1), b_scale.unsqueeze(-2)
+    else:
+        a_scale, b_scale = scale_of(a, -1, plan.left), scale_of(b, -2, plan.right)
+        left, right = scaled_digits(a, a_scale, plan.left), scaled_digits(b, b_scale, plan.right)
+    multiply = torch.ops.heal.digit_grouped_mm
+    if a.dim() <= b.dim():
+        return multiply(a, b, offs, left, right, a_scale, b_scale, plan.cut)
+    # Columns are routed: the transpose of routed rows.
+    planes = [[x.mT for x in digits] for digits in (right, left)]
+    return multiply(b.mT, a.mT, offs, *planes, b_scale.mT, a_scale.mT, plan.cut).t()
+
+
+def _group_of_each(count: int, offs: Tensor) -> Tensor:
+    """The group of each of `count` terms, `[count]` INT64; G for those past the last group."""
+    return torch.searchsorted(
+        offs, torch.arange(count, device=offs.device, dtype=offs.dtype), right=True
+    )
+
+
+def _scales_of_groups(x: Tensor, group: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
+    """`scale_of` per group of rows of `x` `[T, N]`: `[G, N]`, and for each row `[T, N]`."""
+    size = x.detach().abs().to(torch.float32)
+    size = torch.where(size < math.inf, size, math.inf)
+    index = group.unsqueeze(-1).expand(size.shape)
+    largest = size.new_zeros(groups + 1, x.shape[1]).scatter_reduce(0, index, size, "amax")
+    scale = torch.where(largest < math.inf, digit_scale(largest, count), math.nan)
+    return scale.narrow(0, 0, groups), scale.gather(0, index)
+
+
+def _digit_grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor,
+    a_digits: Sequence[Tensor],
+    b_digits: Sequence[Tensor],
+    a_scale: Tensor,
+    b_scale: Tensor,
+    cut: int,
+) -> Tensor:
+    """As `heal::digit_mm` for every group; `b` has rank 3 (rows are routed) or 2 (a ragged sum).
+
+    Args:
+        a: `[T, K]` or `[M, T]`.
+        b: `[G, K, N]` or `[T, N]`.
+        offs: `[G]`, where each group ends.
+        a_digits: INT8 planes of `a`, the lowest first.
+        b_digits: INT8 planes of `b`.
+        a_scale: FP32 `[T, 1]` or `[G, M, 1]`.
+        b_scale: FP32 `[G, 1, N]`.
+        cut: Pairs of digits with i + j below this are dropped.
+    """
+    routed = b.dim() == 3
+    result = _digit_grouped_mm_fake(a, b, offs).zero_()
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        terms = slice(start, end)
+        here = (terms,) if routed else (slice(None), terms)
+        there = group if routed else terms
+        result[terms if routed else group] = _digit_mm(
+            a[here],
+            b[there],
+            [plane[here] for plane in a_digits],
+            [plane[there] for plane in b_digits],
+            a_scale[terms if routed else group],
+            b_scale[group],
+            cut,
+        )
+        start = end
+    return result
+
+
+def _digit_grouped_mm_fake(a: Tensor, b: Tensor, offs: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
+    size = (*([] if b.dim() == 3 else offs.shape), a.shape[0], b.shape[-1])
+    return a.new_empty(size, dtype=torch.float32)
+
+
+register_opaque(
+    "digit_grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor[] a_digits, Tensor[] b_digits,"
+    " Tensor a_scale, Tensor b_scale, int cut) -> Tensor",
+    _digit_grouped_mm,
+    _digit_grouped_mm_fake,
+)
+
+
+# --------------------------------------------------------------------------------------- sums
+
+
+def partial_by_digits(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, products: int
+) -> Tensor:
+    """`heal::mm_partial` as a graph: INT64 `[M, N]` of this part of K, at most 2^24 terms."""
+    plan = SCHEMES[products]
+    planes = (
+        scaled_digits(torch.where(x.isfinite(), x, 0.0), torch.where(s.isfinite(), s, 1.0), count)
+        for x, s, count in ((a, a_scale, plan.left), (b, b_scale, plan.right))
+    )
+    return digit_sums(*planes, plan.cut)
 
 
 def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from healpass.backend import PINNED_SETTINGS
 from tests.attention_cases import AttentionCase, Scoring
-from tests.exact_cases import ExactAttentionCase, ExactCase, ExactSumsCase
+from tests.exact_cases import ExactAttentionCase, ExactCase, ExactGroupsCase, ExactSumsCase
 from tests.fake_cuda import Device, generated_source, kernels
 from tests.sass import Case
 
@@ -43,6 +43,8 @@ CASES = {
     "exact_half": ExactCase("exact prefill", 2048, 4096, 14336, numerics="exact8"),
     "exact_batched": ExactCase("exact batched", 512, 512, 64, b=FP32, batch=9),
     "exact_decode": ExactCase("exact decode", 1, 4096, 14336),
+    "exact_grouped": ExactGroupsCase("exact routed rows", 4096, 4096, 2048),
+    "exact_grouped_sum": ExactGroupsCase("exact routed gradient", 4096, 4096, 2048, ragged=True),
     "exact_sums": ExactSumsCase("exact scores", 8192, 2048, 128),
     "exact_attention": ExactAttentionCase("exact attention", 2048, 2048, 128),
     "exact_attention_decode": ExactAttentionCase("exact decode", 1, 8192, 64, "int24"),
