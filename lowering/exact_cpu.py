@@ -17,6 +17,7 @@ limit^2 E, and P V 2^22 limit S. What does not fit a budget keeps its meaning (`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from healpass.ops.reduce import from_integers
 heal = torch.ops.heal
 
 FP64_BITS = 53
+#: Tuning: rows of a block of causal attention at least, and blocks at most (each is compiled).
+FEWEST_ROWS, MOST_BLOCKS = 64, 8
 #: Terms of a matrix product whose total, in units of 256^cut, stays below 2^53.
 MOST_TERMS = 1 << 14
 
@@ -141,21 +144,61 @@ def attend(
     fmt, how = FORMATS[kv], Numerics.parse(numerics)
     if not _is_plain(how, query) or not _attention_fits(query, key, value, fmt):
         return NotImplemented
-    batch, heads, length, size = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    grouped = (batch, kv_heads, (heads // kv_heads) * length)
-    (q, q_scale), (k, k_scale), (v, v_scale) = (whole_numbers(x, fmt) for x in (query, key, value))
-    sums = torch.matmul(q.reshape(*grouped, size), k.mT)
-    scores, visible = scaled_scores(
-        sums.reshape(batch, heads, length, keys),
-        q_scale.squeeze(-1), k_scale.squeeze(-1), attn_mask, is_causal, scale,
-    )  # fmt: skip
+    q, k, v = (whole_numbers(x, fmt) for x in (query, key, value))
+    blocks = []
+    for rows, columns in _visible_parts(query.shape[2], key.shape[2], is_causal):
+        block_q, (keys, k_scale), (values, v_scale) = (
+            tuple(_part(x, 2, span) for x in state)
+            for state, span in ((q, rows), (k, columns), (v, columns))
+        )
+        scores, visible = scaled_scores(
+            _products(block_q[0], keys), block_q[1].squeeze(-1), k_scale.squeeze(-1),
+            _part_of_mask(attn_mask, rows, columns), is_causal, scale, rows.start,
+        )  # fmt: skip
+        weigh = partial(_weighted, value=values, fmt=fmt)
+        blocks.append(attend_scores(scores, visible, v_scale.squeeze(-1), weigh))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
-    def weigh(fixed: Tensor) -> Tensor:
-        total = _weighted(fixed.reshape(*grouped, keys), v, fmt)
-        return total.reshape(batch, heads, length, value.shape[-1])
 
-    return attend_scores(scores, visible, v_scale.squeeze(-1), weigh)
+def _visible_parts(length: Any, keys: Any, is_causal: bool) -> list[tuple[slice, slice]]:
+    """Blocks of rows, and the keys that they may see: half of the work where a mask is causal.
+
+    A row's bits depend on what it sees alone (`ops.exact_attention`).
+    """
+    if not (is_causal and isinstance(length, int) and isinstance(keys, int)):
+        return [(slice(0, length), slice(0, keys))]
+    count = max(FEWEST_ROWS, -(-length // MOST_BLOCKS))
+    ends = [min(start + count, length) for start in range(0, length, count)]
+    return [
+        (slice(start, end), slice(0, min(end, keys)))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _part(x: Tensor, dim: int, span: slice) -> Tensor:
+    count = span.stop - span.start
+    return x if x.shape[dim] == count else x.narrow(dim, span.start, count)
+
+
+def _part_of_mask(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
+    """Of a mask that broadcasts to `[B, H, L, S]`."""
+    if mask is None:
+        return None
+    spans = [(dim, span) for dim, span in ((-2, rows), (-1, columns)) if mask.dim() >= -dim]
+    for dim, span in spans:
+        mask = mask if mask.shape[dim] == 1 else _part(mask, dim, span)
+    return mask
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Q K^T of integers, `[B, H, L, E]` by `[B, Hkv, S, E]`, in FP64."""
+    return torch.matmul(_grouped(q, k), k.mT).reshape(*q.shape[:-1], k.shape[2])
+
+
+def _grouped(x: Tensor, key: Tensor) -> Tensor:
+    """`[B, H, L, N]` as `[B, Hkv, R, N]`: the rows that share a key head, one after another."""
+    batch, heads, length, size = x.shape
+    return x.reshape(batch, key.shape[1], heads // key.shape[1] * length, size)
 
 
 def _attention_fits(query: Tensor, key: Tensor, value: Tensor, fmt: IntegerFormat) -> bool:
@@ -172,14 +215,15 @@ def _largest_part(fmt: IntegerFormat) -> int:
 
 
 def _weighted(fixed: Tensor, value: Tensor, fmt: IntegerFormat) -> Tensor:
-    """P V exactly, rounded once to FP64: `[B, Hkv, R, S]` by `[B, Hkv, S, E]` integers."""
-    weights = fixed.to(torch.float64)
+    """P V exactly, rounded once to FP64: `[B, H, L, S]` by `[B, Hkv, S, E]` integers."""
+    weights = _grouped(fixed.to(torch.float64), value)
+    size = (*fixed.shape[:-1], value.shape[-1])
     if fmt.limit < 1 << 15:
-        return torch.matmul(weights, value)
+        return torch.matmul(weights, value).reshape(size)
     high = _above(value, 1)
     parts = [torch.matmul(weights, part) for part in (value - high * 2.0**BASE_BITS, high)]
     low, top = (part.to(torch.int64) for part in parts)
-    return from_integers(low + (top << BASE_BITS))
+    return from_integers(low + (top << BASE_BITS)).reshape(size)
 
 
 #: Operator -> a traceable function with its bits, or NotImplemented.

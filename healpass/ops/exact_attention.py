@@ -162,11 +162,15 @@ def scaled_scores(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible."""
+    """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible.
+
+    `first_row` says which query of the whole the first one is, for `is_causal`.
+    """
     groups = query_scale.shape[1] // key_scale.shape[1]
     scales = query_scale.to(torch.float64).unsqueeze(-1) * _per_head(key_scale, groups)
-    return _masked(sums * scales * scale, attn_mask, is_causal)
+    return _masked(sums * scales * scale, attn_mask, is_causal, first_row)
 
 
 def _check_budget(query_digits: Tensor, value_digits: Tensor) -> None:
@@ -185,11 +189,13 @@ def _per_head(scale: Tensor, groups: int) -> Tensor:
     return scale.to(torch.float64).repeat_interleave(groups, 1).unsqueeze(2)
 
 
-def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _masked(
+    scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
     """The scores with the mask added, -inf where hidden, and what is visible."""
     visible = torch.ones_like(scores, dtype=torch.bool)
     if is_causal:
-        visible = visible.tril()
+        visible = visible.tril(first_row)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif attn_mask is not None:

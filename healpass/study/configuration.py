@@ -103,8 +103,9 @@ class Configuration:
         Args:
             compiled: Whether the plan lets Inductor compile where it can.
         """
-        own_speed = self.is_baseline or (compiled and not self.chunk)
-        return bool(self.order or self.gpu or not own_speed)
+        # One batch is not worth the minutes that an exact graph takes to compile.
+        once = self.precision == "exact" and (self.order or self.chunk)
+        return bool(self.gpu or not (self.is_baseline or (compiled and not once)))
 
     def heal_options(self) -> dict[str, Any]:
         """The options of `backend="heal"`; a baseline has no simulation or order there."""

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from healpass import inductor_options
 from healpass.study.baselines import baseline_functions
 from healpass.study.configuration import Configuration
+from healpass.study.kept_digits import KeptDigits
 
 #: Functions that change no value: what follows them is the operation.
 _MOVES = {
@@ -67,6 +68,7 @@ class Recorder:
 
 def backend(configuration: Configuration, watch: Watch | None = None) -> Callable[..., Any]:
     """A backend for `torch.compile` that runs the configuration's graph node by node."""
+    kept = KeptDigits()
 
     def compile_graph(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         del example_inputs
@@ -74,7 +76,7 @@ def backend(configuration: Configuration, watch: Watch | None = None) -> Callabl
             options = inductor_options(outputs="fp32", **configuration.heal_options())
             options["pre_grad_custom_pass"](graph_module.graph)
             graph_module.recompile()
-        functions = baseline_functions(configuration)
+        functions = baseline_functions(configuration) | kept.functions()
         names = operations(graph_module) if watch else {}
 
         def run(*args: Any) -> Any:

@@ -2,15 +2,17 @@
 
 Layer: study. Imports `integrations`, the public names and `study`.
 
-Baselines run as transformers runs them. The natural order of the other precisions is compiled by
-Inductor, as users run it. Another order of summation and a simulated GPU have no fast kernels, and
-chunks would be compiled for one unit alone: there the rewritten graph runs node by node
-(`study.interpret`).
+Baselines run as transformers runs them; the other precisions are compiled by Inductor, as users
+run them. In another order of summation linear layers are permuted (`study.reorder`) and go the
+same way. A simulated GPU has no fast kernels, nor has a model that cannot be permuted, and one
+batch is not worth the minutes that an exact graph takes to compile: there the rewritten graph runs
+node by node (`study.interpret`), and so does every text that is scored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from healpass.integrations.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration, Unit
 from healpass.study.interpret import Watch, backend
+from healpass.study.reorder import can_reorder, reorder
 
 #: The most graphs of one model: prefill, later chunks and decode, for one prompt and for several,
 #: with and without a mask.
@@ -28,16 +31,17 @@ GRAPHS = 16
 
 @dataclass(frozen=True)
 class Network:
-    """A model ready to run; units with one `key` share it."""
+    """A model ready to run; units with one `key` share it, and what was compiled."""
 
     key: tuple[Any, ...]
     model: Any
 
 
 def key_of(unit: Unit) -> tuple[Any, ...]:
-    """What a unit's model depends on: batch size and padding are not part of it."""
+    """What a unit's model depends on: batch size, chunks and padding are not part of it."""
     c = unit.configuration
-    return (c.precision, c.kv, c.order, c.gpu, bool(c.chunk), unit.kind == "forced")
+    by_node = c.runs_by_node(compiled=True)
+    return (c.precision, c.kv, c.order, c.gpu, by_node, unit.kind == "forced")
 
 
 def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Network:
@@ -55,11 +59,18 @@ def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Netwo
     if unit.kind == "forced":
         interpret(model, c)
         return Network(key_of(unit), model)
+    by_node = c.runs_by_node(compiled)
+    if c.order and not c.gpu:
+        if can_reorder(model):
+            reorder(model, c.order)
+            c = dataclasses.replace(c, order=0)
+        else:
+            by_node = True
     if not c.is_baseline:
         from healpass.integrations.transformers import heal_model
 
         heal_model(model, **c.heal_options())
-    if c.runs_by_node(compiled):
+    if by_node:
         interpret(model, c)
     return Network(key_of(unit), model)
 

@@ -296,7 +296,8 @@ def _seconds_per_token(store: Store, units: Sequence[Unit]) -> dict[str, float]:
     """
     found = {}
     for unit in units:
-        if unit.kind != "greedy" or unit.configuration.runs_by_node(store.plan.compiled):
+        c = unit.configuration
+        if unit.kind != "greedy" or c.order or c.chunk or c.runs_by_node(store.plan.compiled):
             continue
         counted = [(b.seconds, sum(len(a.tokens) for a in b.answers)) for b in store.batches(unit)]
         paces = [seconds / tokens for seconds, tokens in counted[1:] if tokens]

@@ -51,7 +51,7 @@ def bf16(model, tasks, tmp_path_factory):
     """The study of BF16, and its folder."""
     folder = tmp_path_factory.mktemp("study") / "out"
     options = ["--preset", "quick", "--precision", "bf16", "--tasks", tasks, "--out", folder]
-    options += ["--prompts", "6", "--max-new-tokens", "48", "--json"]
+    options += ["--prompts", "6", "--max-new-tokens", "160", "--json"]
     return healpass(model, *options), folder, [model, *options]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
 from strategies import DTYPES, data, fill
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
@@ -143,6 +145,58 @@ def test_attention_has_the_bits_of_the_meaning(
     assert differing(exact_cpu.attend(*arguments), heal.exact_attend(*arguments)) == 0
 
 
+def mask_of(kind: str, length: int, keys: int) -> Tensor | None:
+    """Of every shape that broadcasts to `[B, H, L, S]`."""
+    if kind == "none":
+        return None
+    if kind == "bool":
+        return torch.arange(length * keys).reshape(length, keys) % 5 > 0
+    if kind == "keys":
+        return torch.arange(keys) % 7 != 2
+    if kind == "rows":
+        return torch.linspace(-1, 1, length).reshape(1, 1, length, 1)
+    return torch.zeros(1, 1, 1, keys, dtype=torch.bool)
+
+
+@examples(40)
+@given(
+    length=st.integers(1, 20),
+    keys=st.integers(1, 20),
+    fewest=st.integers(1, 7),
+    most=st.integers(1, 5),
+    mask=st.sampled_from(["none", "bool", "keys", "rows", "hidden"]),
+    kv=st.sampled_from(list(FORMATS)),
+    special=st.sampled_from([None, math.nan, math.inf]),
+)
+def test_blocks_of_causal_rows_have_the_bits_of_the_whole(
+    length, keys, fewest, most, mask, kv, special
+):
+    q, k, v = states(2, 4, 2, length, keys, 8, 5, seed=length + 20 * keys)
+    if special is not None:
+        k[0, 0, -1, 0] = v[1, 1, -1, 0] = special  # the last key is seen by the last rows only
+    arguments = (q, k, v, mask_of(mask, length, keys), True, 0.3, kv, "exact5")
+    with mock.patch.multiple(exact_cpu, FEWEST_ROWS=fewest, MOST_BLOCKS=most):
+        parts = exact_cpu._visible_parts(length, keys, is_causal=True)
+        assert len(parts) <= most
+        assert sum(rows.stop - rows.start for rows, _ in parts) == length
+        found = exact_cpu.attend(*arguments)
+    assert differing(found, heal.exact_attend(*arguments)) == 0
+
+
+def test_a_block_that_misses_a_key_shows(monkeypatch):
+    """The inverse."""
+    arguments = (*states(1, 2, 1, 130, 130, 16, 16), None, True, 0.25, "int16", "exact5")
+    parts = exact_cpu._visible_parts
+
+    def without_the_last(*sizes):
+        return [(rows, slice(0, columns.stop - 1)) for rows, columns in parts(*sizes)]
+
+    wanted = heal.exact_attend(*arguments)
+    assert differing(exact_cpu.attend(*arguments), wanted) == 0
+    monkeypatch.setattr(exact_cpu, "_visible_parts", without_the_last)
+    assert differing(exact_cpu.attend(*arguments), wanted) > 0
+
+
 def test_attention_past_a_budget_keeps_its_meaning():
     q, k, v = states(1, 1, 1, 1, 2, 200, 2)
     assert exact_cpu.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
@@ -159,5 +213,14 @@ def test_compiled_attention_too(length):
 
     def attention(q, k, v):
         return heal.exact_sdpa(q, k, v, mask, enable_gqa=True)
+
+    assert differing(compiled(attention)(q, k, v), attention(q, k, v)) == 0
+
+
+def test_compiled_blocks_too():
+    q, k, v = states(1, 4, 2, 140, 140, 16, 16)
+
+    def attention(q, k, v):
+        return heal.exact_sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
     assert differing(compiled(attention)(q, k, v), attention(q, k, v)) == 0

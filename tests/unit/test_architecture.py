@@ -33,9 +33,14 @@ BELOW = {
     "graph": {"errors", "arithmetic", "ops", "config", "report"},
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "integrations": {"errors", "arithmetic", "ops", "config"},
-    # Beyond the public names: the simulated adders for its baselines, HEAL for transformers, and
-    # the stamp of the environment. Nothing below depends on it.
-    "study": {"errors", "strict_json", "environment", "integrations", "tensorcore"} | PUBLIC,
+    # Beyond the public names: the simulated adders for its baselines, the digits of exact weights
+    # (to keep them), HEAL for transformers, and the stamp of the environment. Nothing below
+    # depends on it.
+    "study": {
+        *("errors", "strict_json", "environment", "integrations"),
+        *("arithmetic", "ops", "tensorcore"),
+    }
+    | PUBLIC,
     "bench": {"errors", "environment", "integrations"} | PUBLIC,
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
     "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},

@@ -135,7 +135,7 @@ def test_the_reference_is_right(name):
 def test_error_is_within_its_bound_for_every_fp32_number(name):
     """All 2^32 of them, through compiled code, whose bits are those of eager code."""
     function = compiled(getattr(heal, name))
-    step, largest = 1 << 24, 0.0
+    step, largest = 1 << 18, 0.0  # what fits a cache takes a fifth of the time
     for start in range(-(1 << 31), 1 << 31, step):
         bits = torch.arange(start, start + step, dtype=torch.int64).to(torch.int32)
         largest = max(largest, worst(name, function, bits.view(torch.float32)))
