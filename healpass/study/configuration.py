@@ -103,8 +103,7 @@ class Configuration:
         Args:
             compiled: Whether the plan lets Inductor compile where it can.
         """
-        # One batch is not worth the minutes that an exact graph takes to compile.
-        once = self.precision == "exact" and (self.order or self.chunk)
+        once = self.order or self.chunk  # a batch or two are not worth a compile of minutes
         return bool(self.gpu or not (self.is_baseline or (compiled and not once)))
 
     def heal_options(self) -> dict[str, Any]:

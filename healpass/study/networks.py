@@ -3,10 +3,10 @@
 Layer: study. Imports `integrations`, the public names and `study`.
 
 Baselines run as transformers runs them; the other precisions are compiled by Inductor, as users
-run them. In another order of summation linear layers are permuted (`study.reorder`) and go the
-same way. A simulated GPU has no fast kernels, nor has a model that cannot be permuted, and one
-batch is not worth the minutes that an exact graph takes to compile: there the rewritten graph runs
-node by node (`study.interpret`), and so does every text that is scored.
+run them. What runs once, in chunks or in another order of summation, is not worth the minutes that
+a compile takes, and a simulated GPU has no fast kernels: there the rewritten graph runs node by
+node (`study.interpret`), and so does every text that is scored. Another order is that of permuted
+linear layers (`study.reorder`), or of the operators where a model cannot be permuted.
 """
 
 from __future__ import annotations
