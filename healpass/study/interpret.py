@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from healpass import inductor_options
 from healpass.study.baselines import baseline_functions
 from healpass.study.configuration import Configuration
-from healpass.study.kept_digits import KeptDigits
+from healpass.study.kept_weights import KeptWeights
 
 #: Functions that change no value: what follows them is the operation.
 _MOVES = {
@@ -68,7 +68,7 @@ class Recorder:
 
 def backend(configuration: Configuration, watch: Watch | None = None) -> Callable[..., Any]:
     """A backend for `torch.compile` that runs the configuration's graph node by node."""
-    kept = KeptDigits()
+    kept = KeptWeights()
 
     def compile_graph(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         del example_inputs

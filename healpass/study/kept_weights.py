@@ -1,13 +1,15 @@
-"""Exact linear layers that cut each weight into digits once, for graphs that run node by node.
+"""Linear layers that prepare each weight once, for graphs that run node by node.
 
 Layer: study. Imports `arithmetic` and `ops`.
 
-`heal::linear` cuts its weight in every call; compiled code does so while it reads it, but node by
-node that takes longer than the product. The bits are those of `heal::linear`.
+`heal::linear` makes digits of its weight, or FP32, in every call. Compiled code does so while it
+reads the weight; node by node it takes longer than the product. The bits are those of
+`heal::linear`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +29,11 @@ from healpass.ops.exact_matmul import (
 from healpass.ops.numerics import Numerics
 
 
-class KeptDigits:
-    """Stands for `heal::linear` of weights that nobody writes to; holds a byte per digit."""
+class KeptWeights:
+    """Stands for `heal::linear` of weights that nobody writes to.
+
+    It holds two or three bytes per weight with `exact`, else four.
+    """
 
     def __init__(self) -> None:
         """Hold nothing yet."""
@@ -43,13 +48,17 @@ class KeptDigits:
     ) -> Tensor:
         """As `heal::linear`: `[..., K]` by `[N, K]`, FP32 `[..., N]`."""
         how = Numerics.parse(numerics)
-        plain = how.products is not None and how.simulate is None and not how.order
-        if not plain or weight.dim() != 2 or x.numel() == 0:
+        if how.simulate or how.order or weight.dim() != 2 or x.numel() == 0:
             return torch.ops.heal.linear(x, weight, bias, numerics)
-        assert how.products is not None
+        if how.products is None:  # FP32 arithmetic
+            if weight.dtype == torch.float32:
+                return torch.ops.heal.linear(x, weight, bias, numerics)
+            wide = self._prepared(weight, None, lambda: weight.to(torch.float32))
+            return torch.ops.heal.linear(x, wide, bias, numerics)
         plan = scheme(how.products, weight.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        row_scale, (column_scale, right) = scale_of(rows, -1, plan.left), self._of(weight, plan)
+        row_scale = scale_of(rows, -1, plan.left)
+        column_scale, right = self._prepared(weight, plan, lambda: _digits(weight, plan))
         if bool(row_scale.isnan().any()) or bool(column_scale.isnan().any()):
             return torch.ops.heal.linear(x, weight, bias, numerics)
         left = scaled_digits(rows, row_scale, plan.left)
@@ -58,9 +67,13 @@ class KeptDigits:
         result = result.reshape(*x.shape[:-1], weight.shape[0])
         return result if bias is None else torch.ops.heal.add(result, bias)
 
-    def _of(self, weight: Tensor, plan: Scheme) -> tuple[Tensor, Digits]:
-        if weight not in self._kept:
-            scale = scale_of(weight.t(), -2, plan.right)
-            self._kept[weight] = scale, scaled_digits(weight.t(), scale, plan.right)
-        found: tuple[Tensor, Digits] = self._kept[weight]
-        return found
+    def _prepared(self, weight: Tensor, plan: Scheme | None, make: Callable[[], Any]) -> Any:
+        known = self._kept.setdefault(weight, {})
+        if plan not in known:
+            known[plan] = make()
+        return known[plan]
+
+
+def _digits(weight: Tensor, plan: Scheme) -> tuple[Tensor, Digits]:
+    scale = scale_of(weight.t(), -2, plan.right)
+    return scale, scaled_digits(weight.t(), scale, plan.right)

@@ -1,4 +1,4 @@
-"""Kept digits: the bits of `heal::linear`, and a weight that is cut once."""
+"""Kept weights: the bits of `heal::linear`, and a weight that is prepared once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from exactly import differing
 
-from healpass.study import kept_digits
-from healpass.study.kept_digits import KeptDigits
+from healpass.study import kept_weights
+from healpass.study.kept_weights import KeptWeights
 
 heal = torch.ops.heal
 
@@ -23,7 +23,7 @@ def test_every_bit_is_that_of_the_operator(numerics, dtype, shape, special):
     x, weight = (torch.randn(size, generator=generator) for size in (shape, (17, 40)))
     x.view(-1)[:1] += special
     bias, weight = torch.randn(17, generator=generator), weight.to(dtype)
-    linear = KeptDigits().linear
+    linear = KeptWeights().linear
     for given in (None, bias):
         found, wanted = (f(x, weight, given, numerics) for f in (linear, heal.linear))
         assert differing(found, wanted) == 0
@@ -32,17 +32,17 @@ def test_every_bit_is_that_of_the_operator(numerics, dtype, shape, special):
 def test_a_weight_that_is_not_finite_too():
     x, weight = torch.ones(2, 8), torch.ones(3, 8)
     weight[1, 1] = torch.nan
-    found, wanted = (f(x, weight, None, "exact5") for f in (KeptDigits().linear, heal.linear))
+    found, wanted = (f(x, weight, None, "exact5") for f in (KeptWeights().linear, heal.linear))
     assert differing(found, wanted) == 0
 
 
 def test_a_weight_is_cut_once_and_forgotten_with_its_tensor(monkeypatch):
     counted = []
-    cut = kept_digits.scaled_digits
+    cut = kept_weights.scaled_digits
     monkeypatch.setattr(
-        kept_digits, "scaled_digits", lambda x, *rest: counted.append(x.shape) or cut(x, *rest)
+        kept_weights, "scaled_digits", lambda x, *rest: counted.append(x.shape) or cut(x, *rest)
     )
-    kept, weight = KeptDigits(), torch.randn(6, 8).bfloat16()
+    kept, weight = KeptWeights(), torch.randn(6, 8).bfloat16()
     for rows in (1, 5):
         kept.linear(torch.randn(rows, 8), weight, None, "exact5")
     assert counted.count(torch.Size([8, 6])) == 1
