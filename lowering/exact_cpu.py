@@ -35,7 +35,7 @@ heal = torch.ops.heal
 
 FP64_BITS = 53
 #: Tuning: rows of a block of causal attention at least, and blocks at most (each is compiled).
-FEWEST_ROWS, MOST_BLOCKS = 64, 8
+FEWEST_ROWS, MOST_BLOCKS = 64, 4
 #: Terms of a matrix product whose total, in units of 256^cut, stays below 2^53.
 MOST_TERMS = 1 << 14
 
