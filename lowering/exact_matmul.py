@@ -226,7 +226,8 @@ def lower_groups(
     """
     problem = DigitProblem(a_digits, b_digits, cut, (a, b), (a_scale, b_scale), offs)
     # (A result of one element is stored without a mask: see `_by_descriptor`.)
-    if problem.routed and not (problem.groups.is_number and compat.is_many(problem.size[-1])):
+    groups = offs.get_size()[0]
+    if problem.routed and not (groups.is_number and compat.is_many(problem.size[-1])):
         return None
     return _lower("exact_grouped" if problem.routed else "exact_grouped_sum", problem)
 
@@ -293,7 +294,7 @@ def _knobs(problem: DigitProblem, nodes: list[ir.IRNode], tile: ExactTile) -> di
         "BATCHED": problem.offs is None and len(problem.size) == 3,
         "ROUTED": problem.routed,
         "RAGGED": ragged,
-        "GROUPS": int(problem.groups) if problem.routed else 0,
+        "GROUPS": int(problem.groups or 0) if problem.routed else 0,
         "A_DIGITS": plan.left,
         "B_DIGITS": plan.right,
         "CUT": plan.cut,

@@ -213,11 +213,11 @@ def partial_by_digits(
 ) -> Tensor:
     """`heal::mm_partial` as a graph: INT64 `[M, N]` of this part of K, at most 2^24 terms."""
     plan = SCHEMES[products]
-    planes = (
+    left, right = (
         scaled_digits(torch.where(x.isfinite(), x, 0.0), torch.where(s.isfinite(), s, 1.0), count)
         for x, s, count in ((a, a_scale, plan.left), (b, b_scale, plan.right))
     )
-    return digit_sums(*planes, plan.cut)
+    return digit_sums(left, right, plan.cut)
 
 
 def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) -> Tensor:
