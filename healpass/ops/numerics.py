@@ -24,8 +24,6 @@ EXACT = {f"exact{products}": products for products in SCHEMES}
 PRECISIONS = ("heal", "layercast", *EXACT)
 GENERATIONS = ("v100", "a100", "h100", "b200")
 M_INVARIANT = "m_invariant"
-#: From how many terms on another order of summation moves runs of them, and of how many.
-LONG, RUN = 256, 16
 
 
 @dataclass(frozen=True)
@@ -104,20 +102,10 @@ def _parse(text: str) -> Numerics:
 
 
 def _shuffled(a: Tensor, b: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """`a` `[..., M, K]` and `b` `[..., K, N]` over a permutation of K: another order of the sum.
-
-    Where K is long, runs of terms are moved: single ones would take longer than the product.
-    """
-    k = a.shape[-1]
-    run = RUN if k >= LONG else 1
-    order = torch.randperm(k // run, generator=torch.Generator().manual_seed(seed)).to(a.device)
-
-    def moved(x: Tensor) -> Tensor:
-        runs = x.narrow(-1, 0, k // run * run).unflatten(-1, (k // run, run))
-        found = runs.index_select(-2, order).flatten(-2)
-        return torch.cat([found, x.narrow(-1, k // run * run, k % run)], -1) if k % run else found
-
-    return moved(a), moved(b.mT).mT
+    """The operands over a permutation of K: the same products in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(a.shape[-1], generator=generator).to(a.device)
+    return a.index_select(-1, order), b.index_select(-2, order)
 
 
 def _fma_chain(a: Tensor, b: Tensor, order: int) -> Tensor:
