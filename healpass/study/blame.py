@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from healpass.integrations.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration
-from healpass.study.interpret import Recorder, Watch
+from healpass.study.interpret import NodeByNode, Recorder, Watch
 from healpass.study.networks import interpret, strict_dynamo
 from healpass.study.traces import Sketch, trace_of
 
@@ -177,7 +177,7 @@ class _Replacer:
 
 @dataclass
 class Session:
-    """Runs one text under configurations of a checkpoint, each model set up once.
+    """Runs one text under configurations of a checkpoint, a precision's model set up once.
 
     Attributes:
         checkpoint: The model.
@@ -186,22 +186,17 @@ class Session:
 
     checkpoint: Checkpoint
     text: Sequence[int]
-    _key: Any = None
     _model: Any = None
-    _watch: Watch | None = None
+    _nodes: NodeByNode | None = None
 
     def run(self, configuration: Configuration, watch: Watch) -> Tensor:
         """Run freely, or as the watch has it; returns the logits `[B, T, V]`."""
-        key = replace(configuration, batch_size=1)
-        if self._key != key:
+        if self._nodes is None or self._nodes.configuration.precision != configuration.precision:
             self._model = None  # free the memory of the last one first
             torch._dynamo.reset()
             self._model = self.checkpoint.model(configuration.dtype)
-            self._watch = Watch(watch.see)
-            interpret(self._model, configuration, self._watch)
-            self._key = key
-        assert self._watch is not None
-        self._watch.see, self._watch.functions = watch.see, watch.functions
+            self._nodes = interpret(self._model, configuration)
+        self._nodes.configuration, self._nodes.watch = configuration, watch
         ids = torch.tensor([list(self.text)] * configuration.batch_size)
         with strict_dynamo():
             return self._model(input_ids=ids, use_cache=False).logits

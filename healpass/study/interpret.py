@@ -4,7 +4,9 @@ Layer: study. Imports the public names and `study`.
 
 `torch.compile` hands over the graph; `healpass.inductor_options` offers the passes that rewrite
 it; here every node then runs with plain torch. That takes seconds to set up where a compiler takes
-minutes, works for every order and simulated GPU, and lets each operation be seen.
+minutes, works for every order and simulated GPU, and lets each operation be seen. Most of those
+seconds are Dynamo's, so one captured graph serves all configurations of a model: each rewrites a
+copy.
 
 An *operation* is what a reader would point at: a leaf module (`model.layers.3.mlp.up_proj`), known
 by its last node, or a function called between modules (`model.layers.3.self_attn:sdpa`).
@@ -15,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from healpass import inductor_options
+from healpass.errors import StudyError
 from healpass.study.baselines import baseline_functions
 from healpass.study.configuration import Configuration
 from healpass.study.kept_weights import KeptWeights
@@ -66,26 +70,77 @@ class Recorder:
         return value
 
 
-def backend(configuration: Configuration, watch: Watch | None = None) -> Callable[..., Any]:
-    """A backend for `torch.compile` that runs the configuration's graph node by node."""
-    kept = KeptWeights()
+class NodeByNode:
+    """A backend for `torch.compile` that runs graphs as the configuration in force says.
 
-    def compile_graph(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
+    Attributes:
+        configuration: May change between two calls of the model, to one of the same dtypes.
+        watch: Sees the operations; None if nobody looks.
+    """
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.watch: Watch | None = None
+        self._kept = KeptWeights()
+
+    def __call__(self, graph_module: GraphModule, example_inputs: list[Any]) -> Any:
+        """Take a graph from Dynamo; what is returned runs it."""
         del example_inputs
-        if not configuration.is_baseline:
-            options = inductor_options(outputs="fp32", **configuration.heal_options())
-            options["pre_grad_custom_pass"](graph_module.graph)
-            graph_module.recompile()
-        functions = baseline_functions(configuration) | kept.functions()
-        names = operations(graph_module) if watch else {}
+        rewritten = {_way(self.configuration): _rewritten(graph_module, self.configuration)}
 
         def run(*args: Any) -> Any:
-            stand_ins = functions | dict(watch.functions if watch else {})
-            return _Watched(graph_module, stand_ins, names, watch).run(*args)
+            way = _way(self.configuration)
+            if way not in rewritten:
+                rewritten[way] = _rewritten_later(graph_module, self.configuration)
+            return self._interpret(rewritten[way], *args)
 
         return run
 
-    return compile_graph
+    def _interpret(self, graph_module: GraphModule, *args: Any) -> Any:
+        names = operations(graph_module) if self.watch else {}
+        functions = baseline_functions(self.configuration) | self._kept.functions()
+        functions |= self.watch.functions if self.watch else {}
+        return _Watched(graph_module, functions, names, self.watch).run(*args)
+
+
+def _way(configuration: Configuration) -> tuple[Any, ...]:
+    """What a rewritten graph depends on."""
+    return tuple(configuration.heal_options().items())
+
+
+def _rewritten(graph_module: GraphModule, configuration: Configuration) -> GraphModule:
+    """A copy of Dynamo's graph, rewritten as the configuration says."""
+    copy = GraphModule(graph_module, deepcopy(graph_module.graph))
+    if not configuration.is_baseline:
+        options = inductor_options(outputs="fp32", **configuration.heal_options())
+        options["pre_grad_custom_pass"](copy.graph)
+        copy.recompile()
+    return copy
+
+
+def _rewritten_later(graph_module: GraphModule, configuration: Configuration) -> GraphModule:
+    """As `_rewritten`, when Dynamo has already noted for which sizes its graph holds.
+
+    Raises:
+        StudyError: The passes rely on something about the sizes that Dynamo did not note.
+    """
+    sizes = _shape_environment(graph_module)
+    before = len(sizes.guards) if sizes else 0
+    copy = _rewritten(graph_module, configuration)
+    if sizes and len(sizes.guards) != before:
+        found = "; ".join(str(guard.expr) for guard in sizes.guards[before:])
+        raise StudyError(
+            f"{configuration.name}: the rewritten graph holds only where {found}, which the "
+            "first configuration of the model did not need, so both cannot share a graph. "
+            "Please report this with the model's name."
+        )
+    return copy
+
+
+def _shape_environment(graph_module: GraphModule) -> Any:
+    values = (node.meta.get("example_value") for node in graph_module.graph.nodes)
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 class _Watched(Interpreter):

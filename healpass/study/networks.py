@@ -21,8 +21,8 @@ import torch
 
 from healpass.integrations.checkpoint import Checkpoint
 from healpass.study.configuration import Configuration, Unit
-from healpass.study.interpret import Watch, backend
-from healpass.study.reorder import can_reorder, reorder
+from healpass.study.interpret import NodeByNode
+from healpass.study.reorder import Reordered, can_reorder
 
 #: The most graphs of one model: prefill, later chunks and decode, for one prompt and for several,
 #: with and without a mask.
@@ -31,17 +31,41 @@ GRAPHS = 16
 
 @dataclass(frozen=True)
 class Network:
-    """A model ready to run; units with one `key` share it, and what was compiled."""
+    """A model ready to run; units with one `key` share it, and what was captured or compiled.
+
+    Attributes:
+        key: See `key_of`.
+        model: Runs as the configuration says that was last given to `use`.
+        reordered: Its linear layers, where their order can be changed.
+        by_node: Its backend, where graphs run node by node.
+    """
 
     key: tuple[Any, ...]
     model: Any
+    reordered: Reordered | None = None
+    by_node: NodeByNode | None = None
+
+    def use(self, configuration: Configuration) -> None:
+        """Run as another configuration with the same key from now on."""
+        if self.reordered is not None:
+            self.reordered.use(configuration.order)
+            configuration = dataclasses.replace(configuration, order=0)
+        if self.by_node is not None:
+            self.by_node.configuration = configuration
 
 
 def key_of(unit: Unit) -> tuple[Any, ...]:
-    """What a unit's model depends on: batch size, chunks and padding are not part of it."""
+    """What a unit's model depends on: what is compiled, not what a node or a weight is told."""
     c = unit.configuration
-    by_node = c.runs_by_node(compiled=True)
-    return (c.precision, c.kv, c.order, c.gpu, by_node, unit.kind == "forced")
+    if unit.kind == "forced":
+        return (c.precision, "forced")
+    return (c.precision, c.kv, c.gpu, _may_reorder(c))
+
+
+def _may_reorder(configuration: Configuration) -> bool:
+    """Whether linear layers are permuted to generate: for orders, and what runs as they do."""
+    c = configuration
+    return not c.gpu and bool(c.order or c.runs_by_node(compiled=True))
 
 
 def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Network:
@@ -56,28 +80,25 @@ def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Netwo
     c = unit.configuration
     model = checkpoint.model(c.dtype)
     torch._dynamo.reset()  # the graphs of the network before this one are of no use
-    if unit.kind == "forced":
-        interpret(model, c)
-        return Network(key_of(unit), model)
-    by_node = c.runs_by_node(compiled)
-    if c.order and not c.gpu:
-        if can_reorder(model):
-            reorder(model, c.order)
-            c = dataclasses.replace(c, order=0)
-        else:
-            by_node = True
-    if not c.is_baseline:
-        from healpass.integrations.transformers import heal_model
+    reordered, by_node = None, True
+    if unit.kind != "forced":
+        if _may_reorder(c) and can_reorder(model):
+            reordered = Reordered(model)
+        by_node = c.runs_by_node(compiled) or bool(c.order and reordered is None)
+        if not c.is_baseline:
+            from healpass.integrations.transformers import heal_model
 
-        heal_model(model, **c.heal_options())
-    if by_node:
-        interpret(model, c)
-    return Network(key_of(unit), model)
+            heal_model(model, **dataclasses.replace(c, order=0).heal_options())
+    network = Network(key_of(unit), model, reordered, interpret(model, c) if by_node else None)
+    network.use(c)
+    return network
 
 
-def interpret(model: Any, configuration: Configuration, watch: Watch | None = None) -> None:
-    """Let a model's graph, rewritten as the configuration says, run node by node."""
-    model.compile(backend=backend(configuration, watch), dynamic=True)
+def interpret(model: Any, configuration: Configuration) -> NodeByNode:
+    """Let a model's graph, rewritten as a configuration says, run node by node."""
+    backend = NodeByNode(configuration)
+    model.compile(backend=backend, dynamic=True)
+    return backend
 
 
 @contextlib.contextmanager

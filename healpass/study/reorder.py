@@ -27,21 +27,46 @@ def can_reorder(model: nn.Module) -> bool:
     return all(p.dim() < 2 or id(p) in known for p in model.parameters())
 
 
-@torch.no_grad()
-def reorder(model: nn.Module, seed: int) -> None:
-    """Permute K of every linear layer, differently for each seed. Tied weights come apart."""
-    generator = torch.Generator().manual_seed(seed)
-    dims = _dimension_of_k()
-    for module in model.modules():
-        dim = next((dim for kind, dim in dims.items() if isinstance(module, kind)), None)
-        if dim is None:
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        order = torch.randperm(weight.shape[dim], generator=generator).to(weight.device)
-        module.weight = nn.Parameter(weight.index_select(dim, order), requires_grad=False)
-        module.register_buffer("order_of_terms", order, persistent=False)
-        module.register_forward_pre_hook(_permute)
+class Reordered:
+    """A model whose linear layers add in an order that can be changed between two calls.
+
+    Only values change with the order, so what was compiled for one holds for all.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        """Let activations be permuted on their way in; until `use` nothing moves.
+
+        Args:
+            model: One that `can_reorder`. Tied weights come apart.
+        """
+        self._layers: list[tuple[nn.Module, int]] = []
+        dims = _dimension_of_k()
+        for module in model.modules():
+            dim = next((dim for kind, dim in dims.items() if isinstance(module, kind)), None)
+            if dim is None:
+                continue
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            natural = torch.arange(weight.shape[dim], device=weight.device)
+            module.register_buffer("order_of_terms", natural, persistent=False)
+            module.register_forward_pre_hook(_permute)
+            self._layers.append((module, dim))
+
+    @torch.no_grad()
+    def use(self, seed: int) -> None:
+        """Permute K of every linear layer, differently for each seed; 0 is the natural order."""
+        generator = torch.Generator().manual_seed(seed)
+        for module, dim in self._layers:
+            weight, now = module.weight, module.order_of_terms
+            assert isinstance(weight, Tensor)
+            assert isinstance(now, Tensor)
+            size = weight.shape[dim]
+            order = torch.randperm(size, generator=generator) if seed else torch.arange(size)
+            order = order.to(weight.device)
+            moved = weight.index_select(dim, now.argsort()[order])
+            module.weight = nn.Parameter(moved, requires_grad=False)
+            now.copy_(order)
 
 
 def _dimension_of_k() -> dict[type[nn.Module], int]:

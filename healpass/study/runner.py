@@ -89,6 +89,7 @@ def run(store: Store, materials: Materials, progress: Progress = lambda *_: None
             if network is None or network.key != key_of(unit):
                 network = None  # free the memory of the last one first
                 network = build(materials.checkpoint, unit, compiled=plan.compiled)
+            network.use(unit.configuration)
             _run_unit(store, materials, network.model, unit, progress)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from healpass.study.reorder import can_reorder, reorder
+from healpass.study.reorder import Reordered, can_reorder
 from tests.tiny_llama import make_llama
 
 
@@ -39,7 +39,7 @@ IDS = torch.arange(11).reshape(1, 11)
 
 def permuted(model, seed):
     other = copy.deepcopy(model)
-    reorder(other, seed)
+    Reordered(other).use(seed)
     return other
 
 
@@ -67,6 +67,20 @@ def test_a_shared_table_is_still_looked_up(layers):
 
 def test_the_model_itself_is_what_changes_and_a_seed_says_how(layers):
     assert torch.equal(permuted(layers, 3)(IDS), permuted(layers, 3)(IDS))
+
+
+def test_orders_follow_one_another_and_end_in_the_natural_one(layers):
+    other = copy.deepcopy(layers)
+    orders = Reordered(other)
+    assert torch.equal(other(IDS), layers(IDS))
+    for seed in (1, 2, 0, 1):
+        orders.use(seed)
+        wanted = permuted(layers, seed)
+        assert torch.equal(other(IDS), wanted(IDS))
+        assert torch.equal(other.head.weight, wanted.head.weight)
+    orders.use(0)
+    for name in ("up", "down", "head"):
+        assert torch.equal(getattr(other, name).weight, getattr(layers, name).weight)
 
 
 def test_matrices_elsewhere_are_noticed(layers):

@@ -1,0 +1,105 @@
+"""One captured graph serves all configurations of a model, with the bits of a model of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from healpass.errors import StudyError
+from healpass.study import interpret as interpreting
+from healpass.study.configuration import Configuration, Unit
+from healpass.study.generating import generate
+from healpass.study.networks import build, key_of, strict_dynamo
+from healpass.study.scoring import Text, score
+from tests.tiny_llama import make_llama
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13, 14]]
+TEXTS = [Text(tuple(p), (3, 1, 4, 1, 5)) for p in PROMPTS]
+
+
+class Tiny:
+    """Stands for a checkpoint: the same small model each time."""
+
+    def model(self, dtype):
+        return make_llama(getattr(torch, dtype)).eval()
+
+
+class Tokens:
+    pad_token_id, eos_token_id = 0, None
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Counts what Dynamo hands over."""
+    counted = []
+    rewritten = interpreting._rewritten
+    monkeypatch.setattr(
+        interpreting, "_rewritten", lambda *given: counted.append(given[0]) or rewritten(*given)
+    )
+    return counted
+
+
+def scored(network):
+    return [s.digest for s in score(network.model, TEXTS, padding_id=0)]
+
+
+def generated(network, chunk):
+    return generate(network.model, Tokens(), PROMPTS, new_tokens=6, chunk=chunk)
+
+
+def same(found, wanted):
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "layercast", "exact"])
+def test_orders_and_gpus_score_with_one_capture(precision, captures):
+    changes = [{}, {"order": 1}, {"gpu": "h100"}, {"gpu": "a100"}, {}]
+    units = [Unit("forced", Configuration(precision=precision, **change)) for change in changes]
+    assert len({key_of(unit) for unit in units}) == 1
+    with strict_dynamo():
+        shared = build(Tiny(), units[0])
+        found = []
+        for unit in units:
+            shared.use(unit.configuration)
+            found.append(scored(shared))
+        assert len({id(graph) for graph in captures}) == 1
+        for digests, unit in zip(found, units, strict=True):
+            assert same(digests, scored(build(Tiny(), unit)))
+    assert same(found[0], found[-1])
+    assert same(found[0], found[2]) == (precision == "exact")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "heal"])
+def test_chunks_and_orders_generate_with_one_model(precision):
+    changes = [{"order": 2}, {"order": 1}] + [{"chunk": 2}] * (precision == "heal")
+    units = [Unit("greedy", Configuration(precision=precision, **change)) for change in changes]
+    assert len({key_of(unit) for unit in units}) == 1
+    with strict_dynamo():
+        shared = build(Tiny(), units[0])
+        found = []
+        for unit in units:
+            shared.use(unit.configuration)
+            found.append(generated(shared, unit.configuration.chunk))
+        for outputs, unit in zip(found, units, strict=True):
+            assert outputs == generated(build(Tiny(), unit), unit.configuration.chunk)
+    assert found[0] != found[1]  # tokens are likely equal, probabilities are not
+
+
+def test_a_graph_that_needs_more_of_its_sizes_is_not_shared(monkeypatch):
+    rewritten = interpreting._rewritten
+
+    def demanding(graph_module, configuration):
+        if configuration.order:
+            values = [node.meta.get("example_value") for node in graph_module.graph.nodes]
+            size = next(value for value in values if isinstance(value, torch.SymInt))
+            assert size % 2 in (0, 1)
+        return rewritten(graph_module, configuration)
+
+    monkeypatch.setattr(interpreting, "_rewritten", demanding)
+    unit = Unit("forced", Configuration(precision="layercast"))
+    with strict_dynamo():
+        network = build(Tiny(), unit)
+        scored(network)
+        network.use(Configuration(precision="layercast", order=1))
+        with pytest.raises(StudyError, match="holds only where"):
+            scored(network)
