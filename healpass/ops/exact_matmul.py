@@ -47,6 +47,7 @@ from healpass.arithmetic.digits import (
 )
 from healpass.ops import fp64
 from healpass.ops.reduce import from_integers
+from healpass.tensorcore.rules import RULES
 from healpass.tensorcore.simulate import simulate_matmul
 
 #: Most terms of one sum: their total stays within INT64.
@@ -229,18 +230,23 @@ def sum_products(left: Digits, right: Digits, cut: int, adders: Adders) -> Tenso
     for i, j in Scheme(len(left), len(right), cut).pairs:
         for start in range(0, left[0].shape[-1], terms):
             x, y = left[i][..., start : start + terms], right[j][..., start : start + terms, :]
-            part = _each(multiply, x, y, batch).to(torch.int64)
+            part = _each(multiply, x, y, batch, together=route in RULES).to(torch.int64)
             total += part << (BASE_BITS * (i + j - cut))
     return total
 
 
-def _each(multiply: Callable[..., Tensor], x: Tensor, y: Tensor, batch: torch.Size) -> Tensor:
-    """`multiply` on every matrix of a batch."""
+def _each(
+    multiply: Callable[..., Tensor], x: Tensor, y: Tensor, batch: torch.Size, together: bool
+) -> Tensor:
+    """`multiply` on every matrix of a batch, or on all of them where it takes them together."""
     if not batch:
         return multiply(x, y)
     x = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
     y = y.expand(*batch, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
-    result = torch.stack([multiply(one, other) for one, other in zip(x, y, strict=True)])
+    if together:
+        result = multiply(x, y)
+    else:
+        result = torch.stack([multiply(one, other) for one, other in zip(x, y, strict=True)])
     return result.reshape(*batch, x.shape[-2], y.shape[-1])
 
 

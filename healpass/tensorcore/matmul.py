@@ -122,15 +122,8 @@ def _sum_products(pairs: list[tuple[Tensor, Tensor]], how: Accumulation) -> Tens
     batch = torch.broadcast_shapes(left[0].shape[:-2], right[0].shape[:-2])
     if not batch:
         return _simulated(left, right, how)
-    flat_left = _flattened(left, batch)
-    flat_right = _flattened(right, batch)
-    count = batch.numel()
-    rows = [
-        _simulated([a[i] for a in flat_left], [b[i] for b in flat_right], how)
-        for i in range(count)
-    ]
-    shape = (*batch, left[0].shape[-2], right[0].shape[-1])
-    return torch.stack(rows).reshape(shape) if rows else left[0].new_zeros(shape).float()
+    y = _simulated(_flattened(left, batch), _flattened(right, batch), how)
+    return y.reshape(*batch, *y.shape[-2:])
 
 
 def _simulated(left: Sequence[Tensor], right: Sequence[Tensor], how: Accumulation) -> Tensor:

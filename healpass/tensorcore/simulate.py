@@ -1,44 +1,56 @@
 """A fast simulated tensor core. Layer `tensorcore`: may import `arithmetic`.
 
-Every lane is an FP64 number that holds an exact product or an FP32 value. The largest exponent of
-a group is found as the largest *power of two* 2^(ea + eb), so alignment is one multiplication,
-truncation one `trunc`, and the whole step is branch-free pointwise code over `[M, N]` that
-Inductor turns into one vector loop per instruction (k16). Small problems run the same code
-eagerly. The operations are exact but for the roundings that the rule asks for, so both give the
+An instruction (k16) is branch-free pointwise code over tiles of the accumulator (`tiles`) that
+Inductor turns into one vector loop. Where the operands allow it the lanes are FP32 and INT32
+(`narrow`), else FP64 (`wide`). Small problems run the same code eagerly. All of these give the
 same bits as `reference`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
+from healpass.arithmetic.formats import FORMATS, FloatFormat
 from healpass.arithmetic.promotion import TILE_K
+from healpass.tensorcore import narrow, wide
 from healpass.tensorcore.rules import INSTRUCTION_K, RULES, AccumulationRule, Schedule
+from healpass.tensorcore.tiles import TILE_N, Grid, Operand, padded
 
 #: Below this many products the eager code is faster than waiting for a compiler.
 COMPILE_FROM = 1 << 18
-#: Columns of one pass: operands and accumulators of a pass fit a core's cache.
-COLUMNS = 512
+#: Accumulators of one pass: enough to hide the cost of a call, few enough for a core's cache.
+PASS = 1 << 19
+#: Elements of a right operand prepared at once: some 100 MB in FP64, half as much in FP32.
+PREPARED = 1 << 23
+#: Columns of one pass of the exact rule, which multiplies by FP64 matmuls.
+_EXACT_COLUMNS = 512
 
-_FP64_EXPONENT = 0x7FF << 52
-_FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
-
+_Pair = TypeVar("_Pair")
+_Prepared = TypeVar("_Prepared")
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """One piece in FP64 and the powers of two 2^exponent of its elements, by instruction."""
+class Arithmetic:
+    """How instructions are computed: what kind of lanes, and the step over them.
 
-    values: Tensor
-    powers: Tensor
+    Attributes:
+        step: One instruction on `(accumulator, a, b, sizes of a, of b)`.
+        dtype: Of operands and accumulators.
+        sizes: What the step asks about elements of a format; None is nothing.
+    """
+
+    step: Step
+    dtype: torch.dtype
+    sizes: Callable[[Tensor, FloatFormat], Tensor] | None
 
 
 def simulate_matmul(
@@ -56,9 +68,8 @@ def simulate_matmul(
 
     Args:
         a_pieces: `[M, K]` tensors in one dtype (FP16 or BF16; FP32 for `sgemm` and `exact`), in
-            the
-            order of the chain: the lowest products first.
-        b_pieces: `[K, N]` tensors of that dtype, one per tensor of `a_pieces`.
+            the order of the chain: the lowest products first. Or `[B, M, K]`, one product each.
+        b_pieces: `[K, N]` or `[B, K, N]` tensors of that dtype, one per tensor of `a_pieces`.
         rule: An accumulation rule or its name.
         tile_k: K of a tile.
         promote_every: K of a chain; by default what the rule asks for, None is one over all of K.
@@ -67,7 +78,7 @@ def simulate_matmul(
         compiled: Whether to compile; None decides by size. The result is the same.
 
     Returns:
-        `[M, N]` in FP32.
+        `[M, N]` or `[B, M, N]` in FP32.
 
     Raises:
         ValueError: Pieces do not pair up, or have dtypes that the rule does not multiply.
@@ -76,21 +87,16 @@ def simulate_matmul(
     every = rule.promote_every if promote_every == "rule" else promote_every
     schedule = Schedule(tile_k, every, order, split_k)
     _check_pieces(a_pieces, b_pieces, rule)
-    (m, k), n = a_pieces[0].shape, b_pieces[0].shape[1]
-    if 0 in (m, k, n):
-        return a_pieces[0].new_zeros((m, n), dtype=torch.float32)
+    (*batch, m, k), n = a_pieces[0].shape, b_pieces[0].shape[-1]
+    if 0 in (*batch, m, k, n):
+        return a_pieces[0].new_zeros((*batch, m, n), dtype=torch.float32)
     if compiled is None:
-        compiled = m * n * k >= COMPILE_FROM
-    step = _compiled_step(rule) if compiled and rule.kind != "exact" else _step(rule)
+        compiled = math.prod(batch) * m * n * k >= COMPILE_FROM
     with torch.no_grad():
-        left = _unique(a_pieces, _left)
-        columns = []
-        for start in range(0, n, COLUMNS):
-            stop = min(start + COLUMNS, n)
-            right = _unique(b_pieces, lambda b: _right(b[:, start:stop]))  # noqa: B023
-            product = _columns(left, right, step, rule, schedule)
-            columns.append(product[:m, : stop - start])
-    return torch.cat(columns, 1)
+        if rule.kind == "exact":
+            return _each(a_pieces, b_pieces, lambda a, b: _exact(a, b, schedule))
+        how = _arithmetic(a_pieces, b_pieces, rule, compiled)
+        return _product(a_pieces, b_pieces, how, schedule)
 
 
 def _check_pieces(a: Sequence[Tensor], b: Sequence[Tensor], rule: AccumulationRule) -> None:
@@ -109,21 +115,120 @@ def _check_pieces(a: Sequence[Tensor], b: Sequence[Tensor], rule: AccumulationRu
         )
 
 
-def _columns(
-    left: list[_Operand],
-    right: list[_Operand],
-    step: Step,
-    rule: AccumulationRule,
-    schedule: Schedule,
+def _arithmetic(
+    a: Sequence[Tensor], b: Sequence[Tensor], rule: AccumulationRule, compiled: bool
+) -> Arithmetic:
+    """The fastest that is right for these operands."""
+    if rule.kind == "fma":
+        step = _fused_step() if compiled and a[0].device.type == "cpu" else None
+        if step is not None:
+            return Arithmetic(step, torch.float32, None)
+        return Arithmetic(_step(wide.fused, None, compiled), torch.float64, None)
+    if narrow.fits(a, b):
+        step = _step(narrow.truncated, rule, compiled)
+        return Arithmetic(step, torch.float32, narrow.exponents)
+    return Arithmetic(_step(wide.truncated, rule, compiled), torch.float64, wide.powers)
+
+
+def _step(step: Callable[..., Tensor], rule: AccumulationRule | None, compiled: bool) -> Step:
+    if compiled:
+        return _compiled(step, rule)
+    return step if rule is None else functools.partial(step, rule=rule)
+
+
+@functools.cache
+def _compiled(step: Callable[..., Tensor], rule: AccumulationRule | None) -> Step:
+    return torch.compile(_step(step, rule, False), dynamic=True)
+
+
+@functools.cache
+def _fused_step() -> Step | None:
+    """Fused multiply-adds of the processor, where a compiled program turns out to use them."""
+    step = narrow.fused_step()
+    if step is None:
+        return None
+    with _disable_current_modes(), torch.no_grad():  # the question is about this machine alone
+        compiled = _compiled(step, None)
+        return compiled if narrow.is_fused(compiled) else None
+
+
+# --------------------------------------------------------------------------------------- products
+
+
+def _product(
+    a: Sequence[Tensor], b: Sequence[Tensor], how: Arithmetic, schedule: Schedule
 ) -> Tensor:
-    """All rows, some columns of the product; padding is still there."""
-    k = left[0].values.shape[0] * INSTRUCTION_K
-    kept = torch.float64 if rule.kind == "exact" else torch.float32
-    splits = [
-        _sum(_sum(_chain(left, right, dots, step).to(kept) for dots in chains) for chains in steps)
-        for steps in schedule.splits(k)
-    ]
-    return _sum(splits).to(torch.float32)
+    """Products in passes: over columns of one matrix, over matrices of a batch."""
+    if a[0].dim() == 2:
+        return _columns(a, b, how, schedule)
+    (batch, m, k), n = a[0].shape, b[0].shape[-1]
+    parts, count = [], max(_most_columns(m, k) // n, 1)
+    for start in range(0, batch, count):
+        some = slice(start, start + count)
+        x, y = (_unique(pieces, lambda p: p[some]) for pieces in (a, b))  # noqa: B023
+        if len(x[0]) == 1:
+            parts.append(_each(x, y, lambda x, y: _columns(x, y, how, schedule)))
+            continue
+        grid = Grid(len(x[0]), m, n)
+        left = _unique(x, lambda p: _operand(grid.left(p), how))  # noqa: B023
+        right = _unique(y, lambda p: _operand(grid.right(p), how))  # noqa: B023
+        parts.append(_pass(left, right, grid, how, schedule))
+    return torch.cat(parts)
+
+
+def _columns(
+    a: Sequence[Tensor], b: Sequence[Tensor], how: Arithmetic, schedule: Schedule
+) -> Tensor:
+    (m, k), n = a[0].shape, b[0].shape[1]
+    columns, width = [], 2 * TILE_N * max(_most_columns(m, k) // (2 * TILE_N), 2)
+    left = _unique(a, lambda p: _operand(Grid(None, m, n).left(p), how))
+    for start in range(0, n, width):
+        grid = Grid(None, m, min(width, n - start))
+        some = slice(start, start + width)
+        right = _unique(b, lambda p: _operand(grid.right(p[:, some]), how))  # noqa: B023
+        columns.append(_pass(left, right, grid, how, schedule))
+    return torch.cat(columns, 1)
+
+
+def _most_columns(m: int, k: int) -> int:
+    return min(PASS // m, PREPARED // k)
+
+
+def _pass(
+    left: list[Operand], right: list[Operand], grid: Grid, how: Arithmetic, schedule: Schedule
+) -> Tensor:
+    zero = left[0].values[0].new_zeros(grid.shape)
+    pairs = list(zip(left, right, strict=True))
+
+    def instruction(accumulator: Tensor, pair: tuple[Operand, Operand], i: int) -> Tensor:
+        a, b = pair
+        return how.step(accumulator, a.values[i], b.values[i], a.sizes[i], b.sizes[i])
+
+    k = len(left[0].values) * INSTRUCTION_K
+    return grid.product(_added(schedule.splits(k), pairs, zero, instruction, torch.float32))
+
+
+def _added(
+    splits: list[list[list[list[range]]]],
+    pairs: Sequence[_Pair],
+    zero: Tensor,
+    instruction: Callable[[Tensor, _Pair, int], Tensor],
+    kept: torch.dtype,
+) -> Tensor:
+    """All instructions in a schedule's order, chains kept in the dtype that registers have."""
+
+    def chain(dots: list[range]) -> Tensor:
+        accumulator = zero
+        for dot in dots:
+            instructions = range(dot.start // INSTRUCTION_K, -(-dot.stop // INSTRUCTION_K))
+            for pair in pairs:
+                for i in instructions:
+                    accumulator = instruction(accumulator, pair, i)
+        return accumulator.to(kept)
+
+    return _sum(
+        _sum(_sum(chain(dots) for dots in chains) for chains in steps) for steps in splits
+    ).to(torch.float32)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -131,135 +236,64 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def _chain(left: list[_Operand], right: list[_Operand], dots: list[range], step: Step) -> Tensor:
-    """The accumulator after one chain, FP32 values in FP64."""
-    rows, columns = left[0].values.shape[1], right[0].values.shape[2]
-    accumulator = left[0].values.new_zeros((rows, columns))
-    for dot in dots:
-        instructions = range(dot.start // INSTRUCTION_K, -(-dot.stop // INSTRUCTION_K))
-        for a, b in zip(left, right, strict=True):
-            for i in instructions:
-                accumulator = step(accumulator, a.values[i], b.values[i], a.powers[i], b.powers[i])
-    return accumulator
+def _exact(a: Sequence[Tensor], b: Sequence[Tensor], schedule: Schedule) -> Tensor:
+    """FP64 matmuls over an instruction's K, added in FP64, rounded once."""
+    columns = [
+        _exact_columns(a, _unique(b, lambda p: p[:, i : i + _EXACT_COLUMNS]), schedule)  # noqa: B023
+        for i in range(0, b[0].shape[1], _EXACT_COLUMNS)
+    ]
+    return torch.cat(columns, 1)
 
 
-# ---------------------------------------------------------------------------------------- operands
+def _exact_columns(a: Sequence[Tensor], b: Sequence[Tensor], schedule: Schedule) -> Tensor:
+    (m, k), n = a[0].shape, b[0].shape[1]
+    k = -(-k // INSTRUCTION_K) * INSTRUCTION_K
+
+    def left(piece: Tensor) -> Tensor:
+        wide = padded(piece.to(torch.float64), max(m, 2), k)
+        return wide.unflatten(1, (-1, INSTRUCTION_K)).transpose(0, 1).contiguous()
+
+    def right(piece: Tensor) -> Tensor:
+        wide = padded(piece.to(torch.float64), k, max(n, 2)).contiguous()
+        return wide.unflatten(0, (-1, INSTRUCTION_K))
+
+    pairs = list(zip(_unique(a, left), _unique(b, right), strict=True))
+    zero = pairs[0][0].new_zeros((max(m, 2), max(n, 2)))
+
+    def instruction(accumulator: Tensor, pair: tuple[Tensor, Tensor], i: int) -> Tensor:
+        return accumulator + pair[0][i] @ pair[1][i]
+
+    return _added(schedule.splits(k), pairs, zero, instruction, torch.float64)[:m, :n]
 
 
-def _unique(pieces: Sequence[Tensor], prepare: Callable[[Tensor], _Operand]) -> list[_Operand]:
+# --------------------------------------------------------------------------------------- operands
+
+
+def _operand(tiles: Tensor, how: Arithmetic) -> Operand:
+    values = tiles.to(how.dtype)
+    sizes = values if how.sizes is None else how.sizes(tiles, FORMATS[tiles.dtype])
+    return Operand(values.unbind(), sizes.unbind())
+
+
+def _each(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    multiply: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+) -> Tensor:
+    """One matrix after the other."""
+    if a[0].dim() == 2:
+        return multiply(a, b)
+    matrices = [
+        multiply(_unique(a, lambda p: p[i]), _unique(b, lambda p: p[i]))  # noqa: B023
+        for i in range(len(a[0]))
+    ]
+    return torch.stack(matrices)
+
+
+def _unique(pieces: Sequence[Tensor], prepare: Callable[[Tensor], _Prepared]) -> list[_Prepared]:
     """Prepare each distinct tensor once: a weight meets both pieces of an activation."""
-    done: dict[int, _Operand] = {}
+    done: dict[int, _Prepared] = {}
     for piece in pieces:
         if id(piece) not in done:
             done[id(piece)] = prepare(piece)
     return [done[id(piece)] for piece in pieces]
-
-
-def _left(piece: Tensor) -> _Operand:
-    """`[M, K]` to `[K / 16, M, 16]`."""
-    values, powers = _widened(piece, 1)
-    shape = (values.shape[0], -1, INSTRUCTION_K)
-    return _Operand(
-        values.reshape(shape).transpose(0, 1).contiguous(),
-        powers.reshape(shape).transpose(0, 1).contiguous(),
-    )
-
-
-def _right(piece: Tensor) -> _Operand:
-    """`[K, N]` to `[K / 16, 16, N]`."""
-    values, powers = _widened(piece, 0)
-    shape = (-1, INSTRUCTION_K, values.shape[1])
-    return _Operand(values.reshape(shape), powers.reshape(shape))
-
-
-def _widened(piece: Tensor, k_dim: int) -> tuple[Tensor, Tensor]:
-    """FP64 values and powers, K padded to whole instructions by zeros, which add nothing.
-
-    The other dimension is padded to 2: sizes 0 and 1 would each compile a program of their own.
-    """
-    shape = list(piece.shape)
-    shape[k_dim] = -(-shape[k_dim] // INSTRUCTION_K) * INSTRUCTION_K
-    shape[1 - k_dim] = max(shape[1 - k_dim], 2)
-    values = piece.new_zeros(shape, dtype=torch.float64)
-    values[: piece.shape[0], : piece.shape[1]] = piece
-    return values, _powers(values, FORMATS[piece.dtype])
-
-
-def _powers(values: Tensor, fmt: FloatFormat) -> Tensor:
-    """2^exponent of each element as its format stores it; 0 for zeros, any for non-finite ones."""
-    power = _leading_bit(values).clamp_(fmt.smallest_normal, 2.0**fmt.max_exponent)
-    return torch.where(values == 0, 0.0, power)
-
-
-def _leading_bit(x: Tensor) -> Tensor:
-    """2^floor(log2|x|) for normal FP64 `x`, by clearing the other bits."""
-    return (x.view(torch.int64) & _FP64_EXPONENT).view(torch.float64)
-
-
-# ------------------------------------------------------------------------------------------- steps
-
-
-@functools.cache
-def _compiled_step(rule: AccumulationRule) -> Step:
-    return torch.compile(_step(rule), dynamic=True)
-
-
-def _step(rule: AccumulationRule) -> Step:
-    """One instruction on `(accumulator [M, N], a [M, 16], b [16, N], powers of a, of b)`."""
-    if rule.kind == "exact":
-        return lambda accumulator, a, b, _pa, _pb: accumulator + a @ b
-    if rule.kind == "fma":
-        return _fma_step
-
-    def step(c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor) -> Tensor:
-        for start in range(0, INSTRUCTION_K, rule.group):
-            lanes = range(start, start + rule.group)
-            c = _truncated_group(c, a, b, pa, pb, lanes, rule.fraction_bits)
-        return c
-
-    return step
-
-
-def _truncated_group(
-    c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor, lanes: range, fraction_bits: int
-) -> Tensor:
-    """Align the products of some lanes and the accumulator, truncate, add, round toward zero."""
-    top = _leading_bit(c).clamp(FP32.smallest_normal, 2.0**FP32.max_exponent)
-    for i in lanes:
-        top = torch.maximum(top, pa[:, i, None] * pb[i])
-    scale = 2.0**fraction_bits / top
-    total = torch.trunc(c * scale)
-    for i in lanes:
-        total = total + torch.trunc((a[:, i, None] * b[i]) * scale)
-    return _toward_zero(total * (top * 2.0**-fraction_bits))
-
-
-def _toward_zero(x: Tensor) -> Tensor:
-    """FP64 `x` rounded toward zero to FP32, kept in FP64; past the largest number is infinity."""
-    normal = (x.view(torch.int64) & ~_FP64_BELOW_FP32).view(torch.float64)
-    step = FP32.smallest_subnormal
-    subnormal = torch.trunc(x * (1.0 / step)) * step
-    result = torch.where(x.abs() < FP32.smallest_normal, subnormal, normal)
-    return torch.where(x.abs() >= 2.0 ** (FP32.max_exponent + 1), x * torch.inf, result)
-
-
-def _fma_step(c: Tensor, a: Tensor, b: Tensor, _pa: Tensor, _pb: Tensor) -> Tensor:
-    for i in range(INSTRUCTION_K):
-        c = _fma(c, a[:, i, None] * b[i])
-    return c
-
-
-def _fma(c: Tensor, product: Tensor) -> Tensor:
-    """C + product rounded once to FP32: FP64 addition rounded to odd, then to nearest.
-
-    Rounding to odd in 53 bits before rounding to 24 is innocuous (Boldo and Melquiond 2008); the
-    error that says which way to go is Knuth's TwoSum.
-    """
-    total = c + product
-    back = total - c
-    error = (c - (total - back)) + (product - back)
-    inexact = (error > 0) | (error < 0)
-    away = inexact & ((error > 0) != (total > 0))
-    bits = total.view(torch.int64) - away.to(torch.int64)
-    odd = (bits | inexact.to(torch.int64)).view(torch.float64)
-    return torch.where(total.isfinite(), odd, total).to(torch.float32).to(torch.float64)

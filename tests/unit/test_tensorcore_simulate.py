@@ -108,13 +108,13 @@ def test_each_knob_of_the_schedule_is_numerics(knob):
     )
 
 
-def check_compiled(rule):
+def check_compiled(rule, dtype=torch.float16, spread=6):
     """One compiled program serves every shape: sizes of one, lengths that do not divide."""
     for m, k, n in ((3, 80, 5), (1, 16, 1), (9, 130, 600)):
-        a = [values((m, k), torch.float16, 6, seed) for seed in (0, 1)]
-        b = values((k, n), torch.float16, 6, 2)
+        a = [values((m, k), dtype, spread, seed) for seed in (0, 1)]
+        b = values((k, n), dtype, spread, 2)
         fast = simulate_matmul(a, [b, b], rule, compiled=True)
-        assert torch.equal(fast, simulate_matmul(a, [b, b], rule, compiled=False))
+        assert same_bits(fast, simulate_matmul(a, [b, b], rule, compiled=False))
 
 
 def test_compiled_equals_eager():
@@ -122,9 +122,17 @@ def test_compiled_equals_eager():
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("rule", ["v100", "a100", "sgemm"])
-def test_compiled_equals_eager_deep(rule):
-    check_compiled(rule)
+@pytest.mark.parametrize("spread", [6, 120])
+@pytest.mark.parametrize("rule", ["v100", "a100", "h100", "sgemm"])
+def test_compiled_equals_eager_deep(rule, spread):
+    """In FP32 and, where the numbers do not fit, in FP64."""
+    check_compiled(rule, torch.bfloat16, spread)
+
+
+@pytest.mark.deep
+def test_compiled_equals_eager_without_a_fused_multiply_add(monkeypatch):
+    monkeypatch.setattr("healpass.tensorcore.simulate._fused_step", lambda: None)
+    check_compiled("sgemm", torch.bfloat16, 120)
 
 
 @pytest.mark.parametrize("rule", [*TENSOR_CORES, "sgemm", "exact"])
