@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph import prepack
+from healpass.graph.opening import open_operators, stays_closed, without_ours
 from healpass.graph.outline import outline_repeats
 from healpass.graph.pipeline import OUTLINE, rewrite
 
@@ -73,12 +75,29 @@ def _inductor(
     graph_module: GraphModule, inputs: list[Any], config: HealConfig
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     from healpass import lowering
 
     lowering.register()
-    compiled: Any = compile_fx(graph_module, inputs, config_patches=inductor_patches(config))
+    table = select_decomp_table()
+    compiled: Any = compile_fx(
+        graph_module,
+        inputs,
+        config_patches=inductor_patches(config),
+        decompositions=without_ours(table) if stays_closed(inputs) else table,
+    )
     return compiled
+
+
+def _finish(config: HealConfig, graph: Graph) -> None:
+    """The passes that run last, on the graph that Inductor is about to lower."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    if OUTLINE not in config.disable:
+        outline_repeats(graph)
+    if config.precision == "exact":
+        open_operators(graph, select_decomp_table())
 
 
 def inductor_patches(config: HealConfig) -> dict[str, Any]:
@@ -97,10 +116,9 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
         patches |= PINNED_SETTINGS
     first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
     patches |= {"post_grad_custom_pre_pass": first}
-    if OUTLINE not in config.disable:
-        last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, outline_repeats)
-        patches |= {"post_grad_custom_post_pass": last}
-    return patches
+    finish = partial(_finish, config)
+    last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, finish)
+    return patches | {"post_grad_custom_post_pass": last}
 
 
 def check_torch(version: str) -> None:

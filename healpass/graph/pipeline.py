@@ -27,6 +27,7 @@ from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
 from healpass.graph.prepack import prepack
 from healpass.graph.promote import promote
+from healpass.graph.sizes import unify_sizes
 from healpass.graph.tensor_parallel import localize_linears
 from healpass.graph.verify import verify
 from healpass.report import GraphReport
@@ -53,6 +54,7 @@ def everywhere(local: Pass) -> Pass:
 
 #: The passes, in order. `promote` follows the calls of subgraphs itself.
 PASSES: dict[str, Pass] = {
+    "sizes": unify_sizes,
     "expand": everywhere(expand_composites),
     "tensor_parallel": everywhere(localize_linears),
     "matmul": everywhere(rewrite_matmuls),
