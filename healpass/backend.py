@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph import prepack
-from healpass.graph.opening import open_operators, stays_closed, without_ours
+from healpass.graph.opening import open_operators, stays_closed
 from healpass.graph.outline import outline_repeats
 from healpass.graph.pipeline import OUTLINE, rewrite
 
@@ -75,18 +75,12 @@ def _inductor(
     graph_module: GraphModule, inputs: list[Any], config: HealConfig
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
     from healpass import lowering
 
     lowering.register()
-    table = select_decomp_table()
-    compiled: Any = compile_fx(
-        graph_module,
-        inputs,
-        config_patches=inductor_patches(config),
-        decompositions=without_ours(table) if stays_closed(inputs) else table,
-    )
+    patches = inductor_patches(config, closed=stays_closed(inputs))
+    compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled
 
 
@@ -94,14 +88,21 @@ def _finish(config: HealConfig, graph: Graph) -> None:
     """The passes that run last, on the graph that Inductor is about to lower."""
     from torch._inductor.decomposition import select_decomp_table
 
+    from healpass import lowering
+
     if OUTLINE not in config.disable:
         outline_repeats(graph)
     if config.precision == "exact":
-        open_operators(graph, select_decomp_table())
+        open_operators(graph, select_decomp_table() | lowering.decompositions())
 
 
-def inductor_patches(config: HealConfig) -> dict[str, Any]:
-    """Inductor settings of one compile: mode, cache key, and nothing that reorders sums."""
+def inductor_patches(config: HealConfig, *, closed: bool = False) -> dict[str, Any]:
+    """Inductor settings of one compile: mode, cache key, and nothing that reorders sums.
+
+    Args:
+        config: The options.
+        closed: Whether exact operators are opened after `graph.outline` instead of before.
+    """
     from torch._inductor import config as inductor
     from torch._inductor import list_mode_options
 
@@ -114,7 +115,7 @@ def inductor_patches(config: HealConfig) -> dict[str, Any]:
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
     if config.precision == "exact":
         patches |= PINNED_SETTINGS
-    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass)
+    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass, closed=closed)
     patches |= {"post_grad_custom_pre_pass": first}
     finish = partial(_finish, config)
     last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, finish)

@@ -45,14 +45,20 @@ class CacheKey(CustomGraphPass):
         options: Canonical text of the configuration.
         chained: The user's own pass in that slot; it runs, and its uuid counts too.
         last: A pass of ours that runs after it; what it does must follow from the options.
+        closed: Whether AOTAutograd shall not open exact operators; the graph shows if it did.
     """
 
     def __init__(
-        self, options: str, chained: Any = None, last: Callable[[Graph], None] | None = None
+        self,
+        options: str,
+        chained: Any = None,
+        last: Callable[[Graph], None] | None = None,
+        closed: bool = False,
     ) -> None:
         self.options = options
         self.chained = chained
         self.last = last
+        self.closed = closed
 
     def __call__(self, graph: Graph) -> None:
         """Run the user's pass, if there is one, then ours."""
@@ -78,3 +84,11 @@ def compile_options() -> dict[str, Any]:
 
     key = config.post_grad_custom_pre_pass
     return json.loads(key.options) if isinstance(key, CacheKey) else {}
+
+
+def operators_stay_closed() -> bool:
+    """Whether the compile that is under way opens exact operators itself, later."""
+    from torch._inductor import config
+
+    key = config.post_grad_custom_pre_pass
+    return isinstance(key, CacheKey) and key.closed

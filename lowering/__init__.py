@@ -6,7 +6,8 @@ at the device and hands on to `cpu`, `cpu_attention` and `cpu_attention_gradient
 (pointwise code on either). An operator without a lowering for its device runs its own meaning, as
 one call from the code. Exact precisions are decompositions instead: pinned operators are traced as
 they are, and matrix products and attention are opened by `exact_cpu`, or by `exact_matmul` and
-`exact_attention` on CUDA.
+`exact_attention` on CUDA. Where the compile says that operators stay closed, AOTAutograd opens
+none, and the backend does later.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.cache_key import operators_stay_closed
 from healpass.ops.numerics import Numerics
 from healpass.ops.pinned import DECOMPOSITIONS
 from healpass.ops.quantize import FORMATS
@@ -36,7 +38,6 @@ def register() -> None:
         cpu_attention,
         cpu_attention_gradients,
         exact_attention,
-        exact_cpu,
         exact_matmul,
         matmul,
         quantize,
@@ -53,19 +54,36 @@ def register() -> None:
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
         for device, found in modules.items()
     }
-    opened = [module.DECOMPOSITIONS for module in (exact_cpu, *exact)]
+    opened = decompositions()
     # (Inductor gives an operator that has a decomposition no fallback of its own.)
-    for operator in dict.fromkeys(op for table in (*tables.values(), *opened) for op in table):
+    unpinned = [op for op in opened if op not in DECOMPOSITIONS]
+    with_kernels = [op for table in tables.values() for op in table]
+    for operator in dict.fromkeys((*with_kernels, *unpinned)):
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
         meaning = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
-    decomposition.decompositions.update(DECOMPOSITIONS)
-    for operator in dict.fromkeys(operator for table in opened for operator in table):
-        choices = [table[operator] for table in opened if operator in table]
-        decomposition.decompositions[operator] = _first(choices)
+    decomposition.decompositions.update({op: _unless_closed(how) for op, how in opened.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
+
+
+@cache
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """What the exact operators are made of; a result NotImplemented is their own meaning."""
+    from healpass.lowering import exact_attention, exact_cpu, exact_matmul
+
+    opened = [m.DECOMPOSITIONS for m in (exact_cpu, exact_matmul, exact_attention)]
+    operators = dict.fromkeys(operator for table in opened for operator in table)
+    chosen = {op: _first([table[op] for table in opened if op in table]) for op in operators}
+    return {**DECOMPOSITIONS, **chosen}
+
+
+def _unless_closed(how: Callable[..., Any]) -> Callable[..., Any]:
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if operators_stay_closed() else how(*args, **kwargs)
+
+    return decompose
 
 
 def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:

@@ -19,8 +19,6 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-Table = Mapping[Any, Callable[..., Any]]
-
 
 def stays_closed(inputs: Sequence[Any]) -> bool:
     """Whether a graph with these inputs is compiled without a backward, so that AOT need not see.
@@ -32,16 +30,11 @@ def stays_closed(inputs: Sequence[Any]) -> bool:
     return not (differentiated and torch.is_grad_enabled())
 
 
-def without_ours(decompositions: Table) -> dict[Any, Callable[..., Any]]:
-    """A table of decompositions that leaves `heal::` operators closed."""
-    return {op: how for op, how in decompositions.items() if not _is_ours(op)}
-
-
 def _is_ours(target: Any) -> bool:
     return isinstance(target, OpOverload) and target.namespace == "heal"
 
 
-def open_operators(graph: Graph, decompositions: Table) -> None:
+def open_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
     """Open the `heal::` operators of an ATen graph and its subgraphs that have a decomposition.
 
     Args:
@@ -56,7 +49,7 @@ def open_operators(graph: Graph, decompositions: Table) -> None:
                 _open(node, decompositions)
 
 
-def _open(node: Node, decompositions: Table) -> None:
+def _open(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
     operands = node.all_input_nodes
     traced = _traced(node, operands, decompositions)
     if any(inner.target is node.target for inner in traced.graph.nodes):
@@ -75,7 +68,9 @@ def _open(node: Node, decompositions: Table) -> None:
     graph.erase_node(node)
 
 
-def _traced(node: Node, operands: Sequence[Node], decompositions: Table) -> GraphModule:
+def _traced(
+    node: Node, operands: Sequence[Node], decompositions: Mapping[Any, Callable[..., Any]]
+) -> GraphModule:
     def call(*values: Any) -> Any:
         known = dict(zip(operands, values, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)

@@ -21,13 +21,14 @@ from healpass.graph.nodes import value
 def unify_sizes(graph_module: GraphModule, context: Context) -> int:
     """Guard sizes of inputs to be equal where they are; how many symbols that saves."""
     del context
-    first: dict[Any, SymInt] = {}
+    first: dict[Any, Any] = {}
     count = 0
     for node in graph_module.graph.find_nodes(op="placeholder"):
         tensor = value(node)
         if not isinstance(tensor, Tensor):
             continue
-        for dim, size in enumerate(tensor.shape):
+        sizes: list[Any] = list(tensor.shape)
+        for dim, size in enumerate(sizes):
             if not _is_free(size) or dim in _marked(node):
                 continue
             known = first.setdefault((tensor.dim(), dim, size.node.hint), size)
