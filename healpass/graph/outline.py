@@ -207,7 +207,8 @@ def _symbols(nodes: list[Node], operands: list[Node]) -> list[Node]:
     needed = set().union(*(free_symbols(v) for val in vals for v in pytree.tree_leaves(val)))
     given = {node.meta["val"].node.expr for node in operands if _is_size(node)}
     inputs = nodes[0].graph.find_nodes(op="placeholder") if needed - given else []
-    return [n for n in inputs if _is_size(n) and n.meta["val"].node.expr in needed - given]
+    of_symbol = {n.meta["val"].node.expr: n for n in reversed(inputs) if _is_size(n)}
+    return [of_symbol[s] for s in sorted(needed - given, key=str) if s in of_symbol]
 
 
 def _is_size(node: Node) -> bool:
@@ -223,11 +224,22 @@ def _outline(graph: Graph, segments: list[list[Node]]) -> None:
     small = count == 1 or len(copies[0].nodes) < SMALLEST
     if small or not returned or not _can_pass(copies, returned):
         return
+    for size in {node for copy in copies for node in copy.operands if _is_size(node)}:
+        size.meta["val"] = _canonical(size.meta["val"])
     owner: Any = graph.owning_module
     name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"repeated_{i}"))
     owner.add_submodule(name, _body(copies[0], returned))
     for copy in copies:  # read anew: its operands may have been results of the copy before
         _call(graph, name, _copy(copy.nodes), returned)
+
+
+def _canonical(size: SymInt) -> Any:
+    """The size by the symbol that stands for all that equal it, as the subgraph's values do.
+
+    Inductor would declare in the subgraph what the size was called before that was known.
+    """
+    number = size.node
+    return number.shape_env.create_symintnode(number.expr, hint=number.hint)
 
 
 def _returned(copy: Copy) -> set[int]:

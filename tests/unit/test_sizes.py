@@ -77,18 +77,24 @@ def test_the_pass_can_be_switched_off(graphs):
     assert graphs[0][0] != graphs[0][1]
 
 
-def test_layers_of_decoding_with_a_growing_cache_are_outlined():
-    from transformers import DynamicCache
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("layercast", 1), ("layercast", 2), ("heal", 1), ("exact", 2)]
+)
+def test_layers_of_decoding_with_a_growing_cache_are_outlined(precision, rows):
+    from healpass.integrations.transformers import HealCache
 
     model = make_llama(num_hidden_layers=5)
-    ids = torch.arange(11).reshape(1, 11)
+    ids = torch.arange(11 * rows).reshape(rows, 11)
 
     def decoded(*disable):
         torch._dynamo.reset()
         compiled = torch.compile(
-            model.forward, backend="heal", dynamic=True, options={"disable": disable}
+            model.forward,
+            backend="heal",
+            dynamic=True,
+            options={"precision": precision, "disable": disable},
         )
-        cache = DynamicCache(config=model.config)
+        cache = HealCache(config=model.config)
         with torch.no_grad(), fresh_cache():
             compiled(ids, past_key_values=cache)
             result, code = run_and_get_code(
