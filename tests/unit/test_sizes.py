@@ -78,7 +78,13 @@ def test_the_pass_can_be_switched_off(graphs):
 
 
 @pytest.mark.parametrize(
-    ("precision", "rows"), [("layercast", 1), ("layercast", 2), ("heal", 1), ("exact", 2)]
+    ("precision", "rows"),
+    [
+        ("layercast", 1),
+        pytest.param("layercast", 2, marks=pytest.mark.deep),
+        pytest.param("heal", 1, marks=pytest.mark.deep),
+        pytest.param("exact", 2, marks=pytest.mark.deep),
+    ],
 )
 def test_layers_of_decoding_with_a_growing_cache_are_outlined(precision, rows):
     from healpass.integrations.transformers import HealCache
