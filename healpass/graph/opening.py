@@ -64,7 +64,13 @@ def _open(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
                 copied = inside[inner] = graph.node_copy(inner, inside.__getitem__)
                 copied.meta |= {k: v for k, v in node.meta.items() if k not in copied.meta}
     [output] = traced.graph.find_nodes(op="output")
-    node.replace_all_uses_with(inside[output.args[0]])
+    result = map_arg(output.args[0], inside.__getitem__)
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:  # several values, each taken by an `operator.getitem`
+        for item in list(node.users):
+            item.replace_all_uses_with(result[item.args[1]])
+            graph.erase_node(item)
     graph.erase_node(node)
 
 

@@ -54,7 +54,6 @@ _LARGEST_SUM = 127
 _OF_ZERO = -1000
 #: All bits of a 16-bit float but its sign.
 _SIZE = 0x7FFF
-_FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
 
 
 def fits(a_pieces: Sequence[Tensor], b_pieces: Sequence[Tensor]) -> bool:
@@ -143,7 +142,7 @@ def _chopped(total: Tensor) -> Tensor:
 def _chopped_sum(sums: Sequence[Tensor]) -> Tensor:
     """The sum of INT32 numbers, exact in FP64, rounded toward zero to FP32."""
     exact = functools.reduce(torch.add, [total.to(torch.float64) for total in sums])
-    return (exact.view(torch.int64) & ~_FP64_BELOW_FP32).view(torch.float64).to(torch.float32)
+    return (exact.view(torch.int64) & ~wide.FP64_BELOW_FP32).view(torch.float64).to(torch.float32)
 
 
 # ------------------------------------------------------------------------------ fused multiply-add

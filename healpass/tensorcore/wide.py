@@ -15,7 +15,8 @@ from healpass.tensorcore.rules import INSTRUCTION_K, AccumulationRule
 from healpass.tensorcore.tiles import fixed, lane
 
 _FP64_EXPONENT = 0x7FF << 52
-_FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
+#: Bits of an FP64 number below those of a normal FP32 one.
+FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
 
 
 def powers(values: Tensor, fmt: FloatFormat) -> Tensor:
@@ -59,7 +60,7 @@ def _leading_bit(x: Tensor) -> Tensor:
 
 def _toward_zero(x: Tensor) -> Tensor:
     """FP64 `x` rounded toward zero to FP32, kept in FP64; past the largest number is infinity."""
-    normal = (x.view(torch.int64) & ~_FP64_BELOW_FP32).view(torch.float64)
+    normal = (x.view(torch.int64) & ~FP64_BELOW_FP32).view(torch.float64)
     step = FP32.smallest_subnormal
     subnormal = torch.trunc(x * (1.0 / step)) * step
     result = torch.where(x.abs() < FP32.smallest_normal, subnormal, normal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -65,6 +66,21 @@ def test_a_constant_of_a_decomposition_comes_along():
     open_operators(graph_module.graph, table)
     graph_module.recompile()
     assert graph_module(x).tolist() == [2.0, 4.0]
+
+
+def test_an_operator_with_several_results_is_opened():
+    table = {**TABLE, heal.rms_norm_backward.default: lambda x, *_: (x + 1, x + 2)}
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    with torch._subclasses.FakeTensorMode() as mode:
+        x.meta["val"] = mode.from_tensor(torch.zeros(2, 3))
+    call = graph.call_function(heal.rms_norm_backward.default, (x, x, [3], None, 1e-5))
+    taken = [graph.call_function(operator.getitem, (call, index)) for index in (1, 0)]
+    graph.output(tuple(taken))
+    graph_module = torch.fx.GraphModule(nn.Module(), graph)
+    open_operators(graph_module.graph, table)
+    graph_module.recompile()
+    assert [y.unique().item() for y in graph_module(torch.zeros(2, 3))] == [2.0, 1.0]
 
 
 def test_subgraphs_are_opened_too():
