@@ -103,8 +103,7 @@ class Configuration:
         Args:
             compiled: Whether the plan lets Inductor compile where it can.
         """
-        once = self.order or self.chunk  # a batch or two are not worth a compile of minutes
-        return bool(self.gpu or not (self.is_baseline or (compiled and not once)))
+        return bool(self.gpu or not (self.is_baseline or compiled))
 
     def heal_options(self) -> dict[str, Any]:
         """The options of `backend="heal"`; a baseline has no simulation or order there."""
@@ -153,8 +152,8 @@ class StudyPlan:
     seed: int = 0
     """Of the sampling study."""
     compiled: bool = True
-    """Whether Inductor compiles what HEAL generates in its natural order; without, the rewritten
-    graph runs node by node, which starts in seconds and generates more slowly."""
+    """Whether Inductor compiles what HEAL generates; without, the rewritten graph runs node by
+    node, which starts in seconds and generates more slowly."""
 
     def __post_init__(self) -> None:
         """Check that the plan can be run."""

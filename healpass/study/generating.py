@@ -9,6 +9,7 @@ differ. Without that, batching alone would change every sample.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,7 @@ def generate(
         tokenizer: Knows the padding token.
         prompts: Token ids of each prompt.
         new_tokens: The most tokens of an answer.
-        chunk: Prompt tokens of one prefill step.
+        chunk: Prompt tokens of one prefill step; None takes whole prompts.
         seeds: Of the sampling, one per prompt; None decodes greedily.
     """
     from transformers import GenerationConfig
@@ -108,17 +109,54 @@ def generate(
         do_sample=False,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
-        prefill_chunk_size=chunk if chunk and chunk < ids.shape[1] else None,
     )
+    ids, mask = ids.to(model.device), mask.to(model.device)
     tokens = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=ids,
+        attention_mask=mask,
         generation_config=settings,
         logits_processor=_processors(seen, seeds),
+        **(_read_in_chunks(model, ids, mask, chunk) if chunk and chunk < ids.shape[1] else {}),
     )
     new = [until_end(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
     probs = torch.stack(seen.steps, 1).tolist() if seen.steps else [[] for _ in new]
     return [Generated(t, tuple(p[: len(t)])) for t, p in zip(new, probs, strict=True)]
+
+
+def _read_in_chunks(model: Any, ids: Tensor, mask: Tensor, chunk: int) -> dict[str, Any]:
+    """What `generate` is given beside a prompt that was read in chunks, up to its last token.
+
+    The `prefill_chunk_size` of transformers gives slices to the model, whose strides belong to the
+    whole prompt; that takes three graphs where this takes one, and a graph takes a minute.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=1, do_sample=False, return_dict_in_generate=True, eos_token_id=None
+    )
+    starts = {"input_ids": ids[:, :chunk], "attention_mask": mask[:, :chunk]}
+    cache = model.generate(
+        **{name: value.contiguous() for name, value in starts.items()}, generation_config=settings
+    ).past_key_values
+    accepted = inspect.signature(model.forward).parameters
+    places = positions(mask)
+    for start in range(chunk, ids.shape[1] - 1, chunk):
+        stop = min(start + chunk, ids.shape[1] - 1)
+        optional = {"position_ids": places[:, start:stop].contiguous(), "logits_to_keep": 1}
+        model(
+            input_ids=ids[:, start:stop].contiguous(),
+            attention_mask=mask[:, :stop].contiguous(),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,  # as `generate` calls, so a last chunk of one token decodes
+            **{name: value for name, value in optional.items() if name in accepted},
+        )
+    return {"past_key_values": cache}
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions `[B, T]` that count a row's own tokens, so padding on the left shifts nothing."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _processors(seen: TopProbability, seeds: Sequence[int] | None) -> Any:

@@ -3,10 +3,10 @@
 Layer: study. Imports `integrations`, the public names and `study`.
 
 Baselines run as transformers runs them; the other precisions are compiled by Inductor, as users
-run them. What runs once, in chunks or in another order of summation, is not worth the minutes that
-a compile takes, and a simulated GPU has no fast kernels: there the rewritten graph runs node by
-node (`study.interpret`), and so does every text that is scored. Another order is that of permuted
-linear layers (`study.reorder`), or of the operators where a model cannot be permuted.
+run them. A simulated GPU has no fast kernels: there the rewritten graph runs node by node
+(`study.interpret`), and so does every text that is scored, which is not worth the minutes that a
+compile takes. Another order is that of permuted linear layers (`study.reorder`), compiled once for
+all orders, or of the operators where a model cannot be permuted.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def key_of(unit: Unit) -> tuple[Any, ...]:
 
 
 def _may_reorder(configuration: Configuration) -> bool:
-    """Whether linear layers are permuted to generate: for orders, and what runs as they do."""
-    c = configuration
-    return not c.gpu and bool(c.order or c.runs_by_node(compiled=True))
+    """Whether linear layers are permuted to generate; the rest is spared what that costs."""
+    return bool(configuration.order and not configuration.gpu)
 
 
 def build(checkpoint: Checkpoint, unit: Unit, *, compiled: bool = True) -> Network:

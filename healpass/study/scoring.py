@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from healpass.errors import StudyError
-from healpass.study.generating import pad
+from healpass.study.generating import pad, positions
 from healpass.study.metrics import Output
 from healpass.study.prediction import Margins
 from healpass.study.records import Scores, digest_of
@@ -52,7 +52,9 @@ def score(
     """
     rows = [(*text.prompt, *text.answer) for text in texts]
     ids, mask = pad(rows, padding_id, side)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **_positions(mask)).logits
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+    ).logits
     found = []
     for index, text in enumerate(texts):
         start = (ids.shape[1] - len(rows[index]) if side == "left" else 0) + len(text.prompt) - 1
@@ -79,11 +81,6 @@ def scores_of(logits: Tensor, reference: Scores | None = None) -> Scores:
         probs=logits.softmax(-1).amax(-1),
         digest=digest_of(logits),
     )
-
-
-def _positions(mask: Tensor) -> dict[str, Tensor]:
-    """Positions that count a row's own tokens, so padding on the left shifts nothing."""
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
 
 
 def margins(reference: Scores, other: Scores) -> Margins:

@@ -69,20 +69,39 @@ def test_orders_and_gpus_score_with_one_capture(precision, captures):
     assert same(found[0], found[2]) == (precision == "exact")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "heal"])
-def test_chunks_and_orders_generate_with_one_model(precision):
-    changes = [{"order": 2}, {"order": 1}] + [{"chunk": 2}] * (precision == "heal")
-    units = [Unit("greedy", Configuration(precision=precision, **change)) for change in changes]
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("fp32", True), ("heal", False), ("heal", True)]
+)
+def test_orders_generate_with_one_model(precision, compiled):
+    units = [Unit("greedy", Configuration(precision=precision, order=order)) for order in (2, 1)]
     assert len({key_of(unit) for unit in units}) == 1
     with strict_dynamo():
-        shared = build(Tiny(), units[0])
+        shared = build(Tiny(), units[0], compiled=compiled)
         found = []
         for unit in units:
             shared.use(unit.configuration)
-            found.append(generated(shared, unit.configuration.chunk))
+            found.append(generated(shared, None))
         for outputs, unit in zip(found, units, strict=True):
-            assert outputs == generated(build(Tiny(), unit), unit.configuration.chunk)
+            assert outputs == generated(build(Tiny(), unit, compiled=compiled), None)
     assert found[0] != found[1]  # tokens are likely equal, probabilities are not
+
+
+@pytest.mark.parametrize("precision", ["layercast", "exact"])
+def test_chunks_of_any_length_take_one_graph_more(precision, captures):
+    plain, chunked = (
+        Unit("greedy", Configuration(precision=precision, chunk=c)) for c in (None, 2)
+    )
+    assert key_of(plain) == key_of(chunked)
+    with strict_dynamo():
+        network = build(Tiny(), plain, compiled=False)
+        whole = generated(network, None)
+        known = {id(graph) for graph in captures}
+        assert len(known) == 2  # prefill and decode
+        pieces = [generated(network, chunk) for chunk in (2, 3)]
+        assert len({id(graph) for graph in captures} - known) == 1
+    assert [[one.tokens for one in some] for some in pieces] == [[one.tokens for one in whole]] * 2
+    if precision == "exact":
+        assert pieces == [whole, whole]
 
 
 def test_a_graph_that_needs_more_of_its_sizes_is_not_shared(monkeypatch):
