@@ -144,7 +144,8 @@ def check(
         if as_json:
             typer.echo(strict_json.dumps(result.to_dict(), indent=2))
         elif not quiet:
-            study.show(result, Console(), folder)
+            # In a file or a log, tables take the width they need.
+            study.show(result, Console(width=None if sys.stdout.isatty() else 140), folder)
     raise typer.Exit(result.exit_code)
 
 

@@ -132,7 +132,11 @@ def _read_in_chunks(model: Any, ids: Tensor, mask: Tensor, chunk: int) -> dict[s
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        max_new_tokens=1, do_sample=False, return_dict_in_generate=True, eos_token_id=None
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        # Not used, but where it ends a row, transformers warns of padding on the right.
+        pad_token_id=int(ids[:, chunk - 1].max()) + 1,
     )
     starts = {"input_ids": ids[:, :chunk], "attention_mask": mask[:, :chunk]}
     cache = model.generate(

@@ -84,7 +84,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title)
     table.add_column("precision")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 
@@ -142,9 +142,9 @@ def blames(result: StudyResult) -> list[str]:
     lines = []
     for found in result.anatomies.values():
         for blame in found.blames:
-            first = blame.first.operation if blame.first else "nothing: all bits agree"
+            first = blame.first and f"first differs at {blame.first.operation}"
             label = f"{blame.other.precision}, {blame.other.label}"
-            lines.append(f"{label}: the first difference is {first}{suspicion(blame)}")
+            lines.append(f"{label}: {first or 'all bits agree'}{suspicion(blame)}")
     return lines
 
 
