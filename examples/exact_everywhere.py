@@ -7,10 +7,10 @@ Two studies, no GPU needed:
   reproducible if every prompt has one answer.
 * Bits: a forward pass over a few prompts, with every matrix product added as the tensor cores of
   four GPU generations would add it, in another order each. What counts are the elements of the
-  logits that differ in a bit from those of an A100. BF16 and FP32 have no simulated tensor core;
-  heal, in FP32-equivalent pieces, stands for arithmetic that is merely accurate.
+  logits that differ in a bit from those of an A100. FP32 units add alike on all of them, so there
+  only the order differs; a V100 has no BF16 tensor core.
 
-    python examples/exact_everywhere.py            # 20 prompts x 128 tokens; 4 x 64: hours
+    python examples/exact_everywhere.py            # 20 prompts x 128 tokens; 4 x 64: an hour
     python examples/exact_everywhere.py --short    # few prompts, layers and words: minutes
 
 `--short` cuts the model to two layers and a vocabulary of 2,000: its text is gibberish, its widths
@@ -32,13 +32,15 @@ from torch import Tensor
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
+from healpass.study.configuration import Configuration as Simulated
+from healpass.study.networks import interpret
 from healpass.study.tasks import load
 
 BF16, FP32 = torch.bfloat16, torch.float32
-#: Name -> dtype of the weights, options of the backend.
-PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "BF16": (BF16, {"precision": "bf16"}),
-    "FP32": (FP32, {"precision": "fp32"}),
+#: Name -> dtype of the weights, options of the backend (None: as transformers runs it).
+PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any] | None]] = {
+    "bf16": (BF16, None),
+    "fp32": (FP32, None),
     "heal": (BF16, {"precision": "heal"}),
     "exact": (BF16, {"precision": "exact"}),
 }
@@ -134,15 +136,16 @@ def first_difference(runs: Sequence[list[list[int]]]) -> int | None:
     return min(positions, default=None)
 
 
-def text_study(size: Size, console: Console) -> Table:
+def text_study(size: Size, console: Console, names: Sequence[str]) -> Table:
     """A row for each precision: prompts with one answer over the configurations."""
     table = Table(title=f"{size.prompts} prompts x {size.tokens} tokens, 6 configurations")
     for heading in ("precision", "prompts with one answer", "most answers", "first difference"):
         table.add_column(heading)
-    for name, (dtype, options) in PRECISIONS.items():
+    for name in names:
+        dtype, options = PRECISIONS[name]
         torch._dynamo.reset()
         model, tokenizer = smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
-        model = heal_model(model, **options)
+        model = model if options is None else heal_model(model, **options)
         runs = []
         for how in CONFIGURATIONS:
             with console.status(f"{name}: {how}"):
@@ -156,15 +159,19 @@ def text_study(size: Size, console: Console) -> Table:
 # ------------------------------------------------------------------------------------------ bits
 
 
-def forced_logits(size: Size, options: dict[str, Any]) -> Tensor:
+def forced_logits(size: Size, how: Simulated) -> Tensor:
     """FP32 logits of the prompts, cut to one length, in one forward pass."""
+    dtype, options = PRECISIONS[how.precision]
     torch._dynamo.reset()
-    model, tokenizer = smollm2.load(BF16, layers=size.layers, vocabulary=size.vocabulary)
+    model, tokenizer = smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
+    if options is None:  # the backend simulates what it rewrites, the study also what it does not
+        interpret(model, how)
+    else:
+        model.compile(backend="heal", options=how.heal_options() | {"outputs": "fp32"})
     texts = [question * 40 for question in questions(size.forced_prompts)]
     ids = [tokenizer(text)["input_ids"][: size.forced_tokens] for text in texts]
-    compiled = torch.compile(model, backend="heal", options=options | {"outputs": "fp32"})
-    logits: Tensor = compiled(input_ids=torch.tensor(ids), use_cache=False).logits
-    return logits
+    logits: Tensor = model(input_ids=torch.tensor(ids), use_cache=False).logits
+    return logits.float()
 
 
 def differing(a: Tensor, b: Tensor) -> int:
@@ -172,20 +179,26 @@ def differing(a: Tensor, b: Tensor) -> int:
     return int((a.view(torch.int32) != b.view(torch.int32)).sum())
 
 
-def bits_study(size: Size, console: Console) -> Table:
+def bits_study(size: Size, console: Console, names: Sequence[str]) -> Table:
     """A row for each precision and generation: elements of the logits that differ from A100's."""
     title = f"{size.forced_prompts} prompts x {size.forced_tokens} tokens, teacher-forced"
     table = Table(title=f"{title}: logits that differ from an A100's")
-    for heading in ("precision", *GENERATIONS[1:]):
+    for heading in ("precision", *GENERATIONS[1:], "of"):
         table.add_column(heading, justify="left" if heading == "precision" else "right")
-    for name in ("heal", "exact"):
-        logits = []
-        for seed, rule in enumerate(GENERATIONS):
-            with console.status(f"{name} as {rule} adds"):
-                more = {"simulate": rule, "order": seed}
-                logits.append(forced_logits(size, PRECISIONS[name][1] | more))
-        counts = [differing(other, logits[0]) for other in logits[1:]]
-        table.add_row(name, *(f"{count} of {logits[0].numel()}" for count in counts))
+    for name in names:
+        cells: list[str] = []
+        for seed, gpu in enumerate(GENERATIONS):
+            how = Simulated(precision=name, gpu=gpu, order=seed)
+            if how.unavailable:
+                cells.append(how.unavailable)
+                continue
+            with console.status(f"{name} as {gpu} adds"):
+                logits = forced_logits(size, how)
+            if seed == 0:
+                first = logits
+            else:
+                cells.append(str(differing(logits, first)))
+        table.add_row(name, *cells, str(first.numel()))
     return table
 
 
@@ -194,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="a cut model, minutes")
     parser.add_argument("--only", choices=("text", "bits"), help="one of the two studies")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     options = parser.parse_args(argv)
     size, console = SHORT if options.short else Size(), Console()
     smollm2.fetch(console=console)
@@ -202,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         for name, study in (("text", text_study), ("bits", bits_study)):
             if options.only in (None, name):
-                console.print(study(size, console))
+                console.print(study(size, console, options.precision))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_a_short_model_is_the_first_part_of_the_whole():
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in kept.items())
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.deep)])
 def test_two_layers_give_the_fp32_models_text_in_a_padded_batch(demo, cache):
     narrow, tokenizer = smollm2.load(torch.bfloat16, layers=2)
     wide, _ = smollm2.load(torch.float32, layers=2)

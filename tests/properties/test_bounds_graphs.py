@@ -186,7 +186,7 @@ def worst_ratio(y: torch.Tensor, bound: Estimate) -> float:
 OPTIONS = {"outputs": "fp32", "kv": "fp32"}
 
 
-@examples(60, deep=1000)
+@examples(40, deep=1000)
 @given(programs(), st.booleans(), st.sampled_from(["fp32", "int16", "int24"]))
 def test_a_compiled_graph_is_within_its_propagated_bound(program, dynamic, kv):
     """The whole backend, Inductor included, beside an FP32 run of the original."""

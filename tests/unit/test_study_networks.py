@@ -70,7 +70,7 @@ def test_orders_and_gpus_score_with_one_capture(precision, captures):
 
 
 @pytest.mark.parametrize(
-    ("precision", "compiled"), [("fp32", True), ("heal", False), ("heal", True)]
+    ("precision", "compiled"), [("fp32", True), ("heal", False), ("layercast", True)]
 )
 def test_orders_generate_with_one_model(precision, compiled):
     units = [Unit("greedy", Configuration(precision=precision, order=order)) for order in (2, 1)]
