@@ -213,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     smollm2.fetch(console=console)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # never compare a silent fallback
     torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = 16  # prefill and decode: one prompt, several; threads
     with torch.no_grad():
         for name, study in (("text", text_study), ("bits", bits_study)):
             if options.only in (None, name):
