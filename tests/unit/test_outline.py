@@ -117,7 +117,7 @@ class LongBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         for shift in range(12):
-            x = torch.sin(x + shift)
+            x = (x + shift) * 0.5
         return x
 
 
