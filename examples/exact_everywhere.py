@@ -32,18 +32,12 @@ from torch import Tensor
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
-from healpass.study.configuration import Configuration as Simulated
+from healpass.study.configuration import Configuration as Study
 from healpass.study.networks import interpret
 from healpass.study.tasks import load
 
-BF16, FP32 = torch.bfloat16, torch.float32
-#: Name -> dtype of the weights, options of the backend (None: as transformers runs it).
-PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any] | None]] = {
-    "bf16": (BF16, None),
-    "fp32": (FP32, None),
-    "heal": (BF16, {"precision": "heal"}),
-    "exact": (BF16, {"precision": "exact"}),
-}
+#: BF16 and FP32 run as transformers runs them, the others through `heal_model`.
+PRECISIONS = ("bf16", "fp32", "heal", "exact")
 GENERATIONS = ("a100", "h100", "v100", "b200")
 
 
@@ -87,6 +81,13 @@ SHORT = Size(prompts=3, tokens=6, forced_prompts=1, forced_tokens=5, layers=2, v
 def questions(count: int) -> list[str]:
     """The first questions of the study's suite."""
     return [task.question for task in load()[:count]]
+
+
+def load_model(size: Size, how: Study) -> tuple[Any, Any]:
+    """The model in the dtype of a precision, its tokenizer; what was compiled is forgotten."""
+    torch._dynamo.reset()
+    dtype = getattr(torch, how.dtype)
+    return smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
 
 
 # ------------------------------------------------------------------------------------------ text
@@ -142,10 +143,9 @@ def text_study(size: Size, console: Console, names: Sequence[str]) -> Table:
     for heading in ("precision", "prompts with one answer", "most answers", "first difference"):
         table.add_column(heading)
     for name in names:
-        dtype, options = PRECISIONS[name]
-        torch._dynamo.reset()
-        model, tokenizer = smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
-        model = model if options is None else heal_model(model, **options)
+        plain = Study(precision=name)
+        model, tokenizer = load_model(size, plain)
+        model = model if plain.is_baseline else heal_model(model, precision=name)
         runs = []
         for how in CONFIGURATIONS:
             with console.status(f"{name}: {how}"):
@@ -159,12 +159,10 @@ def text_study(size: Size, console: Console, names: Sequence[str]) -> Table:
 # ------------------------------------------------------------------------------------------ bits
 
 
-def forced_logits(size: Size, how: Simulated) -> Tensor:
+def forced_logits(size: Size, how: Study) -> Tensor:
     """FP32 logits of the prompts, cut to one length, in one forward pass."""
-    dtype, options = PRECISIONS[how.precision]
-    torch._dynamo.reset()
-    model, tokenizer = smollm2.load(dtype, layers=size.layers, vocabulary=size.vocabulary)
-    if options is None:  # the backend simulates what it rewrites, the study also what it does not
+    model, tokenizer = load_model(size, how)
+    if how.is_baseline:  # the backend simulates what it rewrites, the study also what it does not
         interpret(model, how)
     else:
         model.compile(backend="heal", options=how.heal_options() | {"outputs": "fp32"})
@@ -188,7 +186,7 @@ def bits_study(size: Size, console: Console, names: Sequence[str]) -> Table:
     for name in names:
         cells: list[str] = []
         for seed, gpu in enumerate(GENERATIONS):
-            how = Simulated(precision=name, gpu=gpu, order=seed)
+            how = Study(precision=name, gpu=gpu, order=seed)
             if how.unavailable:
                 cells.append(how.unavailable)
                 continue
@@ -207,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="a cut model, minutes")
     parser.add_argument("--only", choices=("text", "bits"), help="one of the two studies")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     options = parser.parse_args(argv)
     size, console = SHORT if options.short else Size(), Console()
     smollm2.fetch(console=console)

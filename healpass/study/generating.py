@@ -138,9 +138,10 @@ def _read_in_chunks(model: Any, ids: Tensor, mask: Tensor, chunk: int) -> dict[s
         # Not used, but where it ends a row, transformers warns of padding on the right.
         pad_token_id=int(ids[:, chunk - 1].max()) + 1,
     )
-    starts = {"input_ids": ids[:, :chunk], "attention_mask": mask[:, :chunk]}
     cache = model.generate(
-        **{name: value.contiguous() for name, value in starts.items()}, generation_config=settings
+        input_ids=ids[:, :chunk].contiguous(),
+        attention_mask=mask[:, :chunk].contiguous(),
+        generation_config=settings,
     ).past_key_values
     accepted = inspect.signature(model.forward).parameters
     places = positions(mask)
