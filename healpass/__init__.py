@@ -8,6 +8,15 @@ from healpass.config import HealConfig
 from healpass.doors import explain, inductor_options
 from healpass.errors import HealError
 from healpass.report import HealReport
+from healpass.status import Status, status
 
-__all__ = ["HealConfig", "HealError", "HealReport", "explain", "inductor_options"]
+__all__ = [
+    "HealConfig",
+    "HealError",
+    "HealReport",
+    "Status",
+    "explain",
+    "inductor_options",
+    "status",
+]
 __version__ = "0.1.0"

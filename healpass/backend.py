@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
+from healpass import watch
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph import prepack
@@ -65,7 +66,8 @@ def heal_backend(
     """
     check_torch(torch.__version__)
     config = HealConfig.from_options(options, mode)
-    rewrite(graph_module, config)
+    report = rewrite(graph_module, config, outermost=watch.is_outermost())
+    watch.note(report)
     inputs = prepack.example_inputs(graph_module, example_inputs)
     compiled = _inductor(graph_module, inputs, config)
     return prepack.with_packed_inputs(graph_module, compiled)

@@ -50,9 +50,9 @@ class HealConfig:
     results of `heal` are FP32-equivalent end to end; `int16` is fifty times coarser, and
     twenty-five times finer than a BF16 cache."""
     outputs: Outputs = "traced"
-    """`traced` keeps the dtype the caller expects; `fp32` hands final results (logits, losses:
-    what nothing else in the graph reads) out in FP32. After a graph break the code in between gets
-    FP32."""
+    """`traced` keeps the dtype the caller expects; `fp32` hands what the compiled function returns
+    (logits, hidden states, losses) out in FP32, all but keys, values and recurrent states of the
+    caller's own. Code after a graph break gets the traced dtypes."""
     mode: Mode | None = None
     """An Inductor mode. It stands here because torch forbids `mode=` beside `options=`."""
     simulate: Generation | None = None

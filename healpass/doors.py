@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
+from healpass import watch
 from healpass.backend import check_torch, inductor_patches
 from healpass.config import HealConfig
 from healpass.errors import ConfigError
 from healpass.graph import prepack
-from healpass.graph.observe import observe as watch
+from healpass.graph.observe import observe as compare
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
 
@@ -48,23 +49,23 @@ def explain(
 
     def look(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
         del example_inputs
-        found = rewrite(graph_module, config)
+        found = rewrite(graph_module, config, outermost=watch.is_outermost())
         report.graphs.append(found)
-        run = partial(watch, graph_module, config, found) if observe else graph_module.forward
+        run = partial(compare, graph_module, config, found) if observe else graph_module.forward
         return prepack.with_packed_inputs(graph_module, run)
 
     def call(*call_args: Any, **call_kwargs: Any) -> Any:
         return model(*call_args, **call_kwargs)
 
-    before = _graph_breaks()
-    torch.compile(call, backend=look)(*args, **kwargs)
-    report.breaks += sorted(set(_graph_breaks()) - set(before))
+    look.heal_config = config  # type: ignore[attr-defined]
+    compiled = torch.compile(call, backend=look)
+    region = watch.attach(watch.context_of(compiled))
+    if region is not None:
+        region.silent = True
+    compiled(*args, **kwargs)
+    for record in region.found if region is not None else ():
+        (report.uncompiled if record.ends_a_promise else report.breaks).append(str(record))
     return report
-
-
-def _graph_breaks() -> list[str]:
-    reasons = torch._dynamo.utils.counters["graph_break"]
-    return [str(reason).strip().split("\n")[0] for reason in reasons]
 
 
 class RewritePass:
@@ -77,7 +78,8 @@ class RewritePass:
         """Rewrite the graph in place."""
         owner = graph.owning_module
         assert isinstance(owner, GraphModule), "Inductor hands out graphs that belong to a module"
-        rewrite(owner, self.config)
+        report = rewrite(owner, self.config, outermost=watch.is_outermost())
+        watch.note(report)
 
     def uuid(self) -> Any:
         """The same key as the backend's."""

@@ -20,7 +20,9 @@ from rich.table import Table
 from healpass import strict_json
 
 #: Version of the JSON layout; grows when a field changes its meaning or goes away.
-SCHEMA = 1
+SCHEMA = 2
+#: Kind of the boundary where a value leaves a graph for code that is not compiled with it.
+GRAPH_BREAK = "graph break"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class GraphReport:
         """Nodes that were left as traced."""
         return [node for node in self.nodes if not node.rewritten]
 
+    @property
+    def rounds_at_breaks(self) -> bool:
+        """Whether values are rounded on their way from this graph to code outside it."""
+        return any(boundary.kind == GRAPH_BREAK for boundary in self.boundaries)
+
     def summary(self) -> str:
         """One line for the log."""
         return (
@@ -126,6 +133,7 @@ class HealReport:
     config: dict[str, Any]
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
+    uncompiled: list[str] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[NodeRecord]:
@@ -153,6 +161,7 @@ class HealReport:
             "schema": SCHEMA,
             "config": self.config,
             "breaks": self.breaks,
+            "uncompiled": self.uncompiled,
             "graphs": [asdict(graph) for graph in self.graphs],
         }
 
@@ -177,17 +186,19 @@ class HealReport:
             f"matmul and SDPA nodes rewritten in {len(self.graphs)} graph(s)"
         )
         if self.nodes:
-            yield _table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
+            yield text_table("Nodes", _NODE_COLUMNS, _grouped(self.nodes))
             yield "bound: S = sum |x||w|, A = max |x|, B = max |w|, SA, SB their sums, u = 2^-24"
         if self.outputs:
             rows = _output_rows(self.graphs)
-            yield _table("Outputs, errors of all nodes propagated", _OUTPUT_COLUMNS, rows)
+            yield text_table("Outputs, errors of all nodes propagated", _OUTPUT_COLUMNS, rows)
         if self.boundaries:
-            yield _table(
+            yield text_table(
                 "Kernel boundaries that are still 16-bit",
                 ("where", "kind", "dtype", "what", "line"),
                 [(b.name, b.kind, b.dtype, b.detail, short_line(b.line)) for b in self.boundaries],
             )
+        for reason in self.uncompiled:
+            yield f"left uncompiled, runs as written: {_plain(reason)}"
         for reason in self.breaks:
             yield f"graph break: {_plain(reason)}"
 
@@ -273,7 +284,8 @@ def short_line(line: str) -> str:
     return re.split(r"[/\\]", line)[-1]
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def text_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """A titled table for the terminal, its texts shown as they are."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")

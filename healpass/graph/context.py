@@ -34,12 +34,14 @@ class Context:
     Attributes:
         config: The parsed options.
         fake_mode: The mode of the traced graph's fake tensors.
+        outermost: Whether the caller of the compiled function gets the graph's results.
         report: Grows as nodes are rewritten or kept.
         kept: Nodes that stay as traced, with the reason; `verify` lets them pass.
     """
 
     config: HealConfig
     fake_mode: Any
+    outermost: bool = True
     report: GraphReport = field(default_factory=GraphReport)
     kept: dict[Node, str] = field(default_factory=dict)
 

@@ -70,12 +70,16 @@ PASSES: dict[str, Pass] = {
 OUTLINE = "outline"
 
 
-def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
+def rewrite(
+    graph_module: GraphModule, config: HealConfig, *, outermost: bool = True
+) -> GraphReport:
     """Run the passes on Dynamo's graph, in place.
 
     Args:
         graph_module: A graph at torch level, as Dynamo hands it to a backend.
         config: The options; a baseline precision changes nothing.
+        outermost: Whether the caller of the compiled function gets the graph's results. What
+            stands between two graphs expects the traced dtypes, whatever `config.outputs` says.
 
     Returns:
         What was rewritten, what was kept, and where 16 bits remain.
@@ -87,7 +91,7 @@ def rewrite(graph_module: GraphModule, config: HealConfig) -> GraphReport:
         GraphCheckError: A pass broke the graph (a bug of healpass).
     """
     _check_names(config.disable)
-    context = Context(config, _fake_mode(graph_module))
+    context = Context(config, _fake_mode(graph_module), outermost)
     if not config.rewrites or context.fake_mode is None:
         return context.report
     skipped = (*config.disable, *_unsafe_passes(graph_module, config.disable))

@@ -30,7 +30,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from healpass.graph import classes, higher_order
+from healpass.graph import classes, higher_order, state
 from healpass.graph.ambient import dissolve_autocast
 from healpass.graph.context import Context
 from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
@@ -47,6 +47,7 @@ from healpass.graph.nodes import (
     tensors,
     value,
 )
+from healpass.report import GRAPH_BREAK
 
 FP32 = torch.float32
 
@@ -355,27 +356,26 @@ class Promotion:
     def _output(self, node: Node) -> None:
         """Give results back the dtypes that were traced.
 
-        With `outputs="fp32"` final results, those that nothing else in the graph reads, stay FP32.
-        What is read as well is state for the next step, as the keys and values of a caller's
-        cache.
+        With `outputs="fp32"` what the caller of the compiled function gets stays FP32, whoever
+        else reads it; but what the next call reads again (`state`), and what other code goes on
+        with after a graph break, was written for the traced dtype.
         """
         if self.border == "promoted":
             return
-        wide = self.border == "model" and self.context.config.outputs == "fp32"
+        model = self.border == "model"
+        wide = model and self.context.outermost and self.context.config.outputs == "fp32"
+        kept = state.handed_on(self.graph, self.traced, self.memory) if wide else set()
+        crosses = model and not self.context.outermost
+        kind, detail = ("graph output", "handed out in the dtype the caller expects")
+        if crosses:
+            kind, detail = GRAPH_BREAK, "handed to code outside the graph, written for this dtype"
 
         def restore(argument: Node) -> Node:
             traced: Any = self.traced.get(argument)
-            if not self._was_promoted(argument):
-                return argument
-            if wide and len(argument.users) == 1:
+            if not self._was_promoted(argument) or (wide and argument not in kept):
                 return argument
             narrow = self.cast(argument, traced.dtype, node)
-            self.context.boundary(
-                argument,
-                "graph output",
-                traced.dtype,
-                "handed out in the dtype the caller expects",
-            )
+            self.context.boundary(argument, kind, traced.dtype, detail)
             return narrow
 
         node.args = map_arg(node.args, restore)

@@ -141,7 +141,8 @@ def scale_of(x: Tensor, dim: int, count: int) -> Tensor:
     """The scale of `x` along `dim`, size 1 there; NaN where a number is not finite."""
     if x.shape[dim] == 0:
         return torch.ones_like(x.sum(dim, keepdim=True), dtype=torch.float32)
-    amax = x.detach().abs().amax(dim, keepdim=True).to(torch.float32)
+    # (widened first: Inductor declares one name twice where it stores a maximum of 16 bits twice)
+    amax = x.detach().to(torch.float32).abs().amax(dim, keepdim=True)
     return torch.where(amax < math.inf, digit_scale(amax, count), math.nan)
 
 

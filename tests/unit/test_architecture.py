@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("healpass/**/*.py"), *ROOT.glob("lowering/**/*.py")])
 
 #: What `healpass.__all__` offers: all that the study may use, as anybody else's code may.
-PUBLIC = {"HealConfig", "HealError", "HealReport", "explain", "inductor_options"}
+PUBLIC = {
+    *("HealConfig", "HealError", "HealReport", "Status"),
+    *("explain", "inductor_options", "status"),
+}
 
 #: layer -> what its modules may import of healpass. The way of one compile, from bottom to top.
 BELOW = {
@@ -32,7 +35,10 @@ BELOW = {
     "fingerprint": {"errors", "config", "numerics_version"},
     "graph": {"errors", "arithmetic", "ops", "config", "report"},
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
-    "integrations": {"errors", "arithmetic", "ops", "config"},
+    "uncompiled": {"errors", "config"},
+    "watch": {"errors", "config", "uncompiled"},
+    "status": {"report", "uncompiled", "watch"},
+    "integrations": {"errors", "arithmetic", "ops", "config", "watch"},
     # Beyond the public names: the simulated adders for its baselines, the digits of exact weights
     # (to keep them), HEAL for transformers, and the stamp of the environment. Nothing below
     # depends on it.
@@ -42,8 +48,9 @@ BELOW = {
     }
     | PUBLIC,
     "bench": {"errors", "environment", "integrations"} | PUBLIC,
-    "backend": {"errors", "config", "cache_key", "graph", "lowering", "report"},
-    "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend"},
+    "backend": {"errors", "config", "cache_key", "graph", "lowering", "report", "watch"},
+    "registered": {"backend", "watch"},
+    "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend", "watch"},
 }
 #: Those on top may import anything.
 TOP = {"__init__", "cli"}

@@ -67,8 +67,10 @@ def test_a_record_leads_back_to_the_users_source(report):
     assert [n.module for n in report.nodes[:3]] == [f"layers.{i}.proj" for i in range(3)]
 
 
-def test_graph_outputs_are_listed_as_16_bit_boundaries(report):
-    assert {(b.kind, b.dtype) for b in report.boundaries} == {("graph output", "bfloat16")}
+def test_outputs_and_what_crosses_a_graph_break_are_listed_as_16_bit_boundaries(report):
+    assert [(b.kind, b.dtype) for b in report.boundaries] == [("graph break", "bfloat16")]
+    found = healpass.explain(Layer(), X)
+    assert [(b.kind, b.dtype) for b in found.boundaries] == [("graph output", "bfloat16")]
 
 
 def test_explaining_changes_nothing(report):

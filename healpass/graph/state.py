@@ -1,0 +1,79 @@
+"""Which results of a graph are state: what the next call of the model reads again.
+
+Keys and values of a cache that the caller owns, and recurrent states, must keep their dtype: code
+that was written for it joins them with new ones. Logits, hidden states and losses are read by the
+caller only. May import `graph.nodes` and below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from healpass.graph import names
+from healpass.graph.classes import cache_destination
+from healpass.graph.memory import Memory, storages
+from healpass.graph.nodes import heal_name, is_parameter, op_name, value
+
+#: How the names of `heal::` operators begin that attend, or multiply two activations.
+ATTENTION = ("heal::sdpa", "heal::attention", "heal::integer_attention")
+PRODUCTS = ("heal::mm", "heal::bmm", "heal::matmul")
+
+
+def handed_on(graph: Graph, traced: dict[Node, Any], memory: Memory) -> set[Node]:
+    """The results that are state.
+
+    Args:
+        graph: A graph whose attention and products are `heal::` operators, where they can be.
+        traced: The values that Dynamo saw.
+        memory: What the traced graph writes into.
+
+    Returns:
+        Among the nodes that the graph hands out: what attention reads as keys and values, seen
+        through moves; what lies in memory that is written in place; caches of the caller that
+        were extended.
+    """
+    results = set(graph.output_node().all_input_nodes)
+    read = [source for node in graph.nodes for source in _keys_and_values(node)]
+    stored = storages([traced.get(node) for node in read])
+    reached = _through_moves(read)
+    return {
+        node
+        for node in results
+        if node in reached
+        or storages(traced.get(node)) & stored
+        or memory.is_written(traced.get(node))
+        or any(_extends_cache(part) for part in _through_moves([node]))
+    }
+
+
+def _extends_cache(node: Node) -> bool:
+    return op_name(node) in names.BUFFER_WRITES and cache_destination(node) is not None
+
+
+def _keys_and_values(node: Node) -> list[Node]:
+    """What attention reads again at the next step; of attention written out, by its products."""
+    name, heal = op_name(node), heal_name(node) or ""
+    if name in names.SDPA or heal.startswith(ATTENTION):
+        given = [*node.args[1:3], node.kwargs.get("key"), node.kwargs.get("value")]
+        return [item for item in given if isinstance(item, Node)]
+    product = heal.startswith(PRODUCTS) or name in names.MATMULS
+    right = node.args[1] if product and len(node.args) > 1 else None
+    batched = isinstance(right, Node) and getattr(value(right), "ndim", 0) >= 3
+    return [right] if batched and isinstance(right, Node) and not is_parameter(right) else []
+
+
+def _through_moves(nodes: list[Node]) -> set[Node]:
+    """The nodes, and what they were moved, joined, cast or repeated from."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if op_name(node) in names.MOVES | names.CASTS:
+            joined = op_name(node) in names.JOINS
+            pending += node.all_input_nodes if joined else node.all_input_nodes[:1]
+    return found

@@ -1,0 +1,144 @@
+"""`healpass.status(model)`: what has been compiled so far, and what ran as written.
+
+Imports `watch`, which keeps the records.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from healpass.report import text_table
+from healpass.uncompiled import Uncompiled
+from healpass.watch import config_of, context_of, region_of_context
+
+
+@dataclass(frozen=True)
+class EntryStatus:
+    """One way into the model that HEAL compiles.
+
+    Attributes:
+        name: `model` for the model's own call, else the module or method, as `encoder`.
+        precision: The precision asked for.
+        graphs: Graphs compiled since the last `torch._dynamo.reset()`; 0 before the first call.
+        rewritten: Matmul and SDPA nodes that became HEAL's, in all graphs.
+        kept: Those that were kept as traced.
+        uncompiled: What torch left out: it ran as written.
+    """
+
+    name: str
+    precision: str
+    graphs: int
+    rewritten: int
+    kept: int
+    uncompiled: tuple[Uncompiled, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `healpass.status` found; `print` shows tables."""
+
+    entries: tuple[EntryStatus, ...]
+
+    @property
+    def uncompiled(self) -> tuple[Uncompiled, ...]:
+        """All that torch left out, each once."""
+        return tuple(dict.fromkeys(found for entry in self.entries for found in entry.uncompiled))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every function that was called ran compiled; a graph break alone does not count.
+
+        Before the first call there is nothing to say, and this is False.
+        """
+        ran = any(entry.graphs for entry in self.entries)
+        return ran and not any(found.ends_a_promise for found in self.uncompiled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The tables as plain text."""
+        out = io.StringIO()
+        Console(file=out, width=160, color_system=None).print(*self._tables(), sep="\n")
+        return out.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        console = Console(file=io.StringIO(), width=120, record=True)
+        console.print(*self._tables(), sep="\n")
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _tables(self) -> Iterator[Any]:
+        if not self.entries:
+            yield "Nothing of this is compiled with HEAL."
+            return
+        yield text_table(
+            "Compiled with HEAL",
+            ("entry", "precision", "graphs", "rewritten", "kept"),
+            [
+                (e.name, e.precision, *map(str, (e.graphs, e.rewritten, e.kept)))
+                for e in self.entries
+            ],
+        )
+        if self.uncompiled:
+            columns = ("kind", "where", "why")
+            yield text_table(
+                "Left uncompiled by torch",
+                columns,
+                [(found.kind, found.where, found.reason) for found in self.uncompiled],
+            )
+
+
+def status(model: Any) -> Status:
+    """Say what of a model HEAL has compiled so far, and what torch ran as written instead.
+
+    Args:
+        model: What `torch.compile(..., backend="heal")` returned, a model after
+            `model.compile(backend="heal")` or `heal_model(model)`, or a module that holds such
+            modules.
+
+    Returns:
+        One entry per compiled call, with its graphs and what was left out of them. What calls
+        `heal::` operators without a compiler is not listed.
+    """
+    return Status(tuple(_entry(name, compiled) for name, compiled in _compiled(model)))
+
+
+def _compiled(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every callable of a model that `torch.compile` made with HEAL, by name."""
+    seen: set[int] = set()
+    for name, candidate in _candidates(model):
+        context = context_of(candidate)
+        config = config_of(getattr(context, "callback", None))
+        if config is not None and config.rewrites and id(context) not in seen:
+            seen.add(id(context))
+            yield name, candidate
+
+
+def _candidates(model: Any) -> Iterator[tuple[str, Any]]:
+    yield "model", model
+    modules = getattr(model, "named_modules", None)
+    for path, module in modules() if modules else ():
+        for attribute, held in vars(module).items():
+            compiled = getattr(held, "compiled", held)
+            if attribute == "_compiled_call_impl":
+                yield path or "model", compiled
+            elif callable(held):
+                yield f"{path}.{attribute}".lstrip("."), compiled
+
+
+def _entry(name: str, compiled: Any) -> EntryStatus:
+    context = context_of(compiled)
+    config, region = config_of(context.callback), region_of_context(context)
+    reports = region.reports if region else []
+    kept = sum(len(report.kept) for report in reports)
+    total = sum(len(report.nodes) for report in reports)
+    found = tuple(region.found) if region else ()
+    assert config is not None, "only HEAL's regions come here"
+    return EntryStatus(name, config.precision, len(reports), total - kept, kept, found)

@@ -1,0 +1,227 @@
+"""What torch leaves uncompiled where HEAL was asked to compile: the record, and what follows.
+
+Dynamo gives frames back to the interpreter in silence: past its limit of graphs per function, at
+what it cannot trace, at `torch.compiler.disable`, with `suppress_errors`. There the model runs as
+written, in 16 bits, and every promise about its arithmetic ends. `exact` and `strict` refuse that;
+the others warn once. `watch` finds out about it. Imports `config` and `errors`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+
+from healpass.config import HealConfig
+from healpass.errors import StrictError
+
+PACKAGE = str(Path(__file__).parent)
+#: Dynamo's own names of two reasons.
+DISABLED = "Skip calling `torch.compiler.disable()`d function"
+RAISED = "Observed exception"
+
+_WAY_OUT = {
+    "limit": "call it in fewer ways (one batch form, one mask form), compile with "
+    "torch.compile(..., dynamic=True, recompile_limit=64) where torch has that argument, or raise "
+    "torch._dynamo.config.recompile_limit before",
+    "skipped": "move what torch cannot trace out of the compiled function (random seeds, prints "
+    "in loops, I/O), or compile the modules inside: module.compile(backend='heal')",
+    "disabled": "take torch.compiler.disable off that function, or move its call out of the "
+    "compiled model",
+}
+
+
+@dataclass(frozen=True)
+class Uncompiled:
+    """Something that ran as written instead of as HEAL compiles it.
+
+    Attributes:
+        kind: `limit` (torch's limit of graphs), `skipped` (a whole frame), `disabled` (a function
+            under `torch.compiler.disable`), `break` (a graph break: what caused it ran as
+            written, and values crossed it in the dtypes of the model).
+        where: The function, `name (file:line)`.
+        reason: What torch says, in one line.
+    """
+
+    kind: str
+    where: str
+    reason: str
+
+    @property
+    def ends_a_promise(self) -> bool:
+        """Whether whole functions ran outside HEAL, not only what caused a graph break."""
+        return self.kind != "break"
+
+    def __str__(self) -> str:
+        """One line: where and why."""
+        return f"{self.where}: {self.reason}"
+
+
+class Region:
+    """The record of one `torch.compile` call with HEAL: its graphs and what was left out.
+
+    Attributes:
+        config: The options.
+        reports: What the passes did, graph by graph.
+        found: What was left uncompiled since the last `torch._dynamo.reset()`.
+        silent: Whether the record is only kept, for whoever asks (`explain`).
+    """
+
+    def __init__(self, config: HealConfig) -> None:
+        self.config = config
+        self.reports: list[Any] = []
+        self.found: dict[Uncompiled, None] = {}
+        self.silent = False
+        self._rounds = False
+        self._told: set[Uncompiled] = set()
+        self._refused: str | None = None
+        self._given_up: list[tuple[CodeType, Uncompiled]] = []
+        self._handled = sys.exc_info()[1]  # what the caller is handling is none of ours
+        self._breaks: Counter[str] = Counter()
+        self._alive: Callable[[], Any] | None = None
+
+    # ------------------------------------------------------------- around a call of the region
+
+    def enter(self) -> Callable[[], None]:
+        """Runs before a call; refuses it where an earlier one showed what it would leave out."""
+        if self._alive is not None and self._alive() is None:
+            self._forget()  # `torch._dynamo.reset()`: everything is traced anew
+        if self._refused is not None:
+            raise StrictError(self._refused)
+        self._handled = sys.exc_info()[1]
+        self._given_up = []
+        return _nothing
+
+    def _forget(self) -> None:
+        self.reports, self.found, self._refused = [], {}, None
+        self._told, self._rounds, self._alive = set(), False, None
+
+    def leave(self) -> None:
+        """Runs after a call: warns, refuses, or makes good what a user's mistake left behind."""
+        if sys.exc_info()[1] is not self._handled:
+            for code, record in self._given_up:  # the error is the caller's to see
+                _trace_again(code)
+                self.found.pop(record, None)
+            return
+        new = [record for record in self.found if record not in self._told]
+        self._told.update(new)
+        ended = [record for record in new if record.ends_a_promise]
+        if self.silent or not new:
+            return
+        if ended and self.refuses:
+            self._refused = self._message(ended)
+            raise StrictError(self._refused)
+        if ended:
+            warnings.warn(self._message(ended), stacklevel=3)
+        elif self._rounds:
+            warnings.warn(_rounding(new), stacklevel=3)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether running a part uncompiled is an error."""
+        return self.config.precision == "exact" or self.config.strict
+
+    def add(self, report: Any, rounds: bool) -> None:
+        """Keep what the passes say of a graph, and whether it hands rounded values to others."""
+        self.reports.append(report)
+        self._rounds = self._rounds or rounds
+
+    def _message(self, records: list[Uncompiled]) -> str:
+        ways = {_WAY_OUT[record.kind]: None for record in records}
+        asked = f"precision={self.config.precision!r}" + (
+            ", strict=True" if self.config.strict else ""
+        )
+        return (
+            f"{asked} was asked for, but torch left {len(records)} function(s) uncompiled, which "
+            f"run as written, in the model's own dtype: {_listed(records)}\n"
+            f"Way out: {'; or '.join(ways)}. healpass.status(model) lists what was left out."
+        )
+
+    # -------------------------------------------------------------- around the trace of a frame
+
+    def begin_frame(self, lookout: Any) -> None:
+        """Runs before a frame is traced; what is found holds while torch keeps `lookout`."""
+        self._alive = weakref.ref(lookout)
+        self._breaks = Counter(torch._dynamo.utils.counters["graph_break"])
+        self._tracing = sys.exc_info()[1]
+
+    def end_frame(self, code: CodeType) -> None:
+        """Runs after it: an exception in flight says that the frame is given up, and why."""
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._tracing:
+            record = Uncompiled("skipped", describe(code), one_line(str(error)))
+            self._given_up.append((code, record))
+            if not raised_by_the_model(error):
+                self.found[record] = None
+            return
+        breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - self._breaks
+        if code.co_filename.startswith(PACKAGE):
+            return  # a wrapper of ours around the function, where the break is noted, too
+        for reason in map(one_line, breaks):
+            kind = "disabled" if reason.startswith(DISABLED) else "break"
+            self.found[Uncompiled(kind, describe(code), reason)] = None
+
+    def reach_limit(self, record: Uncompiled) -> None:
+        """Runs where torch gives a function up for good, having compiled it so many times."""
+        self.found[record] = None
+        if self.refuses and not self.silent:
+            # Raised here the function stays open to the kinds of call that are compiled already.
+            self._told.add(record)
+            raise StrictError(self._message([record]))
+
+
+def _nothing() -> None:
+    """What a hook returns that has nothing to do afterwards."""
+
+
+def _listed(records: list[Uncompiled]) -> str:
+    """The first in the line that names the problem, the others below it."""
+    return "\n  also ".join(map(str, records))
+
+
+def _rounding(records: list[Uncompiled]) -> str:
+    return (
+        f"torch splits the compiled function at {len(records)} graph break(s), and what crosses "
+        f"one is rounded to the model's own dtype: {_listed(records)}\n"
+        "Way out: take out what breaks the graph; torch.compile(..., fullgraph=True) shows where. "
+        "healpass.status(model) lists the breaks."
+    )
+
+
+def describe(code: CodeType) -> str:
+    """`forward (/path/model.py:12)`; a continuation after a graph break is its function."""
+    name = re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", code.co_name)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def one_line(text: str) -> str:
+    """Dynamo's reason and explanation without its hints and traces."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    first = 2 if lines and lines[0].endswith(":") else 1
+    explained = [line for line in lines[first:] if line.startswith("Explanation:")][:1]
+    return " ".join(lines[:first] + explained)
+
+
+def raised_by_the_model(error: BaseException) -> bool:
+    """Whether a frame was given up because the model itself raised: the caller will see that."""
+    return RAISED in str(getattr(error, "gb_type", "")) or one_line(str(error)).startswith(RAISED)
+
+
+def _trace_again(code: CodeType) -> None:
+    """Let Dynamo try a function again that it gave up because of a caller's mistake.
+
+    It marks the code itself, which all models of a class share, and never looks again.
+    """
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
