@@ -70,7 +70,7 @@ def heal_backend(
     watch.note(report)
     inputs = prepack.example_inputs(graph_module, example_inputs)
     compiled = _inductor(graph_module, inputs, config)
-    return prepack.with_packed_inputs(graph_module, compiled)
+    return watch.counted(prepack.with_packed_inputs(graph_module, compiled))
 
 
 def _inductor(

@@ -35,6 +35,7 @@ _WAY_OUT = {
     "torch._dynamo.config.recompile_limit before",
     "skipped": "move what torch cannot trace out of the compiled function (random seeds, prints "
     "in loops, I/O), or compile the modules inside: module.compile(backend='heal')",
+    "unused": "leave the stance or mode, or call torch._dynamo.reset() before this model",
     "disabled": "take torch.compiler.disable off that function, or move its call out of the "
     "compiled model",
 }
@@ -46,8 +47,9 @@ class Uncompiled:
 
     Attributes:
         kind: `limit` (torch's limit of graphs), `skipped` (a whole frame), `disabled` (a function
-            under `torch.compiler.disable`), `break` (a graph break: what caused it ran as
-            written, and values crossed it in the dtypes of the model).
+            under `torch.compiler.disable`), `unused` (a whole call),
+            `break` (a graph break: what caused it ran as written, and values crossed it in the
+            dtypes of the model).
         where: The function, `name (file:line)`.
         reason: What torch says, in one line.
     """
@@ -64,6 +66,16 @@ class Uncompiled:
     def __str__(self) -> str:
         """One line: where and why."""
         return f"{self.where}: {self.reason}"
+
+
+#: A whole call of a region in which torch neither ran a compiled graph nor tried to make one.
+NOTHING_RAN = Uncompiled(
+    "unused",
+    "a whole call",
+    "no compiled graph ran. torch was told to run it as written (a stance, a dispatch mode such "
+    "as FlopCounterMode, TORCHDYNAMO_DISABLE), or gave the function up for another compiled "
+    "model of the same class",
+)
 
 
 class Region:
@@ -87,6 +99,10 @@ class Region:
         self._given_up: list[tuple[CodeType, Uncompiled]] = []
         self._handled = sys.exc_info()[1]  # what the caller is handling is none of ours
         self._breaks: Counter[str] = Counter()
+        self._traced = 0
+        self._before = (0, 0)
+        self._ran = False
+        self._codes: set[CodeType] = set()
         self._alive: Callable[[], Any] | None = None
 
     # ------------------------------------------------------------- around a call of the region
@@ -99,10 +115,12 @@ class Region:
             raise StrictError(self._refused)
         self._handled = sys.exc_info()[1]
         self._given_up = []
+        self._before = (graphs_run(), self._traced)
         return _nothing
 
     def _forget(self) -> None:
         self.reports, self.found, self._refused = [], {}, None
+        self._ran, self._traced = False, 0
         self._told, self._rounds, self._alive = set(), False, None
 
     def leave(self) -> None:
@@ -112,6 +130,12 @@ class Region:
                 _trace_again(code)
                 self.found.pop(record, None)
             return
+        if self._before != (graphs_run(), self._traced):
+            self._ran = self._ran or self._before[0] != graphs_run()
+        elif (self._ran or not self._traced) and not self.found:
+            self.found[NOTHING_RAN] = None
+            for code in self._codes:  # a mode marks code for good, and may be over by now
+                _trace_again(code)
         new = [record for record in self.found if record not in self._told]
         self._told.update(new)
         ended = [record for record in new if record.ends_a_promise]
@@ -151,11 +175,13 @@ class Region:
     def begin_frame(self, lookout: Any) -> None:
         """Runs before a frame is traced; what is found holds while torch keeps `lookout`."""
         self._alive = weakref.ref(lookout)
+        self._traced += 1
         self._breaks = Counter(torch._dynamo.utils.counters["graph_break"])
         self._tracing = sys.exc_info()[1]
 
     def end_frame(self, code: CodeType) -> None:
         """Runs after it: an exception in flight says that the frame is given up, and why."""
+        self._codes.add(code)
         error = sys.exc_info()[1]
         if error is not None and error is not self._tracing:
             record = Uncompiled("skipped", describe(code), one_line(str(error)))
@@ -177,6 +203,14 @@ class Region:
             # Raised here the function stays open to the kinds of call that are compiled already.
             self._told.add(record)
             raise StrictError(self._message([record]))
+
+
+def graphs_run() -> int:
+    """How many compiled graphs of HEAL's have run, counted where torch counts what Dynamo does.
+
+    A region may run a graph that an equal one has compiled, so none can count its own.
+    """
+    return torch._dynamo.utils.counters["healpass"]["graphs run"]
 
 
 def _nothing() -> None:

@@ -18,7 +18,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -110,6 +110,18 @@ def note(report: Any) -> None:
     region = current_region()
     if region is not None:
         region.add(report, report.rounds_at_breaks)
+
+
+def counted(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled graph that counts its runs, as `uncompiled.graphs_run` reads them."""
+    counters = torch._dynamo.utils.counters
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        counters["healpass"]["graphs run"] += 1
+        return compiled(*args)
+
+    return run
 
 
 def attach(context: Any) -> Region | None:

@@ -52,7 +52,7 @@ def plain_backend(config: HealConfig):
 
     def backend(graph_module, inputs):
         watch.note(healpass.report.GraphReport())
-        return graph_module.forward
+        return watch.counted(graph_module.forward)
 
     backend.heal_config = config
     return backend
@@ -185,6 +185,24 @@ def test_a_users_mistake_shows_and_leaves_the_process_as_it_was(config):
         other(torch.eye(8, dtype=BF16))
     assert healpass.status(other).whole
     assert healpass.status(first).whole
+
+
+def test_a_call_that_runs_no_graph_at_all_is_noticed():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    compiled = torch.compile(compiles, backend=plain_backend(HealConfig(precision="exact")))
+    compiled(X)
+    with FlopCounterMode(display=False), pytest.raises(StrictError, match="FlopCounterMode"):
+        compiled(X)
+    again = torch.compile(compiles, backend=plain_backend(HealConfig()))
+    again(X)
+    with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="a stance"):
+        again(X)
+
+
+def test_a_call_with_nothing_to_compile_is_no_fault():
+    compiled = torch.compile(lambda n: n + 1, backend=plain_backend(HealConfig(strict=True)))
+    assert [compiled(1), compiled(2), compiled(2)] == [2, 3, 3]
 
 
 # ----------------------------------------------------------------------------- the limit, by door
