@@ -126,9 +126,9 @@ class GraphReport:
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class HealReport:
-    """Everything `healpass.explain` found, graph by graph."""
+    """Everything `healpass.explain` found, graph by graph; shown as tables everywhere."""
 
     config: dict[str, Any]
     graphs: list[GraphReport] = field(default_factory=list)
@@ -179,6 +179,8 @@ class HealReport:
         Console(file=out, width=160, color_system=None).print(*self._tables(), sep="\n")
         return out.getvalue()
 
+    __repr__ = __str__  # consoles and notebooks without HTML show what this returns
+
     def _tables(self) -> Iterator[Any]:
         rewritten = len(self.nodes) - len(self.kept)
         yield (
@@ -213,9 +215,11 @@ class HealReport:
             for b in self.boundaries
         )
         title = html.escape(next(iter(self._tables())))
+        left = "".join(f"<li>{html.escape(found)}</li>" for found in self.uncompiled + self.breaks)
         return (
             f"<p>{title}</p>{''.join(tables)}"
             f"<p>16-bit kernel boundaries:</p><ul>{boundaries or '<li>none</li>'}</ul>"
+            f"<p>Left uncompiled, and graph breaks:</p><ul>{left or '<li>none</li>'}</ul>"
         )
 
 

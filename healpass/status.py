@@ -38,9 +38,9 @@ class EntryStatus:
     uncompiled: tuple[Uncompiled, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Status:
-    """What `healpass.status` found; `print` shows tables."""
+    """What `healpass.status` found, shown as tables wherever it is shown."""
 
     entries: tuple[EntryStatus, ...]
 
@@ -67,6 +67,8 @@ class Status:
         out = io.StringIO()
         Console(file=out, width=160, color_system=None).print(*self._tables(), sep="\n")
         return out.getvalue().rstrip()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""

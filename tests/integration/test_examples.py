@@ -45,6 +45,18 @@ def no_gradients():
         yield
 
 
+def test_accuracy_and_reproducibility_are_bought_apart():
+    example = load_example("which_precision")
+    found = example.main(["--tokens", "8", "--layers", "1"])
+    assert set(found) == set(example.CHOICES)
+    exact = {name: row for name, row in found.items() if name.startswith("exact")}
+    assert all(row.changed == 0 for row in exact.values())
+    assert found["bf16, as the model is"].changed > 0
+    plain, more = exact.values()
+    assert more.rms < plain.rms < found["bf16, as the model is"].rms
+    assert found["heal, kv=int24"].rms < plain.rms
+
+
 def test_rl_mismatch_is_zero_in_exact_and_not_in_bf16():
     example = load_example("rl_mismatch")
     found = {}

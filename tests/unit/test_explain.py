@@ -182,3 +182,11 @@ def test_each_pass_leaves_the_graph_before_and_after_for_tlparse(monkeypatch):
     assert [n for n in kept if n.startswith("heal_after")] == [
         f"heal_after_{name}" for name in PASSES
     ]
+
+
+def test_a_notebook_shows_the_tables_whatever_it_can_show(report):
+    formatters = pytest.importorskip("IPython.core.formatters")
+    shown, _ = formatters.DisplayFormatter().format(report)
+    assert shown["text/plain"] == str(report).rstrip()
+    assert "<table>" in shown["text/html"]
+    assert "graph_break" in shown["text/html"]
