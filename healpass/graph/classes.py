@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from healpass.graph import names
@@ -27,7 +27,7 @@ SETITEM = operator.setitem
 def classify(node: Node) -> str:
     """The class of a call node, as listed in the promote pass."""
     name = op_name(node)
-    if name in names.SCOPES or _touches_functorch(node):
+    if name in names.SCOPES or is_transformed(node):
         return "scope" if name in names.SCOPES else "foreign"
     if isinstance(node.target, HigherOrderOperator):
         return "higher_order"
@@ -49,7 +49,8 @@ _BY_NAME = (
 )
 
 
-def _touches_functorch(node: Node) -> bool:
+def is_transformed(node: Node) -> bool:
+    """Whether a node works inside a `torch.func` transform, on values that only exist there."""
     seen = tensors([value(n) for n in node.all_input_nodes] + [value(node)])
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in seen)
 
@@ -151,7 +152,7 @@ def cache_destination(node: Node) -> Node | None:
 
 def embedding_table(node: Node) -> Node:
     """The weight of an embedding: second for `F.embedding`, first for `aten.embedding`."""
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         return node.args[0]  # type: ignore[return-value]
     return node.kwargs.get("weight") or node.args[1]  # type: ignore[return-value]
 

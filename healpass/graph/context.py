@@ -18,6 +18,7 @@ from healpass.graph.nodes import (
     is_parameter,
     module_path,
     node_inputs,
+    op_name,
     subclass_name,
     tensors,
     user_line,
@@ -25,6 +26,21 @@ from healpass.graph.nodes import (
 )
 from healpass.ops.exact_matmul import bound_text
 from healpass.report import Boundary, GraphReport, NodeRecord
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A subgraph promoted for one kind of call.
+
+    Attributes:
+        body: The promoted copy.
+        traced: What it is a copy of; held here so that its `id` stays its own.
+        name: What torch knows the body by (`invoke_subgraph`), or None.
+    """
+
+    body: GraphModule
+    traced: GraphModule
+    name: str | None
 
 
 @dataclass
@@ -37,6 +53,7 @@ class Context:
         outermost: Whether the caller of the compiled function gets the graph's results.
         report: Grows as nodes are rewritten or kept.
         kept: Nodes that stay as traced, with the reason; `verify` lets them pass.
+        variants: Promoted copies of subgraphs, by the subgraph and the kind of call.
     """
 
     config: HealConfig
@@ -44,6 +61,7 @@ class Context:
     outermost: bool = True
     report: GraphReport = field(default_factory=GraphReport)
     kept: dict[Node, str] = field(default_factory=dict)
+    variants: dict[Any, Variant] = field(default_factory=dict)
 
     def builder(self, graph_module: GraphModule, like: Node) -> Builder:
         """A builder of nodes that stand for `like`, and carry the name of its record."""
@@ -149,8 +167,7 @@ def why_not(operands: list[Tensor]) -> str | None:
 
 def why_not_here(node: Node) -> str | None:
     """Why nothing in the graph of a node becomes a `heal::` operator; None if it can."""
-    forward_mode = torch._functorch.predispatch._enter_dual_level
-    if node.graph.find_nodes(op="call_function", target=forward_mode):
+    if any(op_name(other) == "_enter_dual_level" for other in node.graph.nodes):
         return "forward-mode differentiation in this graph: heal operators carry no tangents"
     return None
 

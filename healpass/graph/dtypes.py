@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from healpass.graph.nodes import evaluate, is_floating, is_half, tensors
+from healpass.graph.nodes import (
+    evaluate,
+    is_floating,
+    is_half,
+    propagating,
+    tensors,
+    with_gradient_of,
+)
 
 FP32 = torch.float32
 
@@ -20,21 +27,23 @@ def retyped(node: Node, before: Any, fake_mode: Any) -> Any:
     An operator whose result has data-dependent sizes is not run again, since that would make new
     unbacked symbols; its traced value is cast instead.
     """
-    if not any(has_unbacked(tensor) for tensor in tensors([before])):
-        return evaluate(node, fake_mode)
-    with fake_mode:
+    if not has_unbacked(before):
+        return with_gradient_of(before, evaluate(node, fake_mode))
+    with propagating(fake_mode):
         return map_aggregate(before, _widened)
 
 
 def _widened(leaf: Any) -> Any:
-    return leaf.to(FP32) if is_half(leaf) else leaf
+    return with_gradient_of(leaf, leaf.to(FP32)) if is_half(leaf) else leaf
 
 
-def has_unbacked(tensor: Tensor) -> bool:
-    """Whether a size of the tensor depends on data."""
+def has_unbacked(item: Any) -> bool:
+    """Whether a number in nested values, or a size of a tensor there, depends on data."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    return bool(free_unbacked_symbols(tensor))
+    sized = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    leaves = torch.utils._pytree.tree_leaves(item)
+    return any(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, sized))
 
 
 def with_dtype(node: Node, dtype: torch.dtype) -> tuple[Any, Any]:

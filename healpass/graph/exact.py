@@ -46,6 +46,13 @@ from healpass.graph.nodes import (
 )
 
 heal = torch.ops.heal
+#: What puts values into a `torch.func` transform and takes them out again.
+BATCHING = names.words(
+    """
+    _add_batch_dim _remove_batch_dim _unwrap_for_grad _unwrap_batched _wrap_for_grad
+    _create_differentiable _set_tensor_requires_grad _autograd_grad
+    """
+)
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -68,6 +75,8 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
         return _weighted_sum(node, graph_module, context)
     if heal_name(node) is not None or not (_computes(node) or name in TIES):
         return False
+    if classes.is_transformed(node):
+        return _keep_transformed(node, name, context)
     if name in EXPANDING and _is_trained(node):
         return _exact_expand(node, graph_module, context)
     if _is_read(node, name) and _is_trained(node) and _exact_read(node, graph_module, context):
@@ -78,6 +87,15 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
             return False
         return _rewrite(node, str(name), graph_module, context)
     if reason is not None:
+        context.keep(node, name or str(node.target), reason)
+    return False
+
+
+def _keep_transformed(node: Node, name: str | None, context: Context) -> bool:
+    """Inside vmap and grad torch runs what was traced: our operators have no rules for either."""
+    settled = name in names.SCOPES | names.MOVES | names.CASTS | names.FACTORIES | PINNED | BATCHING
+    if not settled:
+        reason = "inside a torch.func transform (vmap, grad): it rounds as torch does"
         context.keep(node, name or str(node.target), reason)
     return False
 

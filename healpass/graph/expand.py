@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from healpass.graph.context import Context, why_not, why_not_here
 from healpass.graph.names import COMPOSITES
-from healpass.graph.nodes import evaluate, node_inputs, op_name, set_value, value
+from healpass.graph.nodes import evaluate, node_inputs, op_name, propagating, set_value, value
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ def _open(node: Node, graph_module: GraphModule, context: Context) -> None:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return function(*args, **kwargs)  # type: ignore[operator]
 
-    with context.fake_mode, torch.no_grad():
+    with propagating(context.fake_mode):
         table = {overload: overload.decompose for overload in OPENED}
         traced = make_fx(call, decomposition_table=table, pre_dispatch=True)(*map(value, inputs))
     _inline(traced, node, inputs, graph_module, context)

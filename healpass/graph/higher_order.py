@@ -5,24 +5,36 @@ activations go in and come out. The branches of `cond` must agree, so both hand 
 others (`scan`, `while_loop`, custom autograd functions) keep their traced dtypes at the border: a
 loop must hand on what it takes in. Inside them matmuls are rewritten all the same. FlexAttention's
 bodies are left alone: its kernel hands them FP32 scores whatever dtype was traced.
+
+Several calls may share one body (`torch.compiler.nested_compile_region`), and torch compiles that
+body once, for what the first of them hands in. Promotion can make the calls differ: the first
+layer gets 16 bits and the next one FP32. So a body is never promoted itself: each kind of call
+gets a copy of its own, and `invoke_subgraph`, which torch knows by a name, a name of its own.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
-from healpass.graph.nodes import Builder, is_floating, is_half, nodes_in, set_value, value
-
-TRANSPARENT = (
-    "tag_activation_checkpoint",
-    "wrap",
-    "invoke_subgraph",
-    "wrap_activation_checkpoint",
+from healpass.graph.context import Context, Variant
+from healpass.graph.nodes import (
+    Builder,
+    is_floating,
+    is_half,
+    propagating,
+    set_value,
+    value,
+    with_gradient_of,
 )
+
+REGION = "invoke_subgraph"
+TRANSPARENT = ("tag_activation_checkpoint", "wrap", REGION, "wrap_activation_checkpoint")
 
 
 def promote_call(promotion: Any, node: Node) -> None:
@@ -32,33 +44,42 @@ def promote_call(promotion: Any, node: Node) -> None:
         n for n in node.all_input_nodes if n.op == "get_attr" and _body(promotion, n) is not None
     ]
     if name in TRANSPARENT and len(bodies) == 1:
-        _through(promotion, node, bodies, nodes_in(node.args[node.args.index(bodies[0]) + 1 :]))
+        first = node.args.index(bodies[0]) + (2 if name == REGION else 1)
+        _through(promotion, node, bodies, node.args[first:])
     elif name == "cond" and len(bodies) == 2:
-        _through(promotion, node, bodies, nodes_in(node.args[3]))
+        operands: Any = node.args[3]
+        _through(promotion, node, bodies, operands)
     else:
         promotion._foreign(node)
         for body in bodies if "flex_attention" not in name else ():
-            _promote_body(promotion, _body(promotion, body), None)
+            _use(promotion, node, body, None, None)
+
+
+def bodies_of(graph_module: GraphModule) -> dict[str, GraphModule]:
+    """The subgraphs that a graph refers to, by the names of their attributes."""
+    names = [str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")]
+    found = {name: getattr(graph_module, name, None) for name in names}
+    return {name: item for name, item in found.items() if isinstance(item, GraphModule)}
 
 
 def _body(promotion: Any, node: Node) -> GraphModule | None:
-    found = getattr(promotion.graph_module, str(node.target), None)
-    return found if isinstance(found, GraphModule) else None
+    """The body as it was traced: what its attribute holds may be promoted by now."""
+    found: GraphModule | None = promotion.bodies.get(str(node.target))
+    return found
 
 
-def _through(promotion: Any, node: Node, bodies: list[Node], operands: list[Node]) -> None:
+def _through(promotion: Any, node: Node, bodies: list[Node], operands: Sequence[Any]) -> None:
     """Hand promoted operands in and promoted results out, FP32 wherever one body makes FP32."""
-    results = [
-        _promote_body(promotion, _body(promotion, body), [value(operand) for operand in operands])
-        for body in bodies
-    ]
-    wide = [any(_is_fp32(values[i]) for values in results) for i in range(len(results[0]))]
-    for body in bodies:
-        _widen_outputs(promotion, _body(promotion, body), wide)
+    call = node if len(bodies) > 1 else None  # what one branch gives decides what others have to
+    used = [_use(promotion, node, body, call, operands) for body in bodies]
+    results = [_results(body) for body in used]
+    wide = [any(_is_fp32(value(items[i])) for items in results) for i in range(len(results[0]))]
+    for body in used:
+        _widen_outputs(promotion, body, wide)
     traced = value(node)
-    with promotion.context.fake_mode:
+    with propagating(promotion.context.fake_mode):
         parts = [
-            part.to(torch.float32) if is_half(part) and widen else part
+            with_gradient_of(part, part.to(torch.float32)) if is_half(part) and widen else part
             for part, widen in zip(traced, wide, strict=True)
         ]
     set_value(node, type(traced)(parts))
@@ -69,33 +90,143 @@ def _is_fp32(item: Any) -> bool:
     return is_floating(item) and item.dtype == torch.float32
 
 
-def _promote_body(promotion: Any, body: Any, operands: list[Any] | None) -> list[Any]:
-    """Promote a subgraph; `operands` are its inputs' new values, None leaves them as traced.
+# --------------------------------------------------------------------------- a copy for each kind
+
+
+def _use(
+    promotion: Any, node: Node, reference: Node, call: Node | None, operands: Any
+) -> GraphModule:
+    """Let `node` call the copy of a body that was promoted for such operands.
+
+    Args:
+        promotion: The walk over the graph that calls.
+        node: The call.
+        reference: The `get_attr` node of the body, an argument of the call.
+        call: The call, where its copy may serve no other one.
+        operands: What is handed in, in order; None where the body keeps its traced border.
+
+    Returns:
+        The copy.
+    """
+    body = _body(promotion, reference)
+    assert body is not None, "the caller has looked"
+    name = str(node.args[1]) if str(node.target) == REGION else None
+    given = None if operands is None else [value(operand) for operand in operands]
+    forms = tuple(_form(value(x), promotion.traced.get(x)) for x in operands or ())
+    key = (id(body), call, name, given is None, forms)
+    found = promotion.context.variants.get(key)
+    if found is None:
+        found = _promoted(promotion, body, given, name)
+        promotion.context.variants[key] = found
+    attribute = _attach(promotion, str(reference.target), found.body)
+    with promotion.graph.inserting_before(node):
+        node.replace_input_with(reference, promotion.graph.get_attr(attribute))
+    if name is not None:
+        node.args = (node.args[0], found.name, *node.args[2:])
+    if not reference.users:
+        promotion.graph.erase_node(reference)
+    return found.body
+
+
+def _attach(promotion: Any, name: str, body: GraphModule) -> str:
+    """Make a copy an attribute of the graph, the first one in the place of what was traced."""
+    owner = promotion.graph_module
+    if getattr(owner, name) is promotion.bodies[name]:
+        setattr(owner, name, body)
+    names = (name, *(f"{name}_heal_{i}" for i in range(1, len(promotion.context.variants) + 1)))
+    attribute = next(n for n in names if getattr(owner, n, body) is body)
+    setattr(owner, attribute, body)
+    return attribute
+
+
+def _form(now: Any, traced: Any) -> Any:
+    """What a body's promotion depends on, of an operand: dtype, role, and a changed layout.
+
+    Sizes are left out: calls that share a body were traced with sizes that fit it.
+    """
+    if not isinstance(now, Tensor):
+        return None
+    strides, before = _strides(now), _strides(traced)
+    role = isinstance(now, torch.nn.Parameter), now.requires_grad
+    return now.dtype, now.device, *role, None if strides == before else strides
+
+
+def _strides(item: Any) -> Any:
+    plain = isinstance(item, Tensor) and item.layout == torch.strided
+    wrapped = plain and torch._C._functorch.is_functorch_wrapped_tensor(item)
+    return tuple(map(str, item.stride())) if plain and not wrapped else None
+
+
+def _promoted(
+    promotion: Any, body: GraphModule, operands: list[Any] | None, name: str | None
+) -> Variant:
+    """Copy and promote a body; `operands` are its inputs' new values, None leaves them as traced.
 
     A body with given operands hands out what it computes; otherwise its outputs keep their dtypes.
     """
-    border = "traced" if operands is None else "promoted"
-    inner = type(promotion)(body, promotion.context, border)
-    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    context = promotion.context
+    copied = _copy(body, context)
+    inner = type(promotion)(copied, context, "traced" if operands is None else "promoted")
+    placeholders = copied.graph.find_nodes(op="placeholder")
     for placeholder, operand in zip(placeholders, operands or (), strict=False):
         inner.traced[placeholder] = value(placeholder)
-        set_value(placeholder, operand)
+        if isinstance(operand, Tensor):
+            set_value(placeholder, _entered(value(placeholder), operand, context))
     inner.run()
-    body.recompile()
-    return [value(result) for result in nodes_in(_output(body).args[0])]
+    copied.recompile()
+    return Variant(copied, body, _unused(name, context))
 
 
-def _output(body: GraphModule) -> Node:
-    return next(n for n in reversed(body.graph.nodes) if n.op == "output")
+def _entered(traced: Any, operand: Tensor, context: Context) -> Tensor:
+    """The value of an input: the operand, in the sizes that this body was traced with."""
+    if list(map(str, traced.shape)) == list(map(str, operand.shape)):
+        return operand
+    if traced.dtype == operand.dtype:
+        return traced  # type: ignore[no-any-return]
+    with propagating(context.fake_mode):
+        return with_gradient_of(operand, traced.to(operand.dtype))
 
 
-def _widen_outputs(promotion: Any, body: Any, wide: list[bool]) -> None:
-    output = _output(body)
-    flags = iter(wide)
+def _unused(name: str | None, context: Context) -> str | None:
+    """A name that no other body has: torch takes bodies of one name for the same one."""
+    if name is None:
+        return None
+    taken = {variant.name for variant in context.variants.values()}
+    numbered = (f"{name}_heal_{i}" for i in range(1, len(taken) + 2))
+    return next(free for free in (name, *numbered) if free not in taken)
 
-    def widen(argument: Node) -> Node:
-        builder = Builder(body.graph, output, promotion.context.fake_mode)
-        return builder.cast(argument, torch.float32) if next(flags) else argument
 
-    output.args = (map_arg(output.args[0], widen),)
-    body.recompile()
+def _copy(body: GraphModule, context: Context) -> GraphModule:
+    """The same nodes with the same values, and the bodies that they call as they are."""
+    graph, copies = Graph(), dict[Node, Node]()
+    result = graph.graph_copy(body.graph, copies)
+    output = graph.output(result)
+    output.meta = copy.copy(body.graph.output_node().meta)
+    context.kept |= {copies[n]: why for n, why in context.kept.items() if n in copies}
+    copied = GraphModule(body, graph, body.__class__.__name__)
+    copied.meta = dict(body.meta)
+    return copied
+
+
+# ------------------------------------------------------------------------------- what comes out
+
+
+def _results(body: GraphModule) -> list[Any]:
+    """The outputs: nodes, or constants."""
+    given: Any = body.graph.output_node().args[0]
+    return list(given) if isinstance(given, (tuple, list)) else [given]
+
+
+def _widen_outputs(promotion: Any, body: GraphModule, wide: list[bool]) -> None:
+    output = body.graph.output_node()
+    builder = Builder(body.graph, output, promotion.context.fake_mode)
+
+    def widened(result: Any, widen: bool) -> Any:
+        narrow = widen and isinstance(result, Node) and is_half(value(result))
+        return builder.cast(result, torch.float32) if narrow else result
+
+    results = [widened(*pair) for pair in zip(_results(body), wide, strict=True)]
+    if results != _results(body):
+        given = output.args[0]
+        output.args = (type(given)(results) if isinstance(given, (tuple, list)) else results[0],)
+        body.recompile()

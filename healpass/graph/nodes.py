@@ -6,6 +6,7 @@ node they make gets the value that its target computes on fake inputs.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -118,12 +120,10 @@ def _qualified(target: OpOverload | OpOverloadPacket) -> str:
 
 def heal_name(node: Node) -> str | None:
     """`"heal::mm"` for a node that calls `torch.ops.heal.mm`, else None."""
-    target = node.target
-    if isinstance(target, OpOverloadPacket):
-        target = target.default  # as user code calls it: our operators have one overload each
-    if isinstance(target, OpOverload) and target.namespace == "heal":
-        return target._schema.name
-    return None
+    if not isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        return None
+    name = _qualified(node.target)
+    return name if name.startswith("heal::") else None
 
 
 def is_parameter(node: Node) -> bool:
@@ -199,14 +199,55 @@ class Builder:
         with self.graph.inserting_before(self.like):
             node = self.graph.create_node(op, target, args, kwargs)
         node.meta = {k: v for k, v in self.like.meta.items() if k not in ("example_value", "val")}
-        set_value(node, evaluate(node, self.fake_mode))
+        possible = torch.is_grad_enabled() or any(map(_is_trained, tensors([value(self.like)])))
+        operands = tensors([value(n) for n in node_inputs(node)]) if possible else []
+        found = evaluate(node, self.fake_mode)
+        for tensor in tensors([found]) if any(map(_is_trained, operands)) else ():
+            _train(tensor)
+        set_value(node, found)
         return node
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad
+
+
+def _train(tensor: Tensor) -> None:
+    """Let a computed value require a gradient, which `evaluate` does not track."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if tensor.is_floating_point() and not tensor.requires_grad and not wrapped:
+        tensor.requires_grad_()
+
+
+def with_gradient_of(traced: Any, computed: Any) -> Any:
+    """What was computed, requiring gradients where the traced value does.
+
+    torch reads it from the outputs of a subgraph, and the pass `exact` from every operand.
+    """
+    pairs = zip(tensors([traced]), tensors([computed]), strict=False)
+    for before, now in pairs:
+        if before.requires_grad:
+            _train(now)
+    return computed
+
+
+@contextlib.contextmanager
+def propagating(fake_mode: Any) -> Iterator[None]:
+    """Where operators run on fake tensors as torch's own propagation runs them, gradients off.
+
+    Several operators have a meaning for symbolic sizes in Python only (`F.pad` by a symbol,
+    `masked_scatter`, `trace`); without the Python dispatcher they are the C++ kernels, which ask
+    for numbers.
+    """
+    with fake_mode, enable_python_dispatcher(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad():
+            yield
 
 
 def evaluate(node: Node, fake_mode: Any) -> Any:
     """What a call node computes on the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), value)
-    with fake_mode, torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+    with propagating(fake_mode):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

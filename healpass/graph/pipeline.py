@@ -25,6 +25,7 @@ from healpass.graph.expand import expand_composites
 from healpass.graph.flex import rewrite_flex
 from healpass.graph.matmul import rewrite_matmuls
 from healpass.graph.nodes import subgraphs, tensors, value
+from healpass.graph.overloads import resolve_packets
 from healpass.graph.prepack import prepack
 from healpass.graph.promote import promote
 from healpass.graph.sizes import unify_sizes
@@ -40,21 +41,24 @@ Pass = Callable[[GraphModule, Context], int]
 def everywhere(local: Pass) -> Pass:
     """Let a pass that looks at one graph run on the subgraphs too."""
 
-    def apply(graph_module: GraphModule, context: Context) -> int:
+    def walk(graph_module: GraphModule, context: Context, seen: set[int]) -> int:
         count = local(graph_module, context)
         for name, body in subgraphs(graph_module):
-            inside = graph_module.meta.get("heal_subgraph", "")
-            body.meta["heal_subgraph"] = f"{inside}.{name}" if inside else name
-            count += apply(body, context)
-            body.recompile()
+            if id(body) not in seen:  # several graphs may call one
+                seen.add(id(body))
+                inside = graph_module.meta.get("heal_subgraph", "")
+                body.meta["heal_subgraph"] = f"{inside}.{name}" if inside else name
+                count += walk(body, context, seen)
+                body.recompile()
         return count
 
-    return apply
+    return lambda graph_module, context: walk(graph_module, context, set())
 
 
 #: The passes, in order. `promote` follows the calls of subgraphs itself.
 PASSES: dict[str, Pass] = {
     "sizes": unify_sizes,
+    "overloads": everywhere(resolve_packets),
     "expand": everywhere(expand_composites),
     "tensor_parallel": everywhere(localize_linears),
     "matmul": everywhere(rewrite_matmuls),

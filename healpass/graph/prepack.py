@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.arithmetic.pieces import pack_fp16
 from healpass.graph.context import Context
-from healpass.graph.nodes import is_parameter, set_value, value
+from healpass.graph.nodes import is_parameter, propagating, set_value, value
 
 LINEAR = torch.ops.heal.linear.default
 #: Key in a graph module's `meta`: positions of the inputs that are packed, in order.
@@ -74,7 +74,7 @@ def _pack(graph_module: GraphModule, context: Context, weight: Node, last: Any) 
     scale.meta = {k: v for k, v in weight.meta.items() if k != "tensor_dict"}
     scale._dynamo_source = None
     original = value(weight)
-    with context.fake_mode:
+    with propagating(context.fake_mode):
         packed = torch.empty_like(original, dtype=torch.float16)
         set_value(weight, torch.nn.Parameter(packed, requires_grad=False))
         set_value(scale, torch.empty(original.shape[0], device=original.device))

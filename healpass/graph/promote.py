@@ -65,6 +65,7 @@ class Promotion:
         border: What the graph hands out: "model" follows the option `outputs`, "traced" keeps the
             traced dtypes, "promoted" hands out what was computed.
         memory: What the traced graph writes into: there aliases and copies stay what they were.
+        bodies: The subgraphs that the graph refers to, as they were traced.
         regions: Where the `torch.func` transforms around the current node begin, outermost first.
     """
 
@@ -75,6 +76,7 @@ class Promotion:
         self.border = border
         self.traced: dict[Node, Any] = {}
         self.memory = Memory(self.graph)
+        self.bodies = higher_order.bodies_of(graph_module)
         self.regions: list[Node] = []
         self.changed = 0
 

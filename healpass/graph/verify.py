@@ -64,7 +64,7 @@ def _can_run(node: Node) -> bool:
     return (
         kind not in ("scope", "higher_order", "foreign", "in_place")
         and bool(results)
-        and not any(has_unbacked(tensor) for tensor in results)
+        and not has_unbacked(value(node))
     )
 
 

@@ -141,8 +141,9 @@ def scale_of(x: Tensor, dim: int, count: int) -> Tensor:
     """The scale of `x` along `dim`, size 1 there; NaN where a number is not finite."""
     if x.shape[dim] == 0:
         return torch.ones_like(x.sum(dim, keepdim=True), dtype=torch.float32)
-    # (widened first: Inductor declares one name twice where it stores a maximum of 16 bits twice)
-    amax = x.detach().to(torch.float32).abs().amax(dim, keepdim=True)
+    # FP32 first: Inductor's C++ names what it narrows after a reduction, and where an operand is
+    # read twice (a layer that is run again) it declares that name twice.
+    amax = x.detach().abs().to(torch.float32).amax(dim, keepdim=True)
     return torch.where(amax < math.inf, digit_scale(amax, count), math.nan)
 
 
