@@ -106,19 +106,19 @@ def is_join(node: Node) -> bool:
     return op_name(node) in names.JOINS
 
 
-def sums_weight_gradients(node: Node) -> bool:
-    """Whether a move repeats a trained 16-bit weight, so that its gradient is a sum.
+def sums_gradients(node: Node) -> bool:
+    """Whether a move repeats a 16-bit operand that gets a gradient: that gradient is a sum.
 
     The sum must be taken in FP32 and rounded once, hence the upcast comes before the move.
     """
     if op_name(node) not in names.REPEATS or not node.all_input_nodes:
         return False
     source = node.all_input_nodes[0]
-    return is_half(value(source)) and is_parameter(source) and trained(source)
+    return is_half(value(source)) and _root(source).op == "placeholder" and trained(source)
 
 
 def trained(node: Node) -> bool:
-    """Whether gradients are taken with respect to a parameter, seen through views of it."""
+    """Whether gradients are taken with respect to an operand, seen through views of it."""
     return bool(getattr(value(_root(node)), "requires_grad", False)) and backward_may_follow(node)
 
 

@@ -29,6 +29,14 @@ def _has_storage(tensor: Tensor) -> bool:
     )
 
 
+def is_handed_out(node: Node, source: Node) -> bool:
+    """Whether a node or a view of it is a result of the graph in the memory of `source`."""
+    if node.op == "output":
+        return True
+    shares = bool(storages(value(node)) & storages(value(source)))
+    return shares and any(is_handed_out(user, source) for user in node.users)
+
+
 class Memory:
     """What a graph writes into, as it was traced.
 

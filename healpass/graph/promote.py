@@ -34,7 +34,7 @@ from healpass.graph import classes, higher_order
 from healpass.graph.ambient import dissolve_autocast
 from healpass.graph.context import Context
 from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
-from healpass.graph.memory import Memory, storages
+from healpass.graph.memory import Memory, is_handed_out, storages
 from healpass.graph.nodes import (
     Builder,
     evaluate,
@@ -80,7 +80,7 @@ class Promotion:
     def run(self) -> int:
         """Visit every node once, in order."""
         traced = list(self.graph.nodes)
-        self._share_trained_weights()
+        self._share_trained_operands()
         for node in traced:
             self.traced.setdefault(node, value(node))
             self._follow_regions(node)
@@ -91,26 +91,26 @@ class Promotion:
         dissolve_autocast(self.graph)
         return self.changed
 
-    def _share_trained_weights(self) -> None:
-        """Upcast a trained 16-bit weight once if it is used more than once.
+    def _share_trained_operands(self) -> None:
+        """Upcast a 16-bit operand that gets a gradient once if it is used more than once.
 
-        A weight tied to the embedding gets a gradient from each use. Rounded one by one to 16 bits
-        and then added, they are worse than the sum rounded once; one common upcast makes them meet
-        in FP32. It costs an FP32 copy of that weight while training.
+        A weight tied to the embedding gets a gradient from each use, and so does what enters a
+        block with a residual. Rounded one by one to 16 bits and then added, they are worse than
+        the sum rounded once; one common upcast makes them meet in FP32. It costs an FP32 copy of
+        that operand while training.
         """
         nodes = list(self.graph.nodes)
         first = next(node for node in nodes if node.op != "placeholder")
         for node in nodes:
             shared = node.op == "placeholder" and len(node.users) > 1 and is_half(value(node))
-            if not shared or not is_parameter(node) or not classes.trained(node):
+            if not shared or not classes.trained(node):
                 continue
             if self.memory.is_written(value(node)):
                 continue  # a copy would not see what is written
             wide = self.cast(node, FP32, first)
             self.traced[wide] = value(node)
-            node.replace_all_uses_with(
-                wide, delete_user_cb=lambda user, wide=wide: user is not wide
-            )
+            own = {wide, *(user for user in node.users if is_handed_out(user, node))}
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, own=own: user not in own)
 
     # ------------------------------------------------------------------------------ dispatch
 
@@ -309,7 +309,9 @@ class Promotion:
 
     def _move(self, node: Node) -> None:
         dtypes = {value(n).dtype for n in node.all_input_nodes if is_floating(value(n))}
-        if (len(dtypes) > 1 and classes.is_join(node)) or classes.sums_weight_gradients(node):
+        source = node.all_input_nodes[0] if node.all_input_nodes else node
+        sums = classes.sums_gradients(node) and not is_handed_out(node, source)
+        if (len(dtypes) > 1 and classes.is_join(node)) or sums:
             self._arithmetic(node)
             return
         self._relax_view(node)
