@@ -12,6 +12,7 @@ scope                 functorch and autocast bookkeeping: untouched; autocast re
 higher-order          `checkpoint` and the like: promoted inside; others at their traced dtypes
 foreign               somebody's custom operator: its operands are cast to the dtypes it was traced
 with
+statistics            a batch norm in training: its 16-bit statistics are updated from FP32 ones
 in place              the destination keeps its dtype, the source is cast to it
 cast                  casts of activations to 16 bits go, casts of parameters stay
 factory               makes FP32 instead of 16 bits
@@ -30,7 +31,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from healpass.graph import classes, higher_order
+from healpass.graph import classes, higher_order, statistics
 from healpass.graph.ambient import dissolve_autocast
 from healpass.graph.context import Context
 from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
@@ -122,6 +123,8 @@ class Promotion:
             higher_order.promote_call(self, node)
         elif kind == "foreign":
             self._foreign(node)
+        elif kind == "statistics":
+            statistics.promote_norm(self, node)
         elif tensors([value(n) for n in node.all_input_nodes] + [value(node)]):
             getattr(self, f"_{kind}")(node)
         if self.memory.is_pinned(self.traced[node]):
