@@ -240,7 +240,7 @@ def integers_times_floats(a, x):
     return x.exp() * 1.1 * a + a.to(x.dtype).mean() + (a / 3).sum()
 
 
-@program(lambda r: (r.mask(4, 8), r(4, 8)))
+@program(lambda r: (r.mask(8, 12), r(8, 12)))
 def masked_mean(mask, x):
     return ((x * mask).sum(-1) / mask.sum(-1)).exp() * 1.1
 
