@@ -23,17 +23,19 @@ class Rewritten:
 
     With `aot` the rewritten graph goes through AOTAutograd, so that the backward is traced from
     the operators' own formulas, as Inductor would get it. Attention is in FP32 unless `config`
-    says otherwise: the INT16 of the default configuration is no FP32-equivalent.
+    says otherwise: the INT16 of the default configuration is no FP32-equivalent. `dynamic` is that
+    of `torch.compile`.
     """
 
     function: Callable[..., Any]
     config: HealConfig = field(default_factory=lambda: HealConfig(outputs="fp32", kv="fp32"))
     aot: bool = False
+    dynamic: bool | None = None
     graphs: list[GraphModule] = field(default_factory=list)
     reports: list[GraphReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.compiled = torch.compile(self.function, backend=self._backend)
+        self.compiled = torch.compile(self.function, backend=self._backend, dynamic=self.dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.compiled(*args, **kwargs)

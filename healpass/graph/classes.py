@@ -33,8 +33,10 @@ def classify(node: Node) -> str:
         return "higher_order"
     if heal_name(node) is not None:
         return "arithmetic"
-    if name is None or views_bits(node) or _writes_running_stats(node) or _has_own_format(node):
+    if name is None or views_bits(node) or _has_own_format(node):
         return "foreign"
+    if running_statistics(node):
+        return "statistics"
     if destination(node) is not None:
         return "in_place"
     return next((kind for kind, members in _BY_NAME if name in members), "arithmetic")
@@ -61,12 +63,19 @@ def views_bits(node: Node) -> bool:
     return op_name(node) == "view" and any(isinstance(a, torch.dtype) for a in given)
 
 
-def _writes_running_stats(node: Node) -> bool:
-    """Batch norm in training writes its statistics; a copy would lose the update."""
+def running_statistics(node: Node) -> list[Node]:
+    """The 16-bit statistics that a batch norm in training writes; none in evaluation."""
     if op_name(node) not in ("batch_norm", "instance_norm"):
-        return False
-    statistics = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
-    return any(is_half(value(s)) for s in statistics if isinstance(s, Node))
+        return []
+    functional = getattr(node.target, "__module__", "") == torch.nn.functional.__name__
+    first = 1 if functional else 3  # torch's own operator takes weight and bias before them
+    named = dict(zip(("running_mean", "running_var"), node.args[first : first + 2], strict=False))
+    flag = "training" if op_name(node) == "batch_norm" else "use_input_stats"
+    default = op_name(node) == "instance_norm"
+    writes = node.args[5] if len(node.args) > 5 else node.kwargs.get(flag, default)
+    given = {**named, **node.kwargs}
+    statistics = [given.get(name) for name in ("running_mean", "running_var")]
+    return [s for s in statistics if isinstance(s, Node) and is_half(value(s))] if writes else []
 
 
 def _has_own_format(node: Node) -> bool:
@@ -107,19 +116,19 @@ def is_join(node: Node) -> bool:
     return op_name(node) in names.JOINS
 
 
-def sums_weight_gradients(node: Node) -> bool:
-    """Whether a move repeats a trained 16-bit weight, so that its gradient is a sum.
+def sums_gradients(node: Node) -> bool:
+    """Whether a move repeats a 16-bit operand that gets a gradient: that gradient is a sum.
 
     The sum must be taken in FP32 and rounded once, hence the upcast comes before the move.
     """
     if op_name(node) not in names.REPEATS or not node.all_input_nodes:
         return False
     source = node.all_input_nodes[0]
-    return is_half(value(source)) and is_parameter(source) and trained(source)
+    return is_half(value(source)) and _root(source).op == "placeholder" and trained(source)
 
 
 def trained(node: Node) -> bool:
-    """Whether gradients are taken with respect to a parameter, seen through views of it."""
+    """Whether gradients are taken with respect to an operand, seen through views of it."""
     return bool(getattr(value(_root(node)), "requires_grad", False)) and backward_may_follow(node)
 
 

@@ -29,6 +29,14 @@ def _has_storage(tensor: Tensor) -> bool:
     )
 
 
+def is_handed_out(node: Node, source: Node) -> bool:
+    """Whether a node or a view of it is a result of the graph in the memory of `source`."""
+    if node.op == "output":
+        return True
+    shares = bool(storages(value(node)) & storages(value(source)))
+    return shares and any(is_handed_out(user, source) for user in node.users)
+
+
 class Memory:
     """What a graph writes into, as it was traced.
 
@@ -44,7 +52,7 @@ class Memory:
         calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
         for node in calls:
             needs_bits = classes.classify(node) in ("foreign", "higher_order")
-            targets = _written_by_foreign(node) if needs_bits else [classes.destination(node)]
+            targets = _written_by_foreign(node) if needs_bits else _written(node)
             memory = storages([value(target) for target in targets])
             self.written |= memory
             self.pinned |= memory if needs_bits else set()
@@ -59,6 +67,11 @@ class Memory:
     def is_pinned(self, item: Any) -> bool:
         """Whether the item must keep its traced bits."""
         return bool(self.pinned and storages(item) & self.pinned)
+
+
+def _written(node: Node) -> list[Any]:
+    """What an operator of torch writes into."""
+    return [classes.destination(node), *classes.running_statistics(node)]
 
 
 def _written_by_foreign(node: Node) -> list[Any]:

@@ -12,6 +12,7 @@ scope                 functorch and autocast bookkeeping: untouched; autocast re
 higher-order          `checkpoint` and the like: promoted inside; others at their traced dtypes
 foreign               somebody's custom operator: its operands are cast to the dtypes it was traced
 with
+statistics            a batch norm in training: its 16-bit statistics are updated from FP32 ones
 in place              the destination keeps its dtype, the source is cast to it
 cast                  casts of activations to 16 bits go, casts of parameters stay
 factory               makes FP32 instead of 16 bits
@@ -30,11 +31,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from healpass.graph import classes, higher_order, state
+from healpass.graph import classes, higher_order, state, statistics
 from healpass.graph.ambient import dissolve_autocast
 from healpass.graph.context import Context
 from healpass.graph.dtypes import autocast_dtype, retyped, with_dtype
-from healpass.graph.memory import Memory, storages
+from healpass.graph.memory import Memory, is_handed_out, storages
 from healpass.graph.nodes import (
     Builder,
     evaluate,
@@ -83,7 +84,7 @@ class Promotion:
     def run(self) -> int:
         """Visit every node once, in order."""
         traced = list(self.graph.nodes)
-        self._share_trained_weights()
+        self._share_trained_operands()
         for node in traced:
             self.traced.setdefault(node, value(node))
             self._follow_regions(node)
@@ -94,26 +95,26 @@ class Promotion:
         dissolve_autocast(self.graph)
         return self.changed
 
-    def _share_trained_weights(self) -> None:
-        """Upcast a trained 16-bit weight once if it is used more than once.
+    def _share_trained_operands(self) -> None:
+        """Upcast a 16-bit operand that gets a gradient once if it is used more than once.
 
-        A weight tied to the embedding gets a gradient from each use. Rounded one by one to 16 bits
-        and then added, they are worse than the sum rounded once; one common upcast makes them meet
-        in FP32. It costs an FP32 copy of that weight while training.
+        A weight tied to the embedding gets a gradient from each use, and so does what enters a
+        block with a residual. Rounded one by one to 16 bits and then added, they are worse than
+        the sum rounded once; one common upcast makes them meet in FP32. It costs an FP32 copy of
+        that operand while training.
         """
         nodes = list(self.graph.nodes)
         first = next(node for node in nodes if node.op != "placeholder")
         for node in nodes:
             shared = node.op == "placeholder" and len(node.users) > 1 and is_half(value(node))
-            if not shared or not is_parameter(node) or not classes.trained(node):
+            if not shared or not classes.trained(node):
                 continue
             if self.memory.is_written(value(node)):
                 continue  # a copy would not see what is written
             wide = self.cast(node, FP32, first)
             self.traced[wide] = value(node)
-            node.replace_all_uses_with(
-                wide, delete_user_cb=lambda user, wide=wide: user is not wide
-            )
+            own = {wide, *(user for user in node.users if is_handed_out(user, node))}
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, own=own: user not in own)
 
     # ------------------------------------------------------------------------------ dispatch
 
@@ -125,6 +126,8 @@ class Promotion:
             higher_order.promote_call(self, node)
         elif kind == "foreign":
             self._foreign(node)
+        elif kind == "statistics":
+            statistics.promote_norm(self, node)
         elif tensors([value(n) for n in node.all_input_nodes] + [value(node)]):
             getattr(self, f"_{kind}")(node)
         if self.memory.is_pinned(self.traced[node]):
@@ -312,7 +315,9 @@ class Promotion:
 
     def _move(self, node: Node) -> None:
         dtypes = {value(n).dtype for n in node.all_input_nodes if is_floating(value(n))}
-        if (len(dtypes) > 1 and classes.is_join(node)) or classes.sums_weight_gradients(node):
+        source = node.all_input_nodes[0] if node.all_input_nodes else node
+        sums = classes.sums_gradients(node) and not is_handed_out(node, source)
+        if (len(dtypes) > 1 and classes.is_join(node)) or sums:
             self._arithmetic(node)
             return
         self._relax_view(node)

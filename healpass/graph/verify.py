@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from healpass.errors import GraphCheckError
 from healpass.graph import classes, names
@@ -74,8 +75,19 @@ def _check_value(node: Node, after: str, context: Context) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         raise _error(node, after, f"it no longer runs: {error}") from error
     for claimed, real in zip(tensors([value(node)]), found, strict=True):
-        if _facts(claimed) != _facts(real):
+        if not _agree(claimed, real):
             raise _error(node, after, f"it claims {_facts(claimed)} but computes {_facts(real)}")
+
+
+def _agree(claimed: Tensor, real: Tensor) -> bool:
+    """Whether dtype, device and sizes are the same; symbols may be written in two ways."""
+    if _facts(claimed) == _facts(real):
+        return True
+    kind = (claimed.dtype, claimed.device.type, claimed.dim())
+    return kind == (real.dtype, real.device.type, real.dim()) and all(
+        statically_known_true(sym_eq(mine, theirs))
+        for mine, theirs in zip(claimed.shape, real.shape, strict=True)
+    )
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from healpass.ops.exact_scores import attend_by_weights
 from healpass.ops.matmul import library
 from healpass.ops.numerics import Numerics
 from healpass.ops.pinned import register_opaque
-from healpass.ops.reduce import sum_fp64
+from healpass.ops.reduce import sum_fp64, sum_to
 from healpass.ops.sdpa import four_dimensional, leading, mask_four_dimensional
 from healpass.ops.softmax import denominator
 
@@ -64,12 +64,42 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of Q, K and V, in FP32."""
     how = Numerics.parse(numerics)
-    scores, visible = visible_scores(
-        *planes(query, kv), *planes(key, kv), attn_mask, is_causal, scale,
-        Adders(how.simulate, how.order),
-    )  # fmt: skip
+    scores, visible = _scores(query, key, attn_mask, is_causal, scale, kv, how)
     states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
     return attend_gradients(grad, states, scores, visible, scale, how.multiply)
+
+
+def _mask_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    is_causal: bool,
+    scale: float,
+    kv: str,
+    numerics: str,
+) -> Tensor:
+    """The gradient of the mask in FP32: that of the scores, summed exactly to its shape."""
+    how = Numerics.parse(numerics)
+    scores, visible = _scores(query, key, attn_mask, is_causal, scale, kv, how)
+    p = _probabilities(scores, visible)
+    grad_scores = _score_gradients(p, grad, round_trip(value, FORMATS[kv]), how.multiply)
+    return sum_to(fp64.to_fp32(grad_scores).reshape(scores.shape), attn_mask.shape)
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    kv: str,
+    how: Numerics,
+) -> tuple[Tensor, Tensor]:
+    adders = Adders(how.simulate, how.order)
+    digits = (*planes(query, kv), *planes(key, kv))
+    return visible_scores(*digits, attn_mask, is_causal, scale, adders)
 
 
 def attend_gradients(
@@ -93,15 +123,30 @@ def attend_gradients(
         multiply: An exact product in FP32, `[..., M, K]` by `[..., K, N]`.
     """
     query, key, value = states
-    weights = exponentials(scores)
-    probabilities = torch.where(visible, weights / denominator(weights, -1), 0.0)
-    p, g, q = (_fold(x, key.shape[1]) for x in (fp64.to_fp32(probabilities), grad, query))
-    grad_p = multiply(g, value.mT).to(torch.float64)
-    p64 = p.to(torch.float64)
-    row = sum_fp64(p64 * grad_p, [3])
-    grad_scores = fp64.to_fp32(p64 * (grad_p - row) * scale)
+    probabilities = _probabilities(scores, visible)
+    p, g, q = (_fold(x, key.shape[1]) for x in (probabilities, grad, query))
+    grad_scores = fp64.to_fp32(_score_gradients(probabilities, grad, value, multiply) * scale)
     grad_query = multiply(grad_scores, key).reshape(query.shape)
     return grad_query, multiply(grad_scores.mT, q), multiply(p.mT, g)
+
+
+def _probabilities(scores: Tensor, visible: Tensor) -> Tensor:
+    """P in FP32, 0 where a key is hidden."""
+    weights = exponentials(scores)
+    return fp64.to_fp32(torch.where(visible, weights / denominator(weights, -1), 0.0))
+
+
+def _score_gradients(
+    probabilities: Tensor,
+    grad: Tensor,
+    value: Tensor,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """P (G V^T - rowsum(P G V^T)) in FP64, `[B, Hkv, G * L, S]`."""
+    p, g = (_fold(x, value.shape[1]) for x in (probabilities, grad))
+    grad_p = multiply(g, value.mT).to(torch.float64)
+    p64 = p.to(torch.float64)
+    return p64 * (grad_p - sum_fp64(p64 * grad_p, [3]))
 
 
 def _fold(states: Tensor, heads: int) -> Tensor:
@@ -131,14 +176,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, attn_mask = ctx.saved_tensors
-    if attn_mask is not None and ctx.needs_input_grad[3]:
-        raise RuntimeError(
-            "heal::exact_sdpa has no gradient for attn_mask. Detach the mask, or compile with "
-            "precision='heal', which has one."
-        )
     found = heal.exact_attend_backward(grad, query, key, value, attn_mask, *ctx.rest)
     states = (query, key, value)
-    return (*(g.to(x.dtype) for g, x in zip(found, states, strict=True)), *[None] * 5)
+    grad_mask = None
+    if attn_mask is not None and ctx.needs_input_grad[3]:
+        grad_mask = heal.exact_attend_mask_backward(grad, *states, attn_mask, *ctx.rest)
+        grad_mask = grad_mask.to(attn_mask.dtype)
+    return (*(g.to(x.dtype) for g, x in zip(found, states, strict=True)), grad_mask, *[None] * 4)
 
 
 _ARGUMENTS = (
@@ -149,6 +193,11 @@ register_opaque(
     f"exact_attend_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _attend_backward,
     _attend_backward_fake,
+)
+register_opaque(
+    f"exact_attend_mask_backward(Tensor grad, {_ARGUMENTS.replace('?', '')}) -> Tensor",
+    _mask_backward,
+    lambda grad, q, k, v, mask, *_rest: mask.new_empty(mask.shape, dtype=torch.float32),  # noqa: ARG005
 )
 register_opaque(f"exact_attend({_ARGUMENTS}) -> Tensor", _attend, _attend_fake, _gradients, _save)
 
