@@ -123,6 +123,27 @@ class HealCache(Cache):
         _warn_uncompiled(key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def check_call(self, rows: int, tokens: int) -> None:
+        """Refuse a call of a model before it begins; `update` would refuse it in the middle.
+
+        Args:
+            rows: Rows of the batch that comes, 0 if that is not known.
+            tokens: New tokens of each row.
+
+        Raises:
+            CacheError: The cache holds another batch, or a static one has no room.
+        """
+        for layer in self.layers:
+            held = layer.held() if hasattr(layer, "held") else None
+            if rows and held is not None and held[0][0] != rows:
+                raise CacheError(
+                    f"HealCache holds {held[0][0]} rows, and the model was called with {rows}. "
+                    "Make one cache per model and batch size; reset() keeps the batch size of a "
+                    "static one."
+                )
+            if _is_bounded(layer) and layer.stores[0].cumulative_length.device.type == "cpu":
+                _check_room(layer, tokens)  # elsewhere it would wait for the device
+
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file; `load` reads it back."""
         tensors = {}
