@@ -64,10 +64,40 @@ class BenchError(HealError):
 
 
 def missing_extra(module: str, extra: str, error: ImportError) -> MissingExtraError:
-    """What to raise where an optional package cannot be imported: it names the pip command."""
+    """What to raise where an optional package cannot be imported.
+
+    Args:
+        module: The module of healpass that needs the package.
+        extra: The extra of healpass that installs it.
+        error: What the import raised.
+
+    Returns:
+        An error that names the pip command where the package is absent. Where it is there and
+        fails to import, pip would change nothing: then the error says what really failed.
+    """
+    pip = f"pip install 'healpass[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.__cause__ is None:
+        return MissingExtraError(
+            f"{module} cannot be imported: {error}. Install what it needs with: {pip}"
+        )
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if cause is error:
+        return MissingExtraError(
+            f"{module} cannot be imported: {error}. That package is installed, in a version that "
+            f"healpass does not know, or broken. Versions that fit: {pip}"
+        )
+    absent = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    way = f"Install {absent}." if absent else (
+        "Repair or remove the package that raises this (often a torchvision or torchaudio made "
+        "for another torch)."
+    )  # fmt: skip
     return MissingExtraError(
-        f"{module} cannot be imported: {error}. Install what it needs with: "
-        f"pip install 'healpass[{extra}]'"
+        f"{module} cannot be imported, because an installed package fails to import: "
+        f"{type(cause).__name__}: {cause}\n"
+        f"What is reported on top of it: {error}\n"
+        f"{way} Installing healpass again does not help."
     )
 
 

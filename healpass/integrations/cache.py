@@ -69,7 +69,7 @@ class HealCache(Cache):
         max_cache_len: Length of a static cache, which compiles to fewer graphs; None for one that
             grows.
         kv: Format of keys and values: `"int16"`, `"int24"` or `"fp32"`.
-        offloading: Keep all layers but the current one on the CPU (CUDA only).
+        offloading: Keep all layers but the current one on the CPU. On the CPU it changes nothing.
 
     Raises:
         CacheError: The length is not positive, or a layer keeps a state that is not keys and
@@ -120,8 +120,33 @@ class HealCache(Cache):
         layer = self.layers[layer_idx]
         _check_states(layer, key_states, value_states)
         _check_room(layer, key_states.shape[-2])
+        if self.offloading and key_states.device.type == "cpu":  # there is nothing to offload
+            found = layer.update(key_states, value_states, *args, **kwargs)
+        else:
+            found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         _warn_uncompiled(key_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def check_call(self, rows: int, tokens: int) -> None:
+        """Refuse a call of a model before it begins; `update` would refuse it in the middle.
+
+        Args:
+            rows: Rows of the batch that comes, 0 if that is not known.
+            tokens: New tokens of each row.
+
+        Raises:
+            CacheError: The cache holds another batch, or a static one has no room.
+        """
+        for layer in self.layers:
+            held = layer.held() if hasattr(layer, "held") else None
+            if rows and held is not None and held[0][0] != rows:
+                raise CacheError(
+                    f"HealCache holds {held[0][0]} rows, and the model was called with {rows}. "
+                    "Make one cache per model and batch size; reset() keeps the batch size of a "
+                    "static one."
+                )
+            if _is_bounded(layer) and layer.stores[0].cumulative_length.device.type == "cpu":
+                _check_room(layer, tokens)  # elsewhere it would wait for the device
 
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file; `load` reads it back."""
@@ -256,8 +281,13 @@ def _check_room(layer: Any, tokens: int) -> None:
 
 
 def _check_states(layer: Any, key_states: Tensor, value_states: Tensor) -> None:
-    """Compare dtypes with each other, and batch, heads and head size with what is stored."""
-    if key_states.dtype != value_states.dtype:
+    """Compare dtypes with each other, and batch, heads and head size with what is stored.
+
+    Under autocast keys are FP32 (rotary embeddings make them so) where values are 16-bit: that is
+    no mistake, and each is handed out in its own dtype.
+    """
+    widths = sorted(x.dtype.itemsize for x in (key_states, value_states))
+    if key_states.dtype != value_states.dtype and widths != [2, 4]:
         raise CacheError(
             f"HealCache got keys in {key_states.dtype} and values in {value_states.dtype}. Cast "
             "them to one dtype first: the model's parts disagree."

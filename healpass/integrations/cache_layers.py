@@ -71,9 +71,19 @@ class HealDynamicSlidingWindowLayer(_WideLayer, DynamicSlidingWindowLayer):
 class HealStaticLayer(_WideLayer, StaticLayer):
     """Allocated once; compiles to one graph for all lengths."""
 
+    is_croppable = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; `tokens_to_remove` is negative, as in transformers."""
+        crop_static(self, tokens_to_remove)
+
 
 class HealStaticSlidingWindowLayer(_WideLayer, StaticSlidingWindowLayer):
     """Allocated once with the window's length; rolls over, so it is never full."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of a window that has not rolled over yet."""
+        crop_static(self, tokens_to_remove)
 
 
 class HealIntegerLayer(CacheLayerMixin):
@@ -92,10 +102,12 @@ class HealIntegerLayer(CacheLayerMixin):
         self.kv = kv
         self.digits, self.scales = make(), make()
         self.is_initialized = False
-        self.dtype = torch.float32
+        self.dtypes = {"keys": torch.float32, "values": torch.float32}
         self.is_compileable = self.digits.is_compileable
-        self.is_croppable = self.digits.is_croppable
         self.is_sliding = self.digits.is_sliding
+        self.is_croppable = self.digits.is_croppable or (
+            self.is_compileable and not self.is_sliding
+        )
 
     @property
     def stores(self) -> tuple[Any, ...]:
@@ -107,12 +119,16 @@ class HealIntegerLayer(CacheLayerMixin):
         (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
         self.digits.lazy_initialization(keys, values)
         self.scales.lazy_initialization(key_scales, value_scales)
-        self.is_initialized, self.dtype = True, key_states.dtype
+        self._initialized(key_states, value_states)
+
+    def _initialized(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+        self.dtypes = {"keys": key_states.dtype, "values": value_states.dtype}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Quantize and store new states `[B, H, L, E]`; return all, dequantized, in their dtype.
+        """Quantize and store new states `[B, H, L, E]`; return all, dequantized, in their dtypes.
 
         Raises:
             CacheError: The states carry a gradient, which integers cannot.
@@ -125,19 +141,24 @@ class HealIntegerLayer(CacheLayerMixin):
         (keys, key_scales), (values, value_scales) = map(self._split, (key_states, value_states))
         digits = self.digits.update(keys, values, *args, **kwargs)
         scales = self.scales.update(key_scales, value_scales, *args, **kwargs)
-        self.is_initialized, self.dtype = True, key_states.dtype
-        return self._join(digits[0], scales[0]), self._join(digits[1], scales[1])
+        self._initialized(key_states, value_states)
+        return (
+            self._join(digits[0], scales[0], key_states.dtype),
+            self._join(digits[1], scales[1], value_states.dtype),
+        )
 
-    def _join(self, digits: Tensor, scales: Tensor) -> Tensor:
+    def _join(self, digits: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of digits `[B, H * D, S, E]` and scales `[B, H, S, 1]`, `[B, H, S, E]`."""
         planes = digits.unflatten(1, (scales.shape[1], FORMATS[self.kv].digits))
         values: Tensor = torch.ops.heal.dequantize(planes, scales.squeeze(-1))
-        return values.to(self.dtype)
+        return values.to(dtype)
 
     def _joined(self, name: str) -> Tensor | None:
         if self.held() is None:
             return None
-        return self._join(getattr(self.digits, name), getattr(self.scales, name))
+        return self._join(
+            getattr(self.digits, name), getattr(self.scales, name), self.dtypes[name]
+        )
 
     @property
     def batch_size(self) -> int:
@@ -192,8 +213,12 @@ class HealIntegerLayer(CacheLayerMixin):
         self._each("reorder_cache", beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of a growing cache."""
-        self._each("crop", tokens_to_remove)
+        """Forget the last tokens; `tokens_to_remove` is negative, as in transformers."""
+        if not self.is_compileable:
+            self._each("crop", tokens_to_remove)
+            return
+        for store in self.stores:
+            crop_static(store, tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
@@ -216,6 +241,32 @@ class HealIntegerLayer(CacheLayerMixin):
     def _each(self, method: str, *args: Any) -> None:
         for store in self.stores:
             getattr(store, method)(*args)
+
+
+def crop_static(layer: Any, tokens_to_remove: int) -> None:
+    """Take tokens back in a buffer: what lies past the length is masked, and written over.
+
+    Raises:
+        CacheError: The layer is a window that has rolled over what it would have to give back, or
+            the number is positive.
+    """
+    if tokens_to_remove > 0:
+        raise CacheError(
+            f"HealCache.crop({tokens_to_remove}): give the number of tokens to take back as a "
+            "negative number, as transformers does."
+        )
+    tokens = -tokens_to_remove
+    if tokens == 0 or not layer.is_initialized:
+        return
+    if layer.is_sliding:
+        if layer.cumulative_length_int > layer.max_cache_len:
+            raise CacheError(
+                f"HealCache.crop: {tokens} tokens were to be taken back, but a static sliding "
+                f"window of {layer.max_cache_len} tokens has overwritten what came before them. "
+                "Leave max_cache_len out: a cache that grows keeps the past until crop is called."
+            )
+        layer.cumulative_length_int -= tokens
+    layer.cumulative_length.sub_(tokens)
 
 
 def _wide(states: Tensor) -> Tensor:

@@ -212,9 +212,18 @@ def test_wrong_use_says_what_to_do(llama):
     assert llama._compiled_call_impl is None
 
 
-def test_a_full_static_cache_stops_the_compiled_model(llama):
-    """By the assertion in the graph, or by the bounds check of the store, whichever runs first."""
+def test_a_full_static_cache_is_refused_before_the_compiled_model(llama):
     heal_model(llama)
+    cache = HealCache(llama.config, max_cache_len=6)
+    llama(PROMPTS[1:2], past_key_values=cache)
+    with pytest.raises(CacheError, match="HealCache is full"):
+        llama(PROMPTS[1:2, :2], past_key_values=cache)
+    assert int(cache.get_seq_length()) == 5
+
+
+def test_a_full_static_cache_stops_a_model_compiled_without_heal_model(llama):
+    """By the assertion in the graph, or by the bounds check of the store, whichever runs first."""
+    llama.compile(backend="heal", dynamic=True)
     cache = HealCache(llama.config, max_cache_len=6)
     llama(PROMPTS[1:2], past_key_values=cache)
     with pytest.raises(RuntimeError, match=r"HealCache is full|index out of bounds"):

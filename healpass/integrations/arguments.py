@@ -1,0 +1,123 @@
+"""What an entry looks at before compiled code sees a call: the cache among its arguments.
+
+Layer: integrations. Imports `config`, `errors`, `integrations.cache`.
+
+A mistake that is found while Dynamo traces costs a trace, and one that is found in a compiled
+graph shows as an error of a tensor's size; here it costs nothing. A model that is called without a
+cache makes one of its own, in 16 bits; one that could make a HealCache instead is given one, so
+that a decode loop written by hand keeps what `generate` keeps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+
+from healpass.config import HealConfig
+from healpass.integrations.cache import HealCache
+from healpass.integrations.generation import own_cache
+
+#: What forward calls its cache; transformers 5.24 renamed it.
+CACHES = ("past_key_values", "cache")
+#: Where the number of rows and of new tokens is read, in this order.
+INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+
+class Arguments:
+    """Checks and completes the arguments of a model's call.
+
+    Args:
+        options: The options of the model.
+    """
+
+    def __init__(self, options: HealConfig) -> None:
+        self.options = options
+        self.warned = False
+
+    def __call__(self, owner: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments to go on with.
+
+        Raises:
+            CacheError: A HealCache among them cannot take what the call brings.
+        """
+        signature = inspect.signature(type(owner).forward)
+        name = next((name for name in CACHES if name in signature.parameters), None)
+        if name is None:
+            return args, kwargs
+        given = _bound(signature, args, kwargs)
+        caches = [value for value in given.values() if isinstance(value, Cache)]
+        rows, tokens = _extent(given)
+        for cache in caches:
+            for part in healed_parts(cache):
+                part.check_call(rows, tokens)
+            self._warn_of_rounding(owner, cache)
+        if given.get(name) is None and rows and _makes_cache(owner, given):
+            kv = "fp32" if _needs_gradient(owner, given) else self.options.attention_format
+            kwargs = kwargs | {name: own_cache(owner, kv, rows, tokens)}
+        return args, kwargs
+
+    def _warn_of_rounding(self, owner: Any, cache: Any) -> None:
+        parts = _parts(cache)
+        rounds = any(type(part) in (DynamicCache, StaticCache) for part in parts)
+        if rounds and owner.dtype.itemsize < 4 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{type(owner).__name__} was given a {type(cache).__name__}, which rounds keys and "
+                f"values to {owner.dtype}: results may depend on the batch. Pass "
+                "HealCache(model.config), or no cache: the one that is handed out as "
+                "past_key_values is a HealCache then.",
+                stacklevel=4,
+            )
+
+
+def _makes_cache(owner: Any, given: dict[str, Any]) -> bool:
+    """Whether the model would make a cache for this call, one that is of use afterwards."""
+    if not isinstance(owner, GenerationMixin) or not owner.can_generate():
+        return False
+    if given.get("use_cache") is not None:
+        return bool(given["use_cache"])
+    config = owner.config.get_text_config(decoder=True)
+    training = owner.training or (torch.is_grad_enabled() and given.get("labels") is not None)
+    return bool(getattr(config, "use_cache", False)) and not training
+
+
+def _needs_gradient(owner: Any, given: dict[str, Any]) -> bool:
+    """Whether keys and values carry a gradient, which integers cannot."""
+    tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*tensors, *owner.parameters())
+    )
+
+
+def healed_parts(cache: Any) -> Iterator[HealCache]:
+    """The HealCaches of a cache: itself, or those for the decoder's own tokens."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if isinstance(own, HealCache):
+        yield own
+
+
+def _parts(cache: Any) -> list[Any]:
+    if isinstance(cache, EncoderDecoderCache):
+        return [cache.self_attention_cache, cache.cross_attention_cache]
+    return [cache]
+
+
+def _bound(signature: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name; those that do not fit are the model's to refuse."""
+    names = list(signature.parameters)[1 : len(args) + 1]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _extent(given: dict[str, Any]) -> tuple[int, int]:
+    """Rows and new tokens of a call, zeros where it has no tokens."""
+    for name in INPUTS:
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    return 0, 0

@@ -1,0 +1,242 @@
+"""One way into a model, compiled as a whole: its call, or one of its methods.
+
+Layer: integrations. Imports nothing of healpass.
+
+`model.compile()` is not enough, for three reasons.
+
+- Dynamo remembers by code object what it could not trace. The frame that it compiles is one of
+  transformers' wrappers, which all models share; so a mistake that raises while it traces (two
+  inputs that exclude each other) makes it skip that wrapper for good, in all models, and what the
+  wrapper calls is compiled in fragments. Here every entry has a code object of its own, and after
+  an error the frames that it went through are taken up again (`FramesRestored`).
+- Its frame does not notice that Dynamo has given it up. Ours does: `is_compiling()` is true where
+  Dynamo traces the frame and false where Python runs it.
+- `generate` calls parts of a model by themselves, and hands what one hands out to another. An
+  entry hands out FP32, so an entry takes FP32 for the model's own dtype: the cast is part of the
+  graph, where HEAL drops it.
+
+Within another entry that is being traced, an entry is inlined. Within another that torch runs in
+fragments it keeps the traced dtypes, for the fragment that reads them was traced with them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo.utils import counters
+
+#: The name of the entry that is the module's call.
+CALL = "__call__"
+#: Ends of the names of keyword arguments that hold what another entry may have handed out.
+STATES = ("embeds", "embeddings", "hidden_states", "hidden_state", "features", "outputs")
+#: What Dynamo counts when the program that it traces raises.
+RAISED = "Observed exception"
+
+#: While an entry runs: how many exceptions Dynamo had observed when it began.
+_running: ContextVar[int | None] = ContextVar("the entry that is running", default=None)
+
+
+class Entry:
+    """A callable that stands for one way into a module, and compiles it at its first call.
+
+    It lies in the module's `_compiled_call_impl`, or, for a method, in the module's `__dict__`
+    under the method's name. It can be copied and pickled with its module; what was compiled stays
+    behind.
+
+    Args:
+        owner: The module.
+        name: `CALL`, or the name of a method.
+        config: Options of the backend.
+        prepare: Takes owner, positional and keyword arguments of an outermost call before compiled
+            code sees them, and returns the arguments to go on with. It raises what is wrong with
+            them.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        config: dict[str, Any],
+        prepare: Callable[..., Any] | None = None,
+    ) -> None:
+        self.owner, self.name, self.config, self.prepare = owner, name, config, prepare
+        self.place = "_compiled_call_impl" if name == CALL else name
+        self.previous = {k: v for k, v in vars(owner).items() if k == self.place}
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.reported = False
+        vars(owner)[self.place] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module compiled; inline it where Dynamo is tracing."""
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        inner = _running.get() is not None
+        if self.prepare is not None and not inner:
+            args, kwargs = self.prepare(self.owner, args, kwargs)
+        function = self._function(inner)
+        token = _running.set(count_raised())
+        try:
+            with FramesRestored():
+                return function(self.owner, *args, **kwargs)
+        finally:
+            _running.reset(token)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does without this entry."""
+        return self.target()(self.owner, *args, **kwargs)
+
+    def target(self) -> Callable[..., Any]:
+        """The function behind the entry; it takes the owner first."""
+        if self.name == CALL:
+            return _call
+        return _dropping_owner(self.previous[self.name]) if self.previous else self._method()
+
+    def _method(self) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(type(self.owner), self.name)
+        return method
+
+    def remove(self) -> None:
+        """Put back what was there before, unless somebody has put something else there since."""
+        if vars(self.owner).get(self.place) is self:
+            del vars(self.owner)[self.place]
+            vars(self.owner).update(self.previous)
+
+    def _function(self, inner: bool) -> Callable[..., Any]:
+        config = self.config | ({"outputs": "traced"} if inner else {})
+        key = (inner, parameter_dtype(self.owner))
+        if key not in self.compiled:
+            self.compiled[key] = compile_entry(_framed(self, key[1]), config)
+        return self.compiled[key]
+
+    def given_up(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on where Dynamo has given up the frame of this entry.
+
+        Where the program raised while it was traced, it is run without Dynamo, so that it raises
+        again, as the user's own error. What Dynamo gives up for other reasons is reported.
+        """
+        if count_raised() > (_running.get() or 0):
+            result = torch.compiler.disable(self.plain)(*args, **kwargs)
+            self.fell_back("it raises and catches an exception that Dynamo cannot follow")
+            return result
+        self.fell_back("see torch's warning, or TORCH_LOGS=graph_breaks,recompiles")
+        return self.plain(*args, **kwargs)
+
+    def fell_back(self, reason: str) -> None:
+        """Say, once, that torch does not compile this entry as a whole."""
+        if not self.reported:
+            self.reported = True
+            warnings.warn(
+                f"torch has stopped compiling {type(self.owner).__name__}.{self.name} as a "
+                f"whole: {reason}. What it runs in Python now is not HEAL.",
+                stacklevel=4,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what was compiled."""
+        return vars(self) | {"compiled": {}, "reported": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the place in the module again: a copied module forgets `_compiled_call_impl`."""
+        vars(self).update(state)
+        if self.name == CALL:
+            vars(self.owner)[self.place] = self
+
+
+def compile_entry(function: Callable[..., Any], config: dict[str, Any]) -> Callable[..., Any]:
+    """Compile the frame of one entry."""
+    compiled: Callable[..., Any] = torch.compile(
+        function, backend="heal", dynamic=True, options=config
+    )
+    return compiled
+
+
+def _framed(entry: Entry, dtype: torch.dtype | None) -> Callable[..., Any]:
+    """A function with a code object of its own, which Dynamo compiles and guards by itself."""
+    target, given_up = entry.target(), entry.given_up
+
+    def run(owner: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return given_up(*args, **kwargs)
+        if dtype is not None:
+            args = narrowed(args, dtype)
+            kwargs = {k: narrowed(v, dtype) if k.endswith(STATES) else v for k, v in kwargs.items()}
+        return target(owner, *args, **kwargs)
+
+    name = f"{type(entry.owner).__name__}_{entry.name.strip('_')}"
+    run.__code__ = run.__code__.replace(co_name=name)
+    return run
+
+
+def _call(owner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return owner._call_impl(*args, **kwargs)
+
+
+def _dropping_owner(bound: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _owner, /, *args, **kwargs: bound(*args, **kwargs)
+
+
+def narrowed(value: Any, dtype: torch.dtype) -> Any:
+    """The same with FP32 tensors in another dtype; caches and all else as they are."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype == torch.float32 else value
+    if type(value) in (tuple, list):
+        return type(value)(narrowed(item, dtype) for item in value)
+    if isinstance(value, dict):  # ModelOutput is one
+        return type(value)(**{name: narrowed(item, dtype) for name, item in value.items()})
+    return value
+
+
+def parameter_dtype(owner: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype of a module's parameters, None if they are wider, or there are none."""
+    for parameter in owner.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype if parameter.dtype.itemsize == 2 else None
+    return None
+
+
+def count_raised() -> int:
+    """How often Dynamo has seen the program that it traces raise."""
+    reasons = counters["unimplemented"] + counters["graph_break"]
+    return sum(count for reason, count in reasons.items() if str(reason).startswith(RAISED))
+
+
+class FramesRestored:
+    """After an error, let Dynamo try again the frames that the error went through.
+
+    A frame that raises while Dynamo traces it is skipped from then on, for everybody who runs the
+    same code. torch has no way to ask which frames are skipped; those of the traceback that Dynamo
+    has ever looked at (`input_codes`) are set back to its default. One that it cannot trace
+    anyway is looked at once more. What was compiled stays.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing is needed before."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
+    ) -> None:
+        """Walk the traceback, if there is one."""
+        restore = getattr(eval_frame, "set_code_exec_strategy", None)
+        while trace is not None and restore is not None:
+            code = trace.tb_frame.f_code
+            if code in convert_frame.input_codes:
+                restore(code, _default_strategy())
+            trace = trace.tb_next
+
+
+def _default_strategy() -> Any:
+    return eval_frame.FrameExecStrategy(
+        eval_frame.FrameAction.DEFAULT, eval_frame.FrameAction.DEFAULT
+    )
+
+
+# Where torch runs a model in fragments it meets these frames: they are no part of the model.
+for _function in (Entry.__call__, Entry.given_up):
+    eval_frame.skip_code(_function.__code__)
