@@ -128,11 +128,16 @@ def _candidates(model: Any) -> Iterator[tuple[str, Any]]:
     modules = getattr(model, "named_modules", None)
     for path, module in modules() if modules else ():
         for attribute, held in vars(module).items():
-            compiled = getattr(held, "compiled", held)
-            if attribute == "_compiled_call_impl":
-                yield path or "model", compiled
-            elif callable(held):
-                yield f"{path}.{attribute}".lstrip("."), compiled
+            if callable(held):
+                method = "" if attribute == "_compiled_call_impl" else attribute
+                name = f"{path}.{method}".strip(".") or "model"
+                yield from ((name, compiled) for compiled in _versions(held))
+
+
+def _versions(held: Any) -> list[Any]:
+    """What an entry of `heal_model` has compiled, in its forms; a compiled function is its own."""
+    compiled = getattr(held, "compiled", None)
+    return list(compiled.values()) if isinstance(compiled, dict) else [held]
 
 
 def _entry(name: str, compiled: Any) -> EntryStatus:

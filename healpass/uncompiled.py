@@ -25,9 +25,8 @@ from healpass.config import HealConfig
 from healpass.errors import StrictError
 
 PACKAGE = str(Path(__file__).parent)
-#: Dynamo's own names of two reasons.
+#: Dynamo's own name of a reason.
 DISABLED = "Skip calling `torch.compiler.disable()`d function"
-RAISED = "Observed exception"
 
 _WAY_OUT = {
     "limit": "call it in fewer ways (one batch form, one mask form), compile with "
@@ -186,8 +185,7 @@ class Region:
         if error is not None and error is not self._tracing:
             record = Uncompiled("skipped", describe(code), one_line(str(error)))
             self._given_up.append((code, record))
-            if not raised_by_the_model(error):
-                self.found[record] = None
+            self.found[record] = None
             return
         breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - self._breaks
         if code.co_filename.startswith(PACKAGE):
@@ -243,11 +241,6 @@ def one_line(text: str) -> str:
     first = 2 if lines and lines[0].endswith(":") else 1
     explained = [line for line in lines[first:] if line.startswith("Explanation:")][:1]
     return " ".join(lines[:first] + explained)
-
-
-def raised_by_the_model(error: BaseException) -> bool:
-    """Whether a frame was given up because the model itself raised: the caller will see that."""
-    return RAISED in str(getattr(error, "gb_type", "")) or one_line(str(error)).startswith(RAISED)
 
 
 def _trace_again(code: CodeType) -> None:
