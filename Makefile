@@ -1,8 +1,10 @@
 # One command for each thing there is to do. `make help` lists them.
 
-VENV   := .venv
-PYTHON := $(VENV)/bin/python
-STAMP  := $(VENV)/.installed
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+# The Python that .venv is made with: `make venv PYTHON3=python3.13`.
+PYTHON3 ?= python3
+STAMP   := $(VENV)/.installed
 
 # Two processes with one thread each: compiling, most of a test's time, does not use a second thread.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations 15
@@ -21,10 +23,22 @@ WHAT = decode,prefill,compile
 BESIDE := build/beside
 INSTALL_BESIDE = $(PYTHON) -m pip install --quiet --no-deps --upgrade --target
 TRANSFORMERS ?= 5.24.0
+# torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
+TRITONS ?= 3.6.0 3.7.1 3.9.0
+# Tests that run Triton's interpreter or its compiler, the golden text of kernels (Inductor's, the same
+# for each Triton) included. Deep ones are left out, but for the compiler's.
+# The tables in docs/measurements are those of the Triton that the pinned torch requires.
+TRITON_TESTS = tests/golden/test_templates.py tests/properties/test_exact_triton.py \
+    tests/properties/test_lowering_quantize.py $(wildcard tests/properties/test_templates_*.py) \
+    $(wildcard tests/unit/test_lowering_*.py) tests/unit/test_interpreter.py \
+    tests/unit/test_bench_products.py tests/unit/test_gpu_bench.py tests/unit/test_prepack.py \
+    tests/integration/test_exact_model_on_gpu.py
+COMPILER_TESTS = $(wildcard tests/unit/test_lowering_*sass.py) tests/unit/test_lowering_exact_ptx.py
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
-.PHONY: help venv demo study bench model test test-deep test-gpu test-transformers test-torchtitan check fix
+.PHONY: help venv demo study bench model test test-deep test-gpu test-transformers test-torchtitan \
+    test-triton test-resolve check fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -32,7 +46,7 @@ help:  ## List the targets
 venv: $(STAMP)  ## Set up .venv with the package and its tools (once; the others do it too)
 
 $(STAMP): pyproject.toml constraints.txt
-	python3 -m venv $(VENV)
+	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -68,6 +82,18 @@ test-transformers: model  ## Run the tests of transformers with another of its v
 test-torchtitan: $(STAMP)  ## Run the tests of torchtitan's model code
 	$(INSTALL_BESIDE) $(BESIDE)/torchtitan $(TORCHTITAN)
 	PYTHONPATH=$(BESIDE)/torchtitan $(PYTHON) -m pytest tests/integration/test_torchtitan.py
+
+test-triton: $(TRITONS:%=test-triton-%)  ## Run the tests of kernels with other versions of Triton (TRITONS="3.6.0 3.7.1 3.9.0")
+
+test-triton-%: $(STAMP)
+	$(INSTALL_BESIDE) $(BESIDE)/triton-$* triton==$*
+	PYTHONPATH=$(BESIDE)/triton-$* $(PYTHON) -c 'import triton; assert triton.__version__ == "$*", triton'
+	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not deep and not gpu' \
+	    $(filter-out $(COMPILER_TESTS),$(TRITON_TESTS))
+	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not gpu' $(COMPILER_TESTS)
+
+test-resolve:  ## Check that the pins resolve from the public registry alone, for each Python at hand
+	$(PYTHON3) -m tests.resolve
 
 check: $(STAMP)  ## Lint, format, types and spelling; changes nothing
 	$(PYTHON) -m ruff check .

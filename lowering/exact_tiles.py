@@ -75,8 +75,12 @@ def exact_tiles(
         return [_fit(tile, capability, plan) for tile in _tiles_of_groups(capability, plan)]
     small = [ExactTile(64, 64, 64, 8, 3)]
     tiles = [ExactTile(128, 64, 64, 8, 4), *small]
-    if prefers_half(capability):  # wider tiles and more stages spill
-        tiles = [ExactTile(128, 32 if plan.right == 3 else 64, 64, 8, 3), *small]
+    if prefers_half(
+        capability
+    ):  # wider tiles and more stages spill, two digits by two in 128 x 64
+        tiles = [ExactTile(128, 32, 64, 8, 3), *small] if plan.right == 3 else small
+    elif capability == 100 and plan.right == 3:  # wider tiles spill under Triton 3.7
+        tiles = [ExactTile(128, 32, 64, 8, 3), ExactTile(64, 32, 64, 8, 3)]
     elif plan.right == 3 and not 90 <= capability < 120:
         tiles = small if plan.cut else [ExactTile(64, 32, 64, 4, 3)]  # five levels spill
     whole = [tile for tile in tiles if tile.block_m <= max(64, m) and tile.block_n <= max(64, n)]
@@ -118,6 +122,7 @@ def exact_attention_tiles(
         return [AttentionTile(16, 8, 1)]
     if decodes:
         return [AttentionTile(16, 4, 2), AttentionTile(16, 4, 1)]
-    if head_block > 64 or digits == 3:
+    # (With 64 rows on sm_100 Triton 3.7 spills.)
+    if head_block > 64 or digits == 3 or 100 <= capability < 120:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]

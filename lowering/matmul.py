@@ -239,7 +239,7 @@ def _lower_decode(problem: MatmulProblem) -> ir.TensorBox:
     if not partials:
         tiles = invariant_tiles(problem.capability, b_pieces, fma=fma)
         return kernels.select(name, nodes, problem.layout(), _renderings(knobs, tiles))
-    tiles = decode_tiles(problem.capability, problem.hints[1], fma=fma)
+    tiles = decode_tiles(problem.capability, problem.hints[1], pieces_b=b_pieces, fma=fma)
     layout = problem.layout(splits) if splits > 1 else problem.layout()
     parts = kernels.select(name, nodes, layout, _renderings(knobs, tiles))
     return parts if splits == 1 else _add_in_order(parts, splits)

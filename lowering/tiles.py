@@ -4,6 +4,10 @@ A tile is tuning: it changes speed and never bits. What changes bits (K tile, ch
 per block) is in `matmul.py` and `attention.py`, a function of sizes and dtypes alone. The shapes
 come from ahead-of-time compiles: no spills, no serialised tensor-core chain (`python -m
 tests.sass` prints the table). None was timed.
+
+One choice serves every Triton that a supported torch requires. Triton 3.6 and 3.7 take more of
+sm_100's tensor memory for attention than 3.9, and a kernel that wants more than there is (512
+columns) does not start: where a tile of 64 rows did, it has fewer.
 """
 
 from __future__ import annotations
@@ -89,13 +93,22 @@ def _fit(tile: Tile, capability: int, planes: tuple[int, int], block_k: int) -> 
     return Tile(64, 64, 4, 2, tile.group_m)
 
 
-def decode_tiles(capability: int, n: int, *, fma: bool) -> list[Tile]:
-    """Tiles of the kernel for at most 16 rows: many small blocks, to keep many loads in flight."""
+def decode_tiles(capability: int, n: int, *, pieces_b: int, fma: bool) -> list[Tile]:
+    """Tiles of the kernel for at most 16 rows: many small blocks, to keep many loads in flight.
+
+    Args:
+        capability: As 90 for 9.0.
+        n: Columns, a hint.
+        pieces_b: BF16 pieces of B.
+        fma: FP32 multiply-adds instead of the tensor core.
+    """
     if fma and capability >= 100:
         return [Tile(16, FEW_FP32_ROWS, 4, 3)]
     # Chains of sm_80 are half as long, and so are K tiles: more stages keep as much in flight.
     most, fewer = (4, 3) if fma or capability >= 90 else (7, 5)
-    tiles = [Tile(16, 64, 4, most), Tile(16, 64, 4, fewer), Tile(16, 128, 4, fewer)]
+    # On sm_100 the three pieces of an FP32 weight spill in four warps, under Triton 3.7.
+    warps = 8 if 100 <= capability < 120 and pieces_b == 3 else 4
+    tiles = [Tile(16, 64, warps, most), Tile(16, 64, warps, fewer), Tile(16, 128, warps, fewer)]
     return tiles if n > 64 else tiles[:2]
 
 
@@ -132,12 +145,14 @@ def attention_tiles(
         digits: Of Q and K; 0 for FP32 states.
         decodes: At most 16 rows.
     """
+    blackwell = 100 <= capability < 120
     if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
-        return [AttentionTile(16 if decodes else 32, 8, 1)]
+        stages = 2 if blackwell and not decodes else 1
+        return [AttentionTile(16 if decodes else 32, 8, stages)]
     if decodes:
         return [AttentionTile(16, 8, 2), AttentionTile(16, 8, 1)]
-    if 100 <= capability < 120:
-        return [AttentionTile(64, 8 if digits else 4, 1 if head_block > 128 else 2)]
+    if blackwell and head_block <= 128 and digits < 3:
+        return [AttentionTile(64, 8 if digits else 4, 2)]
     if head_block > 128:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     if 90 <= capability < 100:
@@ -157,15 +172,20 @@ def attention_backward_tiles(
         head_block: The larger padded head size.
         digits: Of Q and K; 0 for FP32 states.
     """
+    blackwell, hopper = 100 <= capability < 120, 90 <= capability < 100
     if digits == 0 and head_block > 128:  # one stage, or sm_86 has too little shared memory
-        return [AttentionTile(16, 8, 1)], [AttentionTile(16, 8, 1)]
-    if head_block > 128:  # with the fewest spills: on sm_90 14 and 0, on sm_100 8 and 3
-        stages = 1 if 90 <= capability < 100 else 3
+        return [AttentionTile(16, 8, 2 if blackwell else 1)], [AttentionTile(16, 8, 1)]
+    if head_block > 128:  # with the fewest spills: under Triton 3.7 on sm_100 12 and 14, else none
+        stages = 1 if hopper else 2 if blackwell else 3
         return [AttentionTile(16, 8, 2)], [AttentionTile(16, 8, stages)]
-    if 100 <= capability < 120:
-        return [AttentionTile(64, 8, 1)], [AttentionTile(64, 8, 1)]
-    if 90 <= capability < 100:
-        return [AttentionTile(64, 8, 1)], [AttentionTile(64 if head_block <= 64 else 16, 8, 1)]
+    if blackwell and head_block <= 64:
+        return [AttentionTile(64, 4 if digits else 8, 1)], [AttentionTile(64, 8, 1)]
+    if blackwell:
+        rows, keys = (16 if digits == 2 else 64), (16 if digits else 32)
+        return [AttentionTile(rows, 8, 1)], [AttentionTile(keys, 8, 1)]
+    if hopper:
+        rows = 64 if digits or head_block <= 64 else 32
+        return [AttentionTile(rows, 8, 1)], [AttentionTile(64 if head_block <= 64 else 16, 8, 1)]
     return [AttentionTile(32, 8, 1)], [AttentionTile(32, 8, 1)]
 
 

@@ -1,12 +1,15 @@
 """Runs generated Triton kernels on CPU, in Triton's interpreter, with its known faults corrected.
 
-Faults of the interpreter (Triton 3.6 to 3.9), which real GPUs do not have:
+Faults of the interpreter (Triton 3.6, 3.7.1 and 3.9), which real GPUs do not have:
 
 * `tl.dot` multiplies the raw bits of BF16 operands, and its order of summation depends on the
   tile: it is computed in FP64 and rounded once to FP32 (a tensor core's rounding is modelled
   elsewhere), for FP32 operands in the order of K, a rounding per term; for INT8 it is exact;
   `input_precision` is obeyed: FP32 operands are cut into the pieces of TF32 or BF16 that it names;
-* a cast from FP32 to BF16 truncates: it is made to round to nearest even;
+* a cast from FP32 to BF16 truncates: it is made to round to nearest even; other casts of BF16
+  take its bits for a number: they go through FP32;
+* `tl.fma` rounds twice (before 3.9): it is made to round once;
+* the maximum and the minimum that ignore NaN hand it on (before 3.9): they are made to ignore it;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
 * a call of a device function leaves `triton.language` patched for good: it is patched once, here;
@@ -114,9 +117,33 @@ def _to_bf16(source: Any) -> Any:
 
 
 def _rounding_cast(self: Any, source: Any, target: Any) -> Any:
-    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-        return _to_bf16(source)
+    if target.scalar == source.dtype.scalar:
+        return _cast(self, source, target)
+    if source.dtype.scalar == tl.bfloat16:
+        # Every number of BF16 is one of FP32.
+        source = interpreter.TensorHandle(_values(source).astype(np.float32), tl.float32)
+    if target.scalar == tl.bfloat16:
+        return _to_bf16(_cast(self, source, tl.float32))
     return _cast(self, source, target)
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z in FP32, rounded once: the product is exact in FP64, the sum rounded to odd."""
+    if z.dtype.scalar != tl.float32:
+        raise TypeError("the interpreter rounds a multiply-add twice, except for FP32 operands")
+    product, addend = _values(x) * _values(y), _values(z)
+    total = np.asarray(product + addend)
+    # Knuth's TwoSum: total + error is the exact sum.
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    inexact = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)
+    toward = np.where(error > 0, np.inf, -np.inf)
+    odd = np.where(inexact, np.nextafter(total, toward), total)
+    return interpreter.TensorHandle(odd.astype(np.float32), tl.float32)
+
+
+def _ignoring_nan(ufunc: Any) -> Any:
+    return lambda self, left, right: self.binary_op(left, right, ufunc)
 
 
 def _rounding_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -132,7 +159,9 @@ def _no_bf16_arithmetic(self: Any, left: Any, right: Any, op: Any, *rest: Any) -
 
 
 def _boolean(mask: Any) -> Any:
-    return interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
+    # Before Triton 3.9 the mask of a tensor descriptor is a bare array.
+    values = mask if isinstance(mask, np.ndarray) else mask.data
+    return interpreter.TensorHandle(values.astype(np.bool_), tl.int1)
 
 
 def _load_where(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
@@ -165,6 +194,9 @@ def _corrected() -> Iterator[None]:
         "create_dot": _dot,
         "cast_impl": _rounding_cast,
         "create_fp_to_fp": _rounding_fp_to_fp,
+        "create_fma": _fma,
+        "create_minnumf": _ignoring_nan(np.fmin),
+        "create_maxnumf": _ignoring_nan(np.fmax),
         "binary_op": _no_bf16_arithmetic,
         "create_masked_load": _load_where,
         "create_masked_store": _store_where,

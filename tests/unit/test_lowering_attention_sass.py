@@ -9,11 +9,12 @@ from healpass.lowering.tiles import SMALLEST_SHARED_MEMORY
 
 from tests.attention_cases import CASES, AttentionCase, Scoring
 from tests.fake_cuda import Kernel
-from tests.sass import Report, compiled
+from tests.sass import BLACKWELL_INTEGERS, TENSOR_MEMORY, Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
-#: The backward kernels for heads of 256 spill a little on sm_90 and sm_100, whatever the tile.
-FEW_SPILLS = {"backward 256": 14}
+#: The backward kernels for heads of 256 spill a little whatever the tile: under Triton 3.7 on
+#: sm_100, under 3.9 on sm_90 and sm_100.
+FEW_SPILLS = {"backward 256": 14, "backward 256, fp32": 2}
 
 
 def reports(title: str, capability: int) -> list[Report]:
@@ -24,6 +25,7 @@ def reports(title: str, capability: int) -> list[Report]:
 def assert_clean(title: str, facts: Report) -> None:
     assert facts.spills <= FEW_SPILLS.get(title, 0)
     assert facts.registers > 10, "a trap stub was compiled instead of the kernel"
+    assert facts.tensor_memory <= TENSOR_MEMORY
     assert facts.serialised == ()
     assert "div.full" not in facts.ptx
     # Their errors are in the bound: 2 units in the last place (PTX ISA, `ex2` and `lg2`).
@@ -64,7 +66,7 @@ def test_ampere_runs_mma_sync_without_spills(title):
 def test_blackwell_runs_its_tensor_core_without_spills():
     facts = reports("attention 128", 100)[0]
     assert_clean("attention 128", facts)
-    assert units(facts) == {"UTCIMMA", "UTCHMMA"}
+    assert units(facts) == {BLACKWELL_INTEGERS, "UTCHMMA"}
 
 
 def test_gradients_run_on_the_tensor_core_without_spills():
@@ -85,6 +87,14 @@ def test_a_tile_that_is_too_large_is_seen_to_spill():
     (kernel,) = BY_TITLE["attention 128"].templates()
     wide = re.sub(r"BLOCK_N : tl.constexpr = \d+", "BLOCK_N : tl.constexpr = 128", kernel.source)
     assert compiled(Kernel(kernel.name, wide), 90).spills > 0
+
+
+def test_a_tile_that_sm_100_has_no_room_for_is_seen():
+    """Triton 3.6 and 3.7 want more tensor memory than there is, and compile a trap; 3.9 spills."""
+    (kernel,) = BY_TITLE["attention 256, fp32"].templates(100)
+    wide = re.sub(r"BLOCK_M : tl.constexpr = \d+", "BLOCK_M : tl.constexpr = 64", kernel.source)
+    with pytest.raises(AssertionError):
+        assert_clean("attention 256, fp32", compiled(Kernel(kernel.name, wide), 100))
 
 
 @pytest.mark.deep

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tests import interpreter
 from tests.fake_cuda import Device, Kernel, generated_source, kernels
-from tests.sass import CASES, Case, Report, compiled
+from tests.sass import CASES, TENSOR_MEMORY, Case, Report, compiled
 
 BY_TITLE = {case.title: case for case in CASES}
 #: Dots in the code of a case: those of a K tile of 64, and the one of the loop for NaN results.
@@ -31,6 +31,7 @@ def assert_clean(facts: Report) -> None:
     assert facts.spills == 0
     assert facts.stack == 0
     assert facts.registers > 10, "a trap stub was compiled instead of the kernel"
+    assert facts.tensor_memory <= TENSOR_MEMORY
     assert facts.serialised == (), "ptxas runs the tensor core step by step"
     assert_ieee(facts)
 
