@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from healpass.errors import UnavailableError
 from healpass.graph import classes, names
 from healpass.graph.context import Context
 from healpass.graph.exact_reads import READS, reads_by_index
@@ -53,6 +54,12 @@ BATCHING = names.words(
     _create_differentiable _set_tensor_requires_grad _autograd_grad
     """
 )
+#: torch's own check of a scan's gradient refuses it, but does not look through our operators.
+SCAN_GRADIENT = (
+    "precision='exact' was asked for, but the graph holds a scan that is trained: Inductor's "
+    "gradient of it is wrong (seen in torch 2.13, which refuses it with other precisions).\n"
+    "Write the loop in Python, or call the compiled function under torch.no_grad()."
+)
 UNTOUCHED = ("scope", "higher_order", "cast", "embedding", "move")
 
 
@@ -69,6 +76,8 @@ def make_exact(graph_module: GraphModule, context: Context) -> int:
 
 def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
     name = op_name(node)
+    if str(node.target) == "scan" and _is_trained(node):
+        raise UnavailableError(SCAN_GRADIENT)
     if heal_name(node) == "heal::sdpa":
         return _exact_sdpa(node, graph_module, context)
     if heal_name(node) == "heal::matmul" and _weighs(node):

@@ -1,10 +1,11 @@
 """Promotion through operators that call a subgraph. May import `graph.nodes` and below.
 
 `checkpoint`, `wrap` and `invoke_subgraph` run their body once and pass values through: FP32
-activations go in and come out. The branches of `cond` must agree, so both hand out FP32. All
-others (`scan`, `while_loop`, custom autograd functions) keep their traced dtypes at the border: a
-loop must hand on what it takes in. Inside them matmuls are rewritten all the same. FlexAttention's
-bodies are left alone: its kernel hands them FP32 scores whatever dtype was traced.
+activations go in and come out. The branches of `cond` must agree, so both hand out FP32. Loops
+(`scan`, `while_loop`, `map`) must hand on what they take in, so they carry FP32. All others, such
+as custom autograd functions, keep their traced dtypes at the border; inside them matmuls are
+rewritten all the same. FlexAttention's bodies are left alone: its kernel hands them FP32 scores
+whatever dtype was traced.
 
 Several calls may share one body (`torch.compiler.nested_compile_region`), and torch compiles that
 body once, for what the first of them hands in. Promotion can make the calls differ: the first
@@ -15,13 +16,15 @@ gets a copy of its own, and `invoke_subgraph`, which torch knows by a name, a na
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
+from healpass.graph import classes
+from healpass.graph.borders import REGION, inputs_of, results_of
 from healpass.graph.context import Context, Variant
 from healpass.graph.nodes import (
     Builder,
@@ -33,8 +36,16 @@ from healpass.graph.nodes import (
     with_gradient_of,
 )
 
-REGION = "invoke_subgraph"
+FP32 = torch.float32
 TRANSPARENT = ("tag_activation_checkpoint", "wrap", REGION, "wrap_activation_checkpoint")
+#: Of each loop: which argument it carries from step to step, and which it takes row by row.
+LOOPS: dict[str, tuple[int | None, int | None]] = {
+    "scan": (1, 2),
+    "while_loop": (2, None),
+    "map_impl": (None, 1),
+}
+#: A value of now, and the one that Dynamo traced in its place.
+Pair = tuple[Any, Any]
 
 
 def promote_call(promotion: Any, node: Node) -> None:
@@ -45,10 +56,11 @@ def promote_call(promotion: Any, node: Node) -> None:
     ]
     if name in TRANSPARENT and len(bodies) == 1:
         first = node.args.index(bodies[0]) + (2 if name == REGION else 1)
-        _through(promotion, node, bodies, node.args[first:])
+        _through(promotion, node, bodies, _pairs(promotion, node.args[first:]))
     elif name == "cond" and len(bodies) == 2:
-        operands: Any = node.args[3]
-        _through(promotion, node, bodies, operands)
+        _through(promotion, node, bodies, _pairs(promotion, node.args[3]))
+    elif name in LOOPS and bodies:
+        _loop(promotion, node, bodies, *LOOPS[name])
     else:
         promotion._foreign(node)
         for body in bodies if "flex_attention" not in name else ():
@@ -68,33 +80,96 @@ def _body(promotion: Any, node: Node) -> GraphModule | None:
     return found
 
 
-def _through(promotion: Any, node: Node, bodies: list[Node], operands: Sequence[Any]) -> None:
-    """Hand promoted operands in and promoted results out, FP32 wherever one body makes FP32."""
-    call = node if len(bodies) > 1 else None  # what one branch gives decides what others have to
+def _pairs(promotion: Any, operands: Any) -> list[Pair]:
+    """The values of what is handed in: those of now and those that were traced."""
+    return [(value(operand), promotion.traced.get(operand)) for operand in operands]
+
+
+def _through(
+    promotion: Any, node: Node, bodies: list[Node], operands: list[Pair], carried: int = 0
+) -> None:
+    """Hand promoted operands in and promoted results out, FP32 wherever one body makes FP32.
+
+    So are the first results, as many as are `carried` from step to step, if they were 16 bits.
+    """
+    call = node if len(bodies) > 1 or carried else None  # what leaves it follows from more than it
     used = [_use(promotion, node, body, call, operands) for body in bodies]
-    results = [_results(body) for body in used]
-    wide = [any(_is_fp32(value(items[i])) for items in results) for i in range(len(results[0]))]
+    results = [results_of(body) for body in used]
+    traced = value(node)
+    wide = [
+        any(_is_fp32(value(items[i])) for items in results) or (i < carried and is_half(part))
+        for i, part in enumerate(traced)
+    ]
     for body in used:
         _widen_outputs(promotion, body, wide)
-    traced = value(node)
     with propagating(promotion.context.fake_mode):
         parts = [
-            with_gradient_of(part, part.to(torch.float32)) if is_half(part) and widen else part
+            with_gradient_of(part, part.to(FP32)) if is_half(part) and widen else part
             for part, widen in zip(traced, wide, strict=True)
         ]
     set_value(node, type(traced)(parts))
     promotion.changed += 1
 
 
+def _loop(promotion: Any, node: Node, bodies: list[Node], carried_at: Any, rows_at: Any) -> None:
+    """Let a loop carry FP32 where 16 bits were traced, and hand each step promoted rows.
+
+    A weight that is trained is upcast before the loop: its gradient is a sum over the steps, which
+    is taken in FP32 and rounded once.
+    """
+    first = len(bodies)
+    _allow_counters(promotion.context)
+
+    def enter(place: int, argument: Any) -> Any:
+        def wide(operand: Node) -> Node:
+            half = is_half(value(operand))
+            carried = place == carried_at or (place != rows_at and classes.trained(operand))
+            return promotion.cast(operand, FP32, node) if half and carried else operand
+
+        return map_arg(argument, wide) if place >= first else argument
+
+    traced = {place: _traced_of(promotion, items) for place, items in enumerate(node.args)}
+    node.args = tuple(enter(place, argument) for place, argument in enumerate(node.args))
+    operands: list[Pair] = []
+    with propagating(promotion.context.fake_mode):
+        for place, items in enumerate(node.args):
+            for item, before in zip(items if place >= first else (), traced[place], strict=False):
+                pair = value(item), before
+                operands.append((pair[0][0], pair[1][0]) if place == rows_at else pair)
+    steps = bodies[-1:]
+    for condition in bodies[:-1]:
+        _use(promotion, node, condition, node, operands)
+    count = len(node.args[carried_at]) if carried_at is not None else 0
+    _through(promotion, node, steps, operands, count)
+
+
+def _allow_counters(context: Context) -> None:
+    """Let Inductor index a row by a loop's counter, which is a number that data decide.
+
+    It makes a `while_loop` of `scan` and `map`, and without `fullgraph=True` torch gives the graph
+    a fake mode that refuses such numbers, to break the graph there. In these modes, of this graph
+    alone, nothing is left to break.
+    """
+    tracing = torch._guards.TracingContext.try_get()
+    for mode in (context.fake_mode, tracing.fake_mode if tracing else None):
+        if mode is not None:
+            mode.allow_scalar_outputs = True
+
+
+def _traced_of(promotion: Any, items: Any) -> list[Any]:
+    several = isinstance(items, (tuple, list))
+    return [promotion.traced.get(x, value(x)) for x in items] if several else []
+
+
 def _is_fp32(item: Any) -> bool:
-    return is_floating(item) and item.dtype == torch.float32
+    return is_floating(item) and item.dtype == FP32
 
 
 # --------------------------------------------------------------------------- a copy for each kind
 
 
 def _use(
-    promotion: Any, node: Node, reference: Node, call: Node | None, operands: Any
+    promotion: Any, node: Node, reference: Node, call: Node | None, operands: list[Pair] | None
 ) -> GraphModule:
     """Let `node` call the copy of a body that was promoted for such operands.
 
@@ -111,8 +186,8 @@ def _use(
     body = _body(promotion, reference)
     assert body is not None, "the caller has looked"
     name = str(node.args[1]) if str(node.target) == REGION else None
-    given = None if operands is None else [value(operand) for operand in operands]
-    forms = tuple(_form(value(x), promotion.traced.get(x)) for x in operands or ())
+    given = None if operands is None else [now for now, _ in operands]
+    forms = tuple(_form(*pair) for pair in operands or ())
     key = (id(body), call, name, given is None, forms)
     found = promotion.context.variants.get(key)
     if found is None:
@@ -167,8 +242,7 @@ def _promoted(
     context = promotion.context
     copied = _copy(body, context)
     inner = type(promotion)(copied, context, "traced" if operands is None else "promoted")
-    placeholders = copied.graph.find_nodes(op="placeholder")
-    for placeholder, operand in zip(placeholders, operands or (), strict=False):
+    for placeholder, operand in zip(inputs_of(copied), operands or (), strict=False):
         inner.traced[placeholder] = value(placeholder)
         if isinstance(operand, Tensor):
             set_value(placeholder, _entered(value(placeholder), operand, context))
@@ -211,22 +285,16 @@ def _copy(body: GraphModule, context: Context) -> GraphModule:
 # ------------------------------------------------------------------------------- what comes out
 
 
-def _results(body: GraphModule) -> list[Any]:
-    """The outputs: nodes, or constants."""
-    given: Any = body.graph.output_node().args[0]
-    return list(given) if isinstance(given, (tuple, list)) else [given]
-
-
 def _widen_outputs(promotion: Any, body: GraphModule, wide: list[bool]) -> None:
     output = body.graph.output_node()
     builder = Builder(body.graph, output, promotion.context.fake_mode)
 
     def widened(result: Any, widen: bool) -> Any:
         narrow = widen and isinstance(result, Node) and is_half(value(result))
-        return builder.cast(result, torch.float32) if narrow else result
+        return builder.cast(result, FP32) if narrow else result
 
-    results = [widened(*pair) for pair in zip(_results(body), wide, strict=True)]
-    if results != _results(body):
+    results = [widened(*pair) for pair in zip(results_of(body), wide, strict=True)]
+    if results != results_of(body):
         given = output.args[0]
         output.args = (type(given)(results) if isinstance(given, (tuple, list)) else results[0],)
         body.recompile()

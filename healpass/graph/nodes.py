@@ -163,10 +163,16 @@ def module_path(node: Node) -> str:
 
 
 def subgraphs(graph_module: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graph modules that higher-order operators call, innermost ones excluded."""
-    for name, child in graph_module.named_children():
-        if isinstance(child, GraphModule):
-            yield name, child
+    """The graph modules that a graph's higher-order operators call, each once; not theirs.
+
+    Dynamo leaves some behind that nothing calls any more.
+    """
+    seen: set[int] = set()
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        body = getattr(graph_module, str(node.target), None)
+        if isinstance(body, GraphModule) and id(body) not in seen:
+            seen.add(id(body))
+            yield str(node.target), body
 
 
 @dataclass(frozen=True)

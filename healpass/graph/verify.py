@@ -1,7 +1,8 @@
 """The check after every pass. May import `graph.nodes` and below.
 
 A pass is believed only when each node, run again on fake tensors, gives the shape and dtype that
-the node claims, and when no matmul or SDPA is left but those the report lists as kept.
+the node claims, when each subgraph takes what its callers hand in and gives what they expect, and
+when no matmul or SDPA is left but those the report lists as kept.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from healpass.errors import GraphCheckError
 from healpass.graph import classes, names
+from healpass.graph.borders import REGION, body_of, borders, fact, inputs_of, results_of
 from healpass.graph.context import Context, qualified_name
 from healpass.graph.dtypes import has_unbacked
 from healpass.graph.nodes import (
@@ -39,8 +42,19 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
         complete: Whether matmuls and SDPA must all be gone by now.
 
     Raises:
-        GraphCheckError: A node's value is not what it claims, or a matmul was forgotten.
+        GraphCheckError: A node's value is not what it claims, a subgraph is called with other
+            dtypes or shapes than it was traced for, or a matmul was forgotten.
     """
+    _verify(graph_module, context, after, complete, {})
+
+
+def _verify(
+    graph_module: GraphModule,
+    context: Context,
+    after: str,
+    complete: bool,
+    regions: dict[Any, GraphModule],
+) -> None:
     graph_module.graph.lint()
     for node in graph_module.graph.nodes:
         if node.op not in ("call_function", "call_method"):
@@ -50,8 +64,35 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
         if is_changed(node) and _can_run(node):
             _check_value(node, after, context)
             mark_checked(node)
+        if isinstance(node.target, HigherOrderOperator):
+            _check_call(node, graph_module, after)
+            _check_region(node, graph_module, after, regions)
     for _, body in subgraphs(graph_module):
-        verify(body, context, after, complete)
+        _verify(body, context, after, complete, regions)
+
+
+def _check_call(node: Node, owner: GraphModule, after: str) -> None:
+    """Each body of a call takes what the call hands in, and gives what the call claims."""
+    for border in borders(node, owner):
+        sides = (
+            ("takes", border.given, inputs_of(border.body)),
+            ("gives", border.expected, results_of(border.body)),
+        )
+        for verb, outside, inside in sides:
+            for index, (call, own) in enumerate(zip(outside or (), inside, strict=False)):
+                known = fact(own)
+                if call is not None and known is not None and not call.agrees(known):
+                    what = f"its body {verb} {known} where the call has {call}, at {index}"
+                    raise _error(node, after, what)
+
+
+def _check_region(
+    node: Node, owner: GraphModule, after: str, regions: dict[Any, GraphModule]
+) -> None:
+    """Torch takes regions of one name for one region, and compiles the first that it meets."""
+    body = body_of(node.args[0], owner) if str(node.target) == REGION else None
+    if body is not None and regions.setdefault(node.args[1], body) is not body:
+        raise _error(node, after, f"two subgraphs have the name {node.args[1]!r}")
 
 
 def _is_matmul(node: Node) -> bool:
