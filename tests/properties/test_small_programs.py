@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -174,6 +175,39 @@ def test_a_fault_put_back_is_noticed(name, config, monkeypatch):
     monkeypatch.setattr(Setting, "config", property(lambda self: config))
     with pytest.raises(AssertionError, match="times its bound"):
         judge(program, setting, inductor=False)
+
+
+BF16_GRAD = Setting(torch.bfloat16, False, True, "heal", "traced")
+DYNAMIC = Setting(torch.bfloat16, True, True, "heal", "traced")
+MENDED = {  # what was found by this page: program, setting, what to put back, how it shows
+    "gradients of one operand added in 16 bits": (
+        *("pad_modes", BF16_GRAD, "healpass.graph.classes.trained", False),
+        "times its bound",
+    ),
+    "a copy handed out in place of a view": (
+        *("returns_views", BF16_GRAD, "healpass.graph.promote.is_handed_out", False),
+        "alias",
+    ),
+    "statistics of a batch norm lost": (
+        *("batch_norm_train", BF16_GRAD, "healpass.graph.classes.running_statistics", []),
+        "times its bound",
+    ),
+    "one size written in two ways": (
+        *("relative_bias", DYNAMIC, "healpass.graph.verify.statically_known_true", False),
+        "it claims",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "target", "answer", "message"), MENDED.values(), ids=MENDED
+)
+def test_a_mended_fault_put_back_is_noticed(name, setting, target, answer, message):
+    program = PAGE[NAMES.index(name)]
+    with mock.patch(target, return_value=answer), pytest.raises(Exception, match=message):
+        judge(program, setting, inductor=False)
+    torch._dynamo.reset()
+    judge(program, setting, inductor=False)
 
 
 def test_a_listed_fault_that_is_mended_is_noticed(monkeypatch):
