@@ -117,7 +117,7 @@ class HealCache(Cache):
                 "it was made from another model's configuration. Make it with "
                 "HealCache(model.config)."
             )
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         _check_states(layer, key_states, value_states)
         _check_room(layer, key_states.shape[-2])
         if self.offloading and key_states.device.type == "cpu":  # there is nothing to offload
@@ -137,7 +137,8 @@ class HealCache(Cache):
         Raises:
             CacheError: The cache holds another batch, or a static one has no room.
         """
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             held = layer.held() if hasattr(layer, "held") else None
             if rows and held is not None and held[0][0] != rows:
                 raise CacheError(

@@ -30,8 +30,41 @@ class _WideLayer(CacheLayerMixin):
 
     Attention needs queries, keys and values of one dtype when Dynamo traces it, hence the last
     cast. In a graph compiled by HEAL the incoming states are FP32 already and that cast is
-    dropped, so attention reads what is stored. FP64 states are kept in FP64.
+    dropped, so attention reads what is stored. FP64 states are kept in FP64. The same holds where
+    a traced model reads a layer's `keys` itself (cross-attention of most encoder-decoders); what
+    moves them about, in Python, gets what is stored.
     """
+
+    stored_keys: Tensor | None = None
+    stored_values: Tensor | None = None
+    #: Name -> dtype of the states that came in last.
+    dtypes: dict[str, torch.dtype] = {}
+    updating = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """What is stored; in the dtype that came in, where a model is traced that reads it."""
+        return self._read(self.stored_keys, "keys")
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self.stored_keys = states
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self._read(self.stored_values, "values")
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self.stored_values = states
+
+    def _read(self, states: Tensor | None, name: str) -> Tensor | None:
+        inside = self.updating or not torch.compiler.is_compiling()
+        if states is None or inside or name not in self.dtypes:
+            return states
+        handed: Tensor = torch.ops.heal.stored(states)
+        return handed.to(self.dtypes[name])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers in FP32, whatever the dtype of the states."""
@@ -41,9 +74,12 @@ class _WideLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new states `[B, H, L, E]` and return all of them in the dtype of the new ones."""
+        self.updating = True
         keys, values = super().update(  # type: ignore[safe-super]
             _wide(key_states), _wide(value_states), *args, **kwargs
         )
+        self.updating = False
+        self.dtypes = {"keys": key_states.dtype, "values": value_states.dtype}
         mark = torch.ops.heal.stored
         return mark(keys).to(key_states.dtype), mark(values).to(value_states.dtype)
 
@@ -54,10 +90,11 @@ class _WideLayer(CacheLayerMixin):
 
     def held(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Shapes of the stored keys and values, None while nothing is stored."""
-        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+        keys, values = self.stored_keys, self.stored_values
+        if not self.is_initialized or keys is None or keys.numel() == 0:
             return None
-        assert self.values is not None, "stored with the keys"
-        return tuple(self.keys.shape), tuple(self.values.shape)
+        assert values is not None, "stored with the keys"
+        return tuple(keys.shape), tuple(values.shape)
 
 
 class HealDynamicLayer(_WideLayer, DynamicLayer):

@@ -8,7 +8,8 @@
   parts that it holds in lists (layers, experts) only those that consist of one module (heads,
   embeddings): layers are called by the model that holds them, and compiling each of them by itself
   would multiply the time that a model with graph breaks takes to compile;
-- the methods of a `PreTrainedModel` whose names say that they compute (`COMPUTING`).
+- the methods of a `PreTrainedModel` whose names say that they compute (`COMPUTING`), and all
+  public methods of its other parts that take something.
 
 What calls those in a loop, as `generate` does, stays Python. `tests/integration` walks the classes
 of transformers and lists which public methods are neither.
@@ -69,22 +70,24 @@ def _computes(module: nn.Module) -> bool:
     return callable_ and weighted and not wraps and not scripted
 
 
-def methods_of(model: PreTrainedModel) -> list[str]:
-    """The names of the methods that are entries."""
-    names = {name for kind in _kinds(type(model)) for name in vars(kind)}
-    return sorted(name for name in names if is_entry(type(model), name))
+def methods_of(kind: type) -> list[str]:
+    """The names of the methods of a class that are entries, if it is one of transformers."""
+    own = [base for base in kind.__mro__ if base not in PreTrainedModel.__mro__]
+    own = [base for base in own if not base.__module__.startswith("torch.")]
+    names = {name for base in own for name in vars(base)}
+    return sorted(name for name in names if is_entry(kind, name))
 
 
 def is_entry(kind: type, name: str) -> bool:
-    """Whether a method of a class of models is an entry: by its name, and it takes something."""
+    """Whether a method of a class is an entry: by its name, and because it takes something."""
     method = inspect.getattr_static(kind, name)
-    named = COMPUTING.fullmatch(name) and not NOT_COMPUTING.fullmatch(name)
-    if not named or name in dir(PreTrainedModel) or not inspect.isfunction(method):
+    if name.startswith("_") or name == "forward" or not inspect.isfunction(method):
+        return False
+    if issubclass(kind, PreTrainedModel):
+        named = COMPUTING.fullmatch(name) and not NOT_COMPUTING.fullmatch(name)
+        if not named or name in dir(PreTrainedModel):
+            return False
+    elif not kind.__module__.startswith("transformers."):
         return False
     _, *taken = inspect.signature(method).parameters.values()
     return any(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in taken)
-
-
-def _kinds(kind: type) -> list[type]:
-    """The classes of a model that are its own: not torch's, nor the common ones."""
-    return [k for k in kind.__mro__ if k not in PreTrainedModel.__mro__]

@@ -54,9 +54,9 @@ class Entry:
         owner: The module.
         name: `CALL`, or the name of a method.
         config: Options of the backend.
-        prepare: Takes owner, positional and keyword arguments of an outermost call before compiled
-            code sees them, and returns the arguments to go on with. It raises what is wrong with
-            them.
+        border: Looks at what crosses the border of an outermost call: `before` takes the owner,
+            positional and keyword arguments and returns the arguments to go on with, or raises
+            what is wrong with them; `after` takes the owner and the result.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Entry:
         owner: nn.Module,
         name: str,
         config: dict[str, Any],
-        prepare: Callable[..., Any] | None = None,
+        border: Any = None,
     ) -> None:
-        self.owner, self.name, self.config, self.prepare = owner, name, config, prepare
+        self.owner, self.name, self.config, self.border = owner, name, config, border
         self.place = "_compiled_call_impl" if name == CALL else name
         self.previous = {k: v for k, v in vars(owner).items() if k == self.place}
         self.compiled: dict[Any, Callable[..., Any]] = {}
@@ -78,15 +78,19 @@ class Entry:
         if torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
         inner = _running.get() is not None
-        if self.prepare is not None and not inner:
-            args, kwargs = self.prepare(self.owner, args, kwargs)
+        border = None if inner else self.border
+        if border is not None:
+            args, kwargs = border.before(self.owner, args, kwargs)
         function = self._function(inner)
         token = _running.set(count_raised())
         try:
             with FramesRestored():
-                return function(self.owner, *args, **kwargs)
+                result = function(self.owner, *args, **kwargs)
         finally:
             _running.reset(token)
+        if border is not None:
+            border.after(self.owner, result)
+        return result
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does without this entry."""
@@ -97,6 +101,14 @@ class Entry:
         if self.name == CALL:
             return _call
         return _dropping_owner(self.previous[self.name]) if self.previous else self._method()
+
+    @property
+    def __wrapped__(self) -> Any:
+        """What stood here before: `generate` reads the signature of what it calls."""
+        if self.previous and self.name != CALL:
+            return self.previous[self.name]
+        name = "_call_impl" if self.name == CALL else self.name
+        return getattr(type(self.owner), name).__get__(self.owner)
 
     def _method(self) -> Callable[..., Any]:
         method: Callable[..., Any] = getattr(type(self.owner), self.name)
@@ -166,7 +178,9 @@ def _framed(entry: Entry, dtype: torch.dtype | None) -> Callable[..., Any]:
             return given_up(*args, **kwargs)
         if dtype is not None:
             args = narrowed(args, dtype)
-            kwargs = {k: narrowed(v, dtype) if k.endswith(STATES) else v for k, v in kwargs.items()}
+            kwargs = {
+                k: narrowed(v, dtype) if k.endswith(STATES) else v for k, v in kwargs.items()
+            }
         return target(owner, *args, **kwargs)
 
     name = f"{type(entry.owner).__name__}_{entry.name.strip('_')}"

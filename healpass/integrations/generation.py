@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -48,12 +48,24 @@ def prepare_cache(
         model_kwargs[name] = cache
 
 
-def own_cache(model: Any, kv: str, rows: int, tokens: int) -> Any:
-    """The HealCache for a call without a cache, None where there is none for this model."""
+def own_cache(model: Any, kv: str, extent: tuple[int, int], *, crossed: bool) -> Any:
+    """The HealCache for a call without a cache, None where there is none for this model.
+
+    Args:
+        model: The model that is called.
+        kv: The format.
+        extent: Rows, and tokens of each.
+        crossed: Whether the model attends to an encoder's states.
+    """
     made: dict[str, Any] = {}
-    type(model)._prepare_cache_for_generation(
-        model, GenerationConfig(), made, GenerationMode.GREEDY_SEARCH, rows, tokens
-    )
+    if issubclass(type(model), GenerationMixin):
+        type(model)._prepare_cache_for_generation(
+            model, GenerationConfig(), made, GenerationMode.GREEDY_SEARCH, *extent
+        )
+    else:
+        plain = DynamicCache(config=model.config.get_text_config(decoder=True))
+        pair = EncoderDecoderCache(plain, DynamicCache(config=model.config)) if crossed else plain
+        made["cache"] = pair
     name = _cache_name(made)
     if name is None or _why_not(made[name], model.config):
         return None
@@ -67,9 +79,9 @@ def refuse_continuous_batching(model: Any, *_args: Any, **_kwargs: Any) -> None:
         ConfigError: Always.
     """
     raise ConfigError(
-        "generate_batch (continuous batching) was asked for, and heal_model does not cover it: its "
-        f"paged cache keeps keys and values in {model.dtype}, and it packs requests into one row, "
-        "so that results would depend on what else is running.\n"
+        "generate_batch (continuous batching) was asked for, and heal_model does not cover it: "
+        f"its paged cache keeps keys and values in {model.dtype}, and it packs requests into one "
+        "row, so that results would depend on what else is running.\n"
         "Use generate(...), in batches, or healpass.integrations.transformers.unheal_model(model) "
         "for transformers' own arithmetic."
     )
@@ -118,13 +130,14 @@ def _check_taking_back(cache: Any, mode: Any, length: int) -> None:
     """A static window that has rolled over cannot give back what it has forgotten."""
     if mode not in TAKING_BACK or not isinstance(cache, HealCache):
         return
-    windows = [x.get_max_length() for x in cache.layers if x.is_sliding and x.is_compileable]
+    layers: list[Any] = cache.layers
+    windows = [x.get_max_length() for x in layers if x.is_sliding and x.is_compileable]
     if windows and min(windows) < length:
         raise CacheError(
-            f"prompt lookup and assistants take tokens back, and generate may need {length} tokens; "
-            f"a layer of this static HealCache keeps only the last {min(windows)} (its sliding "
-            "window) and cannot restore what they overwrote. Pass HealCache(model.config), which "
-            "grows, or no cache."
+            f"prompt lookup and assistants take tokens back, and generate may need {length} "
+            f"tokens; a layer of this static HealCache keeps only the last {min(windows)} (its "
+            "sliding window) and cannot restore what they overwrote. Pass "
+            "HealCache(model.config), which grows, or no cache."
         )
 
 

@@ -27,8 +27,8 @@ try:
 except ImportError as error:
     raise missing_extra("healpass.integrations.transformers", "hf", error) from error
 
-from healpass.integrations.arguments import Arguments
 from healpass.integrations.attention import register
+from healpass.integrations.border import Border, CallBorder
 from healpass.integrations.cache import HealCache
 from healpass.integrations.entries import methods_of, modules_of
 from healpass.integrations.entry import CALL, Entry
@@ -148,13 +148,14 @@ def entries(model: Any) -> list[str]:
 def _compile(record: Healed, base: Any, config: dict[str, Any], options: HealConfig) -> None:
     """Make the entries of a model; nothing is compiled before they are used."""
     for name, module in modules_of(base):
-        computes = isinstance(module, PreTrainedModel)
-        prepare = Arguments(options) if computes and options.rewrites else None
+        models = options.rewrites and isinstance(module, PreTrainedModel)
         label = name or type(base).__name__
-        record.entries[label] = Entry(module, CALL, config, prepare)
-        for method in methods_of(module) if computes else ():
+        record.entries[label] = Entry(
+            module, CALL, config, CallBorder(options) if models else None
+        )
+        for method in methods_of(type(module)):
             path = f"{name}.{method}" if name else method
-            record.entries[path] = Entry(module, method, config)
+            record.entries[path] = Entry(module, method, config, Border() if models else None)
 
 
 def _set_attention(record: Healed, base: Any) -> None:
