@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from healpass.report import text_table
-from healpass.uncompiled import Uncompiled
+from healpass.uncompiled import Region, Uncompiled
 from healpass.watch import config_of, context_of, region_of_context
 
 
@@ -22,7 +22,7 @@ class EntryStatus:
     """One way into the model that HEAL compiles.
 
     Attributes:
-        name: `model` for the model's own call, else the module or method, as `encoder`.
+        name: The class of the model for its own call, else the part or method, as `encoder`.
         precision: The precision asked for.
         graphs: Graphs compiled since the last `torch._dynamo.reset()`; 0 before the first call.
         rewritten: Matmul and SDPA nodes that became HEAL's, in all graphs.
@@ -80,14 +80,15 @@ class Status:
         if not self.entries:
             yield "Nothing of this is compiled with HEAL."
             return
+        used = [entry for entry in self.entries if entry.graphs]
         yield text_table(
             "Compiled with HEAL",
             ("entry", "precision", "graphs", "rewritten", "kept"),
-            [
-                (e.name, e.precision, *map(str, (e.graphs, e.rewritten, e.kept)))
-                for e in self.entries
-            ],
+            [(e.name, e.precision, *map(str, (e.graphs, e.rewritten, e.kept))) for e in used],
         )
+        waiting = [entry.name for entry in self.entries if not entry.graphs]
+        if waiting:
+            yield f"No graph yet: {', '.join(waiting)}"
         if self.uncompiled:
             columns = ("kind", "where", "why")
             yield text_table(
@@ -109,43 +110,41 @@ def status(model: Any) -> Status:
         One entry per compiled call, with its graphs and what was left out of them. What calls
         `heal::` operators without a compiler is not listed.
     """
-    return Status(tuple(_entry(name, compiled) for name, compiled in _compiled(model)))
-
-
-def _compiled(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every callable of a model that `torch.compile` made with HEAL, by name."""
+    found: list[EntryStatus] = []
     seen: set[int] = set()
     for name, candidate in _candidates(model):
         context = context_of(candidate)
         config = config_of(getattr(context, "callback", None))
         if config is not None and config.rewrites and id(context) not in seen:
             seen.add(id(context))
-            yield name, candidate
+            found.append(_entry(name, config.precision, region_of_context(context)))
+        elif hasattr(candidate, "config") and hasattr(candidate, "compiled"):
+            precision = candidate.config.get("precision", "heal")
+            found.append(EntryStatus(name, precision, 0, 0, 0, ()))
+    return Status(tuple(found))
 
 
 def _candidates(model: Any) -> Iterator[tuple[str, Any]]:
-    yield "model", model
+    root = getattr(model, "__name__", type(model).__name__)
+    yield root, model
     modules = getattr(model, "named_modules", None)
     for path, module in modules() if modules else ():
         for attribute, held in vars(module).items():
             if callable(held):
                 method = "" if attribute == "_compiled_call_impl" else attribute
-                name = f"{path}.{method}".strip(".") or "model"
+                name = f"{path}.{method}".strip(".") or root
                 yield from ((name, compiled) for compiled in _versions(held))
 
 
 def _versions(held: Any) -> list[Any]:
-    """What an entry of `heal_model` has compiled, in its forms; a compiled function is its own."""
+    """What an entry of `heal_model` has compiled, in its forms; anything else is its own."""
     compiled = getattr(held, "compiled", None)
-    return list(compiled.values()) if isinstance(compiled, dict) else [held]
+    return list(compiled.values()) if isinstance(compiled, dict) and compiled else [held]
 
 
-def _entry(name: str, compiled: Any) -> EntryStatus:
-    context = context_of(compiled)
-    config, region = config_of(context.callback), region_of_context(context)
+def _entry(name: str, precision: str, region: Region | None) -> EntryStatus:
     reports = region.reports if region else []
     kept = sum(len(report.kept) for report in reports)
     total = sum(len(report.nodes) for report in reports)
     found = tuple(region.found) if region else ()
-    assert config is not None, "only HEAL's regions come here"
-    return EntryStatus(name, config.precision, len(reports), total - kept, kept, found)
+    return EntryStatus(name, precision, len(reports), total - kept, kept, found)

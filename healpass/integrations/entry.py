@@ -1,6 +1,6 @@
 """One way into a model, compiled as a whole: its call, or one of its methods.
 
-Layer: integrations. Imports nothing of healpass.
+Layer: integrations. Imports `watch`.
 
 `model.compile()` is not enough, for three reasons.
 
@@ -21,7 +21,6 @@ fragments it keeps the traced dtypes, for the fragment that reads them was trace
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
@@ -31,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.utils import counters
+
+from healpass import watch
 
 #: The name of the entry that is the module's call.
 CALL = "__call__"
@@ -70,7 +71,6 @@ class Entry:
         self.place = "_compiled_call_impl" if name == CALL else name
         self.previous = {k: v for k, v in vars(owner).items() if k == self.place}
         self.compiled: dict[Any, Callable[..., Any]] = {}
-        self.reported = False
         vars(owner)[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,28 +131,16 @@ class Entry:
         """Go on where Dynamo has given up the frame of this entry.
 
         Where the program raised while it was traced, it is run without Dynamo, so that it raises
-        again, as the user's own error. What Dynamo gives up for other reasons is reported.
+        again, as the user's own error. What goes on without an error is refused or told by the
+        record of the region (`healpass.uncompiled`).
         """
         if count_raised() > (_running.get() or 0):
-            result = torch.compiler.disable(self.plain)(*args, **kwargs)
-            self.fell_back("it raises and catches an exception that Dynamo cannot follow")
-            return result
-        self.fell_back("see torch's warning, or TORCH_LOGS=graph_breaks,recompiles")
+            return torch.compiler.disable(self.plain)(*args, **kwargs)
         return self.plain(*args, **kwargs)
-
-    def fell_back(self, reason: str) -> None:
-        """Say, once, that torch does not compile this entry as a whole."""
-        if not self.reported:
-            self.reported = True
-            warnings.warn(
-                f"torch has stopped compiling {type(self.owner).__name__}.{self.name} as a "
-                f"whole: {reason}. What it runs in Python now is not HEAL.",
-                stacklevel=4,
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what was compiled."""
-        return vars(self) | {"compiled": {}, "reported": False}
+        return vars(self) | {"compiled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the place in the module again: a copied module forgets `_compiled_call_impl`."""
@@ -162,10 +150,11 @@ class Entry:
 
 
 def compile_entry(function: Callable[..., Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """Compile the frame of one entry."""
+    """Compile the frame of one entry, with a limit of graphs and a record of its own."""
     compiled: Callable[..., Any] = torch.compile(
-        function, backend="heal", dynamic=True, options=config
+        function, backend="heal", dynamic=True, options=config, **watch.compile_limits()
     )
+    watch.attach(watch.context_of(compiled))
     return compiled
 
 
