@@ -24,16 +24,18 @@ BESIDE := build/beside
 INSTALL_BESIDE = $(PYTHON) -m pip install --quiet --no-deps --upgrade --target
 TRANSFORMERS ?= 5.24.0
 # torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
-TRITONS ?= 3.6.0 3.7.1 3.9.0
+TRITON ?= 3.6.0 3.7.1 3.9.0
 # Tests that run Triton's interpreter or its compiler, the golden text of kernels (Inductor's, the same
-# for each Triton) included. Deep ones are left out, but for the compiler's.
+# for each Triton) included. Deep ones are left out, but for the compiler's. Under Triton 3.6, whose
+# torch runs no template of `exact`, their deep ones and sm_103, for which it aborts, are, too.
 # The tables in docs/measurements are those of the Triton that the pinned torch requires.
 TRITON_TESTS = tests/golden/test_templates.py tests/properties/test_exact_triton.py \
     tests/properties/test_lowering_quantize.py $(wildcard tests/properties/test_templates_*.py) \
     $(wildcard tests/unit/test_lowering_*.py) tests/unit/test_interpreter.py \
     tests/unit/test_bench_products.py tests/unit/test_gpu_bench.py tests/unit/test_prepack.py \
     tests/integration/test_exact_model_on_gpu.py
-COMPILER_TESTS = $(wildcard tests/unit/test_lowering_*sass.py) tests/unit/test_lowering_exact_ptx.py
+SASS_TESTS = $(wildcard tests/unit/test_lowering_*sass.py)
+EXACT_TESTS = tests/unit/test_lowering_exact_ptx.py
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
@@ -83,14 +85,16 @@ test-torchtitan: $(STAMP)  ## Run the tests of torchtitan's model code
 	$(INSTALL_BESIDE) $(BESIDE)/torchtitan $(TORCHTITAN)
 	PYTHONPATH=$(BESIDE)/torchtitan $(PYTHON) -m pytest tests/integration/test_torchtitan.py
 
-test-triton: $(TRITONS:%=test-triton-%)  ## Run the tests of kernels with other versions of Triton (TRITONS="3.6.0 3.7.1 3.9.0")
+test-triton: $(TRITON:%=test-triton-%)  ## Run the tests of kernels with other versions of Triton (TRITON="3.6.0 3.7.1 3.9.0")
 
 test-triton-%: $(STAMP)
 	$(INSTALL_BESIDE) $(BESIDE)/triton-$* triton==$*
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTHON) -c 'import triton; assert triton.__version__ == "$*", triton'
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not deep and not gpu' \
-	    $(filter-out $(COMPILER_TESTS),$(TRITON_TESTS))
-	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not gpu' $(COMPILER_TESTS)
+	    $(filter-out $(SASS_TESTS) $(EXACT_TESTS),$(TRITON_TESTS))
+	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not gpu' $(SASS_TESTS)
+	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) $(EXACT_TESTS) \
+	    $(if $(filter 3.6.%,$*),-m 'not gpu and not deep' -k 'not 103',-m 'not gpu')
 
 test-resolve:  ## Check that the pins resolve from the public registry alone, for each Python at hand
 	$(PYTHON3) -m tests.resolve

@@ -75,9 +75,7 @@ def exact_tiles(
         return [_fit(tile, capability, plan) for tile in _tiles_of_groups(capability, plan)]
     small = [ExactTile(64, 64, 64, 8, 3)]
     tiles = [ExactTile(128, 64, 64, 8, 4), *small]
-    if prefers_half(
-        capability
-    ):  # wider tiles and more stages spill, two digits by two in 128 x 64
+    if prefers_half(capability):  # wider tiles and more stages spill
         tiles = [ExactTile(128, 32, 64, 8, 3), *small] if plan.right == 3 else small
     elif capability == 100 and plan.right == 3:  # wider tiles spill under Triton 3.7
         tiles = [ExactTile(128, 32, 64, 8, 3), ExactTile(64, 32, 64, 8, 3)]
