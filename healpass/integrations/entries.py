@@ -30,7 +30,9 @@ COMPUTING = re.compile(
     r"(get|pack|extract|project|embed|compute|encode|decode|predict|forward|codec|chunked|fix"
     r"|denormalize)_(\w+_)?(features?|embeds|embeddings?|tokens|logits|indices|probs|decode|latents"
     r"|prefix|hidden_states|outputs?|representations|codes|inputs|image|image_query|contacts|boxes)"
-    r"|encode|decode|\w+_predictor|\w+_embedder|image_guided_detection"
+    r"|encode|decode|\w+_predictor|\w+_embedder|image_guided_detection|temporal_patch_merger"
+    r"|segmentation_head|reverse_embedding|run_memory_encoder|predict_fine_route"
+    r"|prepare_embeddings_for_image_generation|get_vision_features_for_tracker"
 )
 #: Of these, those that hand out modules, positions or integers.
 NOT_COMPUTING = re.compile(
@@ -89,5 +91,4 @@ def is_entry(kind: type, name: str) -> bool:
             return False
     elif not kind.__module__.startswith("transformers."):
         return False
-    _, *taken = inspect.signature(method).parameters.values()
-    return any(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in taken)
+    return len(inspect.signature(method).parameters) > 1
