@@ -84,13 +84,15 @@ class Region:
         config: The options.
         reports: What the passes did, graph by graph.
         found: What was left uncompiled since the last `torch._dynamo.reset()`.
+        isolated: Whether the region was compiled with `isolate_recompiles`.
         silent: Whether the record is only kept, for whoever asks (`explain`).
     """
 
-    def __init__(self, config: HealConfig) -> None:
+    def __init__(self, config: HealConfig, *, isolated: bool = False) -> None:
         self.config = config
         self.reports: list[Any] = []
         self.found: dict[Uncompiled, None] = {}
+        self.isolated = isolated
         self.silent = False
         self._rounds = False
         self._told: set[Uncompiled] = set()
@@ -126,7 +128,7 @@ class Region:
         """Runs after a call: warns, refuses, or makes good what a user's mistake left behind."""
         if sys.exc_info()[1] is not self._handled:
             for code, record in self._given_up:  # the error is the caller's to see
-                _trace_again(code)
+                _trace_again(code, self.isolated)
                 self.found.pop(record, None)
             return
         if self._before != (graphs_run(), self._traced):
@@ -134,7 +136,7 @@ class Region:
         elif (self._ran or not self._traced) and not self.found:
             self.found[NOTHING_RAN] = None
             for code in self._codes:  # a mode marks code for good, and may be over by now
-                _trace_again(code)
+                _trace_again(code, self.isolated)
         new = [record for record in self.found if record not in self._told]
         self._told.update(new)
         ended = [record for record in new if record.ends_a_promise]
@@ -243,12 +245,16 @@ def one_line(text: str) -> str:
     return " ".join(lines[:first] + explained)
 
 
-def _trace_again(code: CodeType) -> None:
+def _trace_again(code: CodeType, isolated: bool) -> None:
     """Let Dynamo try a function again that it gave up because of a caller's mistake.
 
-    It marks the code itself, which all models of a class share, and never looks again.
+    It marks the code itself, which all models of a class share, and never looks again. The mark of
+    an isolated region goes only with all that was compiled of the function.
     """
-    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._C._dynamo.eval_frame import reset_code, set_code_exec_strategy
     from torch._dynamo.types import FrameAction, FrameExecStrategy
 
+    if isolated:
+        reset_code(code)
+        return
     set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))

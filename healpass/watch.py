@@ -134,7 +134,8 @@ def attach(context: Any) -> Region | None:
     if config is None or not config.rewrites:
         return None
     keep_watch()
-    region = Region(config)
+    isolated = getattr(context, "_isolate_recompiles_id", -1) != -1
+    region = Region(config, isolated=isolated)
     context.enter_exit_hooks.insert(0, region.enter)
     context.enter_exit_hooks.append(lambda: region.leave)
     return region
@@ -254,5 +255,4 @@ def _passes_through(frame: FrameType) -> bool:
 def compile_limits() -> dict[str, Any]:
     """Arguments of `torch.compile` that give a region a limit of its own, where torch has them."""
     known = inspect.signature(torch.compile).parameters
-    wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
-    return {name: value for name, value in wanted.items() if name in known}
+    return {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}

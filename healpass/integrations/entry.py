@@ -8,7 +8,7 @@ Layer: integrations. Imports `watch`.
   transformers' wrappers, which all models share; so a mistake that raises while it traces (two
   inputs that exclude each other) makes it skip that wrapper for good, in all models, and what the
   wrapper calls is compiled in fragments. Here every entry has a code object of its own, and after
-  an error the frames that it went through are taken up again (`FramesRestored`).
+  an error the frames that it went through are taken up again (`uncompiled.Region`).
 - Its frame does not notice that Dynamo has given it up. Ours does: `is_compiling()` is true where
   Dynamo traces the frame and false where Python runs it.
 - `generate` calls parts of a model by themselves, and hands what one hands out to another. An
@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
 
 from healpass import watch
@@ -84,8 +83,7 @@ class Entry:
         function = self._function(inner)
         token = _running.set(count_raised())
         try:
-            with FramesRestored():
-                result = function(self.owner, *args, **kwargs)
+            result = function(self.owner, *args, **kwargs)
         finally:
             _running.reset(token)
         if border is not None:
@@ -149,6 +147,7 @@ class Entry:
             vars(self.owner)[self.place] = self
 
 
+@torch.compiler.disable  # Dynamo, at work around an entry in fragments, has no business in here
 def compile_entry(function: Callable[..., Any], config: dict[str, Any]) -> Callable[..., Any]:
     """Compile the frame of one entry, with a limit of graphs and a record of its own."""
     compiled: Callable[..., Any] = torch.compile(
@@ -208,36 +207,6 @@ def count_raised() -> int:
     """How often Dynamo has seen the program that it traces raise."""
     reasons = counters["unimplemented"] + counters["graph_break"]
     return sum(count for reason, count in reasons.items() if str(reason).startswith(RAISED))
-
-
-class FramesRestored:
-    """After an error, let Dynamo try again the frames that the error went through.
-
-    A frame that raises while Dynamo traces it is skipped from then on, for everybody who runs the
-    same code. torch has no way to ask which frames are skipped; those of the traceback that Dynamo
-    has ever looked at (`input_codes`) are set back to its default. One that it cannot trace
-    anyway is looked at once more. What was compiled stays.
-    """
-
-    def __enter__(self) -> None:
-        """Nothing is needed before."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
-    ) -> None:
-        """Walk the traceback, if there is one."""
-        restore = getattr(eval_frame, "set_code_exec_strategy", None)
-        while trace is not None and restore is not None:
-            code = trace.tb_frame.f_code
-            if code in convert_frame.input_codes:
-                restore(code, _default_strategy())
-            trace = trace.tb_next
-
-
-def _default_strategy() -> Any:
-    return eval_frame.FrameExecStrategy(
-        eval_frame.FrameAction.DEFAULT, eval_frame.FrameAction.DEFAULT
-    )
 
 
 # Where torch runs a model in fragments it meets these frames: they are no part of the model.

@@ -8,15 +8,16 @@ import torch
 from entering import interpreted
 from tiny_llama import make_llama
 
-from healpass.errors import CacheError
-from healpass.integrations import entry
+import healpass
+from healpass import uncompiled, watch
+from healpass.errors import CacheError, StrictError
 from healpass.integrations.transformers import HealCache, heal_model
 
 IDS = torch.tensor([[5, 6, 7]])
 
 
 #: An error leaves the frames that it went through skipped.
-BROKEN = mock.patch.object(entry.FramesRestored, "__exit__", return_value=None)
+BROKEN = mock.patch.object(uncompiled, "_trace_again", return_value=None)
 
 
 def wrong_batch(model):
@@ -63,7 +64,7 @@ def whole_graphs(graphs, *models):
     """Call the models as they should be called: each is one graph, compiled as a whole."""
     before, breaks = len(graphs), dict(torch._dynamo.utils.counters["graph_break"])
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*stopped compiling")
+        warnings.filterwarnings("error", message=".*uncompiled")
         warnings.filterwarnings("error", message=".*not compiled")
         for model in models:
             assert model(IDS, use_cache=False).logits.dtype == torch.float32
@@ -95,12 +96,14 @@ def test_a_mistake_in_the_middle_of_fragments_leaves_models_of_the_class_whole(l
 
 
 def test_without_restoring_the_frames_a_mistake_ends_whole_graphs(llama):
-    """The inverse: Dynamo skips the frame that raised from then on, and says nothing."""
+    """The inverse: Dynamo skips the frames that raised from then on."""
     with interpreted() as graphs, BROKEN:
         heal_model(llama)
         no_inputs(llama)
-        with pytest.raises(UserWarning, match="stopped compiling"):
-            whole_graphs(graphs, llama)
+        llama(IDS, use_cache=False)
+        no_inputs(llama)
+        with pytest.raises((AssertionError, UserWarning)):
+            assert whole_graphs(graphs, llama)
 
 
 def test_a_model_compiled_without_heal_model_recovers_too(llama):
@@ -113,13 +116,35 @@ def test_a_model_compiled_without_heal_model_recovers_too(llama):
         assert whole_graphs(graphs, heal_model(llama))
 
 
-def test_a_fallback_of_torch_is_said_once(llama):
-    with interpreted():
+def test_a_fallback_of_torch_is_said_once(llama, monkeypatch):
+    monkeypatch.setattr(watch, "compile_limits", dict)
+    with interpreted(), torch._dynamo.config.patch(recompile_limit=1):
         heal_model(llama)
-        with torch._dynamo.config.patch(recompile_limit=1):
-            llama(IDS, use_cache=False)
-            with pytest.warns(UserWarning, match=r"stopped compiling LlamaForCausalLM"):
+        llama(IDS, use_cache=False)
+        with pytest.warns(UserWarning, match=r"uncompiled.*LlamaForCausalLM.*recompile_limit"):
+            llama(IDS, use_cache=False, logits_to_keep=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*uncompiled")
+            llama(IDS, use_cache=False, logits_to_keep=1)
+    assert not healpass.status(llama).whole
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"precision": "exact"}])
+def test_a_fallback_of_torch_is_refused(llama, monkeypatch, options):
+    monkeypatch.setattr(watch, "compile_limits", dict)
+    with interpreted(), torch._dynamo.config.patch(recompile_limit=1):
+        heal_model(llama, **options)
+        llama(IDS, use_cache=False)
+        for _ in range(2):
+            with pytest.raises(StrictError, match=r"LlamaForCausalLM.*recompile_limit"):
                 llama(IDS, use_cache=False, logits_to_keep=1)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*stopped compiling")
-                llama(IDS, use_cache=False, logits_to_keep=1)
+        llama(IDS, use_cache=False)
+
+
+@pytest.mark.skipif(not watch.compile_limits(), reason="this torch has no limit per compile")
+def test_more_kinds_of_call_than_torch_allows_by_itself(llama):
+    with interpreted() as graphs, torch._dynamo.config.patch(recompile_limit=1):
+        heal_model(llama, strict=True)
+        for kind in ({}, {"logits_to_keep": 1}, {"labels": IDS}, {"output_hidden_states": True}):
+            llama(IDS, use_cache=False, **kind)
+    assert len(graphs) == 4
