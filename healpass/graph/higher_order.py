@@ -262,12 +262,16 @@ def _entered(traced: Any, operand: Tensor, context: Context) -> Tensor:
 
 
 def _unused(name: str | None, context: Context) -> str | None:
-    """A name that no other body has: torch takes bodies of one name for the same one."""
+    """A name that no body has had: torch takes bodies of one name for the same one.
+
+    Nor may the first copy keep the traced name. Under that torch may have noted the traced body
+    already, when Dynamo ran it, and it would run that one again.
+    """
     if name is None:
         return None
     taken = {variant.name for variant in context.variants.values()}
-    numbered = (f"{name}_heal_{i}" for i in range(1, len(taken) + 2))
-    return next(free for free in (name, *numbered) if free not in taken)
+    numbered = (f"{name}_heal_{i}" for i in range(len(taken) + 1))
+    return next(free for free in numbered if free not in taken)
 
 
 def _copy(body: GraphModule, context: Context) -> GraphModule:
