@@ -8,7 +8,6 @@ takes milliseconds.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ BF16 = torch.bfloat16
 DTYPES = (BF16, torch.float32, torch.int64, torch.bool, torch.complex64)
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """torch itself cannot put this call into a graph, or does not know it in this form."""
 
 
@@ -48,36 +47,36 @@ class Program:
         target: What the node calls: a function, a packet, an overload, or a method's name.
         args: Positional arguments, tensors in BF16 where they are floating-point.
         kwargs: Named arguments.
-        writes: Whether the first argument is written to.
     """
 
     name: str
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    writes: bool = False
 
     def run(self, dtype: torch.dtype) -> list[Tensor]:
         """What plain torch makes of the operands in another dtype."""
-        args, kwargs = _to(copy.deepcopy((self.args, self.kwargs)), dtype)
+        args, kwargs = _to((self.args, self.kwargs), dtype)
         if isinstance(self.target, str):
             result = getattr(args[0], self.target)(*args[1:], **kwargs)
         else:
             result = self.target(*args, **kwargs)
         return tensors_of(result)
 
-    def rewritten(self, config: HealConfig, *, dynamic: bool = False) -> list[Tensor]:
+    def rewritten(
+        self, config: HealConfig, *, dynamic: bool = False, trained: bool = False
+    ) -> list[Tensor]:
         """The graph of the program, rewritten and run by plain torch."""
-        module, inputs = self.graph(dynamic)
+        module, inputs = self.graph(dynamic, trained)
         rewrite(module, config)
         with torch.no_grad():  # not the code of the graph, which cannot name torch's lambdas
-            return tensors_of(Interpreter(module).run(*copy.deepcopy(inputs)))
+            return tensors_of(Interpreter(module).run(*(tensor.clone() for tensor in inputs)))
 
-    def graph(self, dynamic: bool) -> tuple[GraphModule, list[Tensor]]:
-        """The graph and its inputs.
+    def graph(self, dynamic: bool, trained: bool = False) -> tuple[GraphModule, list[Tensor]]:
+        """The graph and its inputs; `trained` if these are to get gradients.
 
         Raises:
-            Untraceable: torch cannot run the call on fake tensors.
+            UntraceableError: torch cannot run the call on fake tensors.
         """
         mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
@@ -89,6 +88,9 @@ class Program:
                 node = next(nodes)
                 active = leaf.is_floating_point() or leaf.is_complex()
                 leaves[index] = _valued(graph, mode, torch.mul, (node, 1), {}) if active else node
+        for node in graph.nodes:
+            fake = node.meta["example_value"]
+            fake.requires_grad_(trained and fake.is_floating_point())
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         node = _valued(graph, mode, self.target, args, kwargs)
         graph.output(_parts(graph, mode, node))
@@ -109,7 +111,7 @@ def _valued(graph: Graph, mode: Any, target: Any, args: Any, kwargs: Any) -> Nod
     try:
         node.meta["example_value"] = evaluate(node, mode)
     except Exception as error:  # torch's own refusals have no common class
-        raise Untraceable(str(error)) from error
+        raise UntraceableError(str(error)) from error
     return node
 
 
@@ -119,7 +121,7 @@ def _parts(graph: Graph, mode: Any, node: Node) -> Any:
     if isinstance(found, Tensor):
         return (node,)
     if not isinstance(found, (tuple, list)):
-        raise Untraceable("hands out no tensor")
+        raise UntraceableError("hands out no tensor")
     parts = [
         _valued(graph, mode, operator.getitem, (node, index), {})
         for index, part in enumerate(found)
@@ -135,7 +137,8 @@ def programs(info: Any, samples: int) -> Iterator[Program]:
         info: The `OpInfo`.
         samples: How many samples of operands to take.
     """
-    dtype = next(dtype for dtype in DTYPES if info.supports_dtype(dtype, "cpu"))
+    known = info.supported_dtypes("cpu")
+    dtype = next(dtype for dtype in (*DTYPES, *known) if dtype in known)
     for number, sample in enumerate(info.sample_inputs("cpu", dtype)):
         if number == samples:
             return
@@ -151,7 +154,7 @@ def programs(info: Any, samples: int) -> Iterator[Program]:
         for form, target in targets.items():
             if target is not None:
                 name = f"{info.formatted_name}[{number}] as {form}"
-                yield Program(name, target, args, kwargs, form == "in_place")
+                yield Program(name, target, args, kwargs)
 
 
 def _overload(packet: Any, args: Any, kwargs: Any) -> Any:
@@ -171,11 +174,11 @@ def _name(method: Any, args: Any) -> str | None:
 
 
 def _to(tree: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors, and dtypes that were asked for, in another dtype."""
+    """A copy: floating-point tensors, and dtypes that were asked for, in another dtype."""
 
     def convert(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf.detach().to(dtype)
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to(dtype if leaf.is_floating_point() else leaf.dtype, copy=True)
         return dtype if leaf in (BF16, torch.float32) and isinstance(leaf, torch.dtype) else leaf
 
     return pytree.tree_map(convert, tree)

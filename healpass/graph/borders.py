@@ -53,7 +53,9 @@ class Fact:
 
 
 def _same_size(one: Any, other: Any) -> bool:
-    sizes = [s.node.hint if isinstance(s, SymInt) and s.node.has_hint() else s for s in (one, other)]
+    sizes = [
+        s.node.hint if isinstance(s, SymInt) and s.node.has_hint() else s for s in (one, other)
+    ]
     known = all(isinstance(size, int) for size in sizes)
     return not known or sizes[0] == sizes[1]
 

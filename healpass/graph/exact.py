@@ -102,7 +102,9 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
 
 def _keep_transformed(node: Node, name: str | None, context: Context) -> bool:
     """Inside vmap and grad torch runs what was traced: our operators have no rules for either."""
-    settled = name in names.SCOPES | names.MOVES | names.CASTS | names.FACTORIES | PINNED | BATCHING
+    settled = (
+        name in names.SCOPES | names.MOVES | names.CASTS | names.FACTORIES | PINNED | BATCHING
+    )
     if not settled:
         reason = "inside a torch.func transform (vmap, grad): it rounds as torch does"
         context.keep(node, name or str(node.target), reason)
@@ -269,4 +271,5 @@ def _root(node: Node) -> Node | None:
     computed = node.op.startswith("call") and heal_name(node) is None
     result: Any = value(node)
     plain = isinstance(result, torch.Tensor) and result.dtype == torch.float32
+    plain = plain and result.layout == torch.strided
     return node if computed and plain and classes.classify(node) == "arithmetic" else None

@@ -156,7 +156,8 @@ def _mask(
     A key is visible where its block is listed as full, or listed as partial and the function says
     so.
     """
-    query, key = node.args[:2]
+    query: Any = node.args[0]
+    key: Any = node.args[1]
     length, keys = value(query).shape[-2], value(key).shape[-2]
     counts, indices, full_counts, full_indices = block_mask[2:6]
     rows, columns = block_mask[-3:-1]

@@ -261,9 +261,9 @@ def propagating(fake_mode: Any) -> Iterator[None]:
     `masked_scatter`, `trace`); without the Python dispatcher they are the C++ kernels, which ask
     for numbers.
     """
-    with fake_mode, enable_python_dispatcher(), torch._C.DisableTorchFunctionSubclass():
-        with torch.no_grad():
-            yield
+    plain = torch._C.DisableTorchFunctionSubclass()
+    with fake_mode, enable_python_dispatcher(), plain, torch.no_grad():
+        yield
 
 
 def evaluate(node: Node, fake_mode: Any) -> Any:

@@ -130,8 +130,10 @@ def test_calls_of_one_kind_share_a_copy():
 def test_one_copy_for_all_calls_is_caught():
     """The fault that gave NaN: the first call's copy serves calls that hand in another dtype."""
     with (
-        mock.patch.object(higher_order, "_form", lambda *_: None),
-        pytest.raises(Exception, match=r"its body takes bfloat16\[6, 6\] where the call has float32"),
+        mock.patch.object(higher_order, "_form", return_value=None),
+        pytest.raises(
+            Exception, match=r"its body takes bfloat16\[6, 6\] where the call has float32"
+        ),
     ):
         Rewritten(called_twice)(A, B)
 
@@ -164,7 +166,9 @@ def rows(x, w):
     return map_rows(lambda row, w: torch.tanh(row @ w), x @ w, w) @ w
 
 
-@pytest.mark.parametrize("function", [widened_carry, loop, branches, rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [widened_carry, loop, branches, rows], ids=lambda f: f.__name__
+)
 def test_loops_and_branches_are_as_accurate_as_fp32(function):
     compiled = as_accurate_as_fp32(function, (A, B))
     assert not compiled.kept
@@ -173,7 +177,7 @@ def test_loops_and_branches_are_as_accurate_as_fp32(function):
 @pytest.mark.parametrize("function", [widened_carry, loop, branches], ids=lambda f: f.__name__)
 def test_a_body_that_gives_another_dtype_than_its_call_expects_is_caught(function):
     with (
-        mock.patch.object(higher_order, "_widen_outputs", lambda *_: None),
+        mock.patch.object(higher_order, "_widen_outputs", return_value=None),
         pytest.raises(Exception, match="its body gives bfloat16"),
     ):
         Rewritten(narrowing(function))(A, B)
@@ -183,7 +187,7 @@ def narrowing(function):
     """The function with a step, or a branch, that hands out a 16-bit input as it is."""
 
     def carried(x, w):
-        return scan(lambda c, r: (w[0].clone(), r * 2), (x @ w)[0], x @ w)[0]
+        return scan(lambda _, r: (w[0].clone(), r * 2), (x @ w)[0], x @ w)[0]
 
     def stepped(x, w):
         first = torch.zeros((), dtype=torch.int64)
