@@ -271,4 +271,5 @@ def _root(node: Node) -> Node | None:
     computed = node.op.startswith("call") and heal_name(node) is None
     result: Any = value(node)
     plain = isinstance(result, torch.Tensor) and result.dtype == torch.float32
+    plain = plain and result.layout == torch.strided
     return node if computed and plain and classes.classify(node) == "arithmetic" else None

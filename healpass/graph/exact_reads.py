@@ -9,8 +9,6 @@ import `ops` and below.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,22 +42,6 @@ def _is_index(item: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.int64, torch.int32)
 
 
-def _sizes(b: Builder, x: Node) -> list[Any]:
-    """The shape of a tensor: numbers, and nodes for sizes that are symbols."""
-    shape = enumerate(value(x).shape)
-    return [size if isinstance(size, int) else b.method("size", x, dim) for dim, size in shape]
-
-
-def _product(b: Builder, *sizes: Any) -> Any:
-    """Of sizes: a number, or a node."""
-
-    def multiply(left: Any, right: Any) -> Any:
-        symbolic = isinstance(left, Node) or isinstance(right, Node)
-        return b.call(operator.mul, left, right) if symbolic else left * right
-
-    return functools.reduce(multiply, sizes, 1)
-
-
 # ------------------------------------------------------------------------------------- lookups
 
 
@@ -87,7 +69,7 @@ def _index_select(b: Builder, input: Node, dim: int, index: Node) -> Node | None
 
 def _getitem(b: Builder, input: Node, index: Any) -> Node | None:
     """One tensor among full slices, or several as the leading subscripts."""
-    items, shape = _items(index), _sizes(b, input)
+    items, shape = _items(index), b.sizes(input)
     places = [place for place, item in enumerate(items) if _is_index(item)]
     rest = [item for place, item in enumerate(items) if place not in places]
     if not places or any(not any(item is full or item == full for full in FULL) for item in rest):
@@ -102,7 +84,7 @@ def _getitem(b: Builder, input: Node, index: Any) -> Node | None:
 
 def _leading(b: Builder, input: Node, indices: Sequence[Node]) -> Node:
     """`x[i, j]`: one index into the first dimensions as one."""
-    sizes = _sizes(b, input)[: len(indices)]
+    sizes = b.sizes(input)[: len(indices)]
     joined = _counted(b, indices[0], sizes[0])
     for index, size in zip(indices[1:], sizes[1:], strict=True):
         joined = b.call(torch.add, b.call(torch.mul, joined, size), _counted(b, index, size))
@@ -111,21 +93,21 @@ def _leading(b: Builder, input: Node, indices: Sequence[Node]) -> Node:
 
 def _take(b: Builder, input: Node, index: Node) -> Node:
     flat = b.method("reshape", input, -1)
-    return _rows(b, flat, 0, _counted(b, index, _product(b, *_sizes(b, input))))
+    return _rows(b, flat, 0, _counted(b, index, b.product(*b.sizes(input))))
 
 
 def _gather(
     b: Builder, input: Node, dim: int, index: Node, *, sparse_grad: bool = False
 ) -> Node | None:
     """One index into all elements; so all gradients share the unit of their sum."""
-    shape, size = _sizes(b, input), _sizes(b, index)
+    shape, size = b.sizes(input), b.sizes(index)
     if sparse_grad or not shape or len(size) != len(shape):
         return None
     dim %= len(shape)
-    place = b.call(torch.mul, index, _product(b, *shape[dim + 1 :]))
+    place = b.call(torch.mul, index, b.product(*shape[dim + 1 :]))
     for axis in (axis for axis in range(len(shape)) if axis != dim):
         steps = b.call(torch.arange, size[axis], device=value(index).device)
-        steps = b.call(torch.mul, steps, _product(b, *shape[axis + 1 :]))
+        steps = b.call(torch.mul, steps, b.product(*shape[axis + 1 :]))
         along = [-1 if axis == other else 1 for other in range(len(shape))]
         place = b.call(torch.add, place, b.method("reshape", steps, along))
     return _rows(b, b.method("reshape", input, -1), 0, place)
@@ -138,7 +120,7 @@ def _take_along_dim(b: Builder, input: Node, indices: Node, dim: int | None = No
     dim %= len(shape)
     if shape[:dim] + shape[dim + 1 :] != size[:dim] + size[dim + 1 :]:
         return None  # one of them is broadcast
-    return _gather(b, input, dim, _counted(b, indices, _sizes(b, input)[dim]))
+    return _gather(b, input, dim, _counted(b, indices, b.sizes(input)[dim]))
 
 
 # --------------------------------------------------------------------------------- repetitions
@@ -154,13 +136,13 @@ def _repeat(b: Builder, input: Node, *sizes: Any, repeats: Any = None) -> Node:
     given = repeats if repeats is not None else sizes
     if len(given) == 1 and isinstance(given[0], (tuple, list, torch.Size)):
         given = given[0]
-    counts, shape = list(given), _sizes(b, input)
+    counts, shape = list(given), b.sizes(input)
     shape = [1] * (len(counts) - len(shape)) + shape
     pairs = list(zip(counts, shape, strict=True))
     thin = [size for pair in pairs for size in (1, pair[1])]
     wide = [size for pair in pairs for size in pair]
     spread = _spread(b, input, thin, wide)
-    return b.method("reshape", spread, [_product(b, *pair) for pair in pairs])
+    return b.method("reshape", spread, [b.product(*pair) for pair in pairs])
 
 
 def _tile(b: Builder, input: Node, *sizes: Any, dims: Any = None) -> Node:
@@ -174,15 +156,15 @@ def _repeat_interleave(
     b: Builder, input: Node, repeats: Any, dim: int | None = None, *, output_size: Any = None
 ) -> Node | None:
     del output_size  # follows from the rest
-    shape = _sizes(b, input)
+    shape = b.sizes(input)
     if not isinstance(repeats, int):
         return None
     if dim is None:
-        shape, dim = [_product(b, *shape)], 0
+        shape, dim = [b.product(*shape)], 0
     dim %= len(shape)
     before, after = shape[: dim + 1], shape[dim + 1 :]
     spread = _spread(b, input, [*before, 1, *after], [*before, repeats, *after])
-    return b.method("reshape", spread, [*before[:-1], _product(b, before[-1], repeats), *after])
+    return b.method("reshape", spread, [*before[:-1], b.product(before[-1], repeats), *after])
 
 
 READS: dict[str, Read] = {

@@ -156,15 +156,16 @@ def _mask(
     A key is visible where its block is listed as full, or listed as partial and the function says
     so.
     """
-    query, key = (value(x) for x in node.args[:2])
-    length, keys = query.shape[-2], key.shape[-2]
+    query: Any = node.args[0]
+    key: Any = node.args[1]
+    length, keys = value(query).shape[-2], value(key).shape[-2]
     counts, indices, full_counts, full_indices = block_mask[2:6]
     rows, columns = block_mask[-3:-1]
     body = _body(block_mask[-1], graph_module)
     everything = op_name(_result(body)) == "new_ones"
     if everything and rows >= length and columns >= keys:
         return None
-    sizes = (rows, columns, length, keys)
+    sizes = (rows, columns, builder.sizes(query)[-2], builder.sizes(key)[-2])
     visible = builder.call(heal.listed_blocks.default, counts, indices, *sizes)
     if not everything:
         indices_of = [_index(builder, query, dim) for dim in range(3)]
@@ -181,7 +182,8 @@ def _index(builder: Builder, states: Any, dim: int, place: int | None = None) ->
     """The indices of a dimension, shaped to stand at `place` of `[B, H, L, S]`."""
     shape = [1, 1, 1, 1]
     shape[dim if place is None else place] = -1
-    numbers = builder.call(torch.arange, states.shape[dim], device=states.device)
+    count = builder.sizes(states)[dim]
+    numbers = builder.call(torch.arange, count, device=value(states).device)
     return builder.method("reshape", numbers, shape)
 
 

@@ -122,25 +122,25 @@ def _loop(promotion: Any, node: Node, bodies: list[Node], carried_at: Any, rows_
 
     def enter(place: int, argument: Any) -> Any:
         def wide(operand: Node) -> Node:
-            half = is_half(value(operand))
-            carried = place == carried_at or (place != rows_at and classes.trained(operand))
-            return promotion.cast(operand, FP32, node) if half and carried else operand
+            summed = place != rows_at and classes.trained(operand)
+            narrow = is_half(value(operand)) and (place == carried_at or summed)
+            return promotion.cast(operand, FP32, node) if narrow else operand
 
         return map_arg(argument, wide) if place >= first else argument
 
-    traced = {place: _traced_of(promotion, items) for place, items in enumerate(node.args)}
+    before = [_traced_of(promotion, items) for items in node.args]
     node.args = tuple(enter(place, argument) for place, argument in enumerate(node.args))
     operands: list[Pair] = []
     with propagating(promotion.context.fake_mode):
-        for place, items in enumerate(node.args):
-            for item, before in zip(items if place >= first else (), traced[place], strict=False):
-                pair = value(item), before
-                operands.append((pair[0][0], pair[1][0]) if place == rows_at else pair)
+        for place in range(first, len(node.args)):
+            items: Any = node.args[place]
+            for now, traced in zip(map(value, items), before[place], strict=True):
+                operands.append((now[0], traced[0]) if place == rows_at else (now, traced))
     steps = bodies[-1:]
     for condition in bodies[:-1]:
         _use(promotion, node, condition, node, operands)
-    count = len(node.args[carried_at]) if carried_at is not None else 0
-    _through(promotion, node, steps, operands, count)
+    carried: Any = () if carried_at is None else node.args[carried_at]
+    _through(promotion, node, steps, operands, len(carried))
 
 
 def _allow_counters(context: Context) -> None:
@@ -256,18 +256,22 @@ def _entered(traced: Any, operand: Tensor, context: Context) -> Tensor:
     if list(map(str, traced.shape)) == list(map(str, operand.shape)):
         return operand
     if traced.dtype == operand.dtype:
-        return traced  # type: ignore[no-any-return]
+        return traced
     with propagating(context.fake_mode):
         return with_gradient_of(operand, traced.to(operand.dtype))
 
 
 def _unused(name: str | None, context: Context) -> str | None:
-    """A name that no other body has: torch takes bodies of one name for the same one."""
+    """A name that no body has had: torch takes bodies of one name for the same one.
+
+    Nor may the first copy keep the traced name. Under that torch may have noted the traced body
+    already, when Dynamo ran it, and it would run that one again.
+    """
     if name is None:
         return None
     taken = {variant.name for variant in context.variants.values()}
-    numbered = (f"{name}_heal_{i}" for i in range(1, len(taken) + 2))
-    return next(free for free in (name, *numbered) if free not in taken)
+    numbered = (f"{name}_heal_{i}" for i in range(len(taken) + 1))
+    return next(free for free in numbered if free not in taken)
 
 
 def _copy(body: GraphModule, context: Context) -> GraphModule:

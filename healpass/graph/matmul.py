@@ -7,7 +7,6 @@ changes no dtype anywhere else. The promote pass removes those casts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +121,10 @@ def _inner(b: Builder, numerics: str, left: Any, right: Any, out: Any) -> Node:
     a, c = value(left), value(right)
     if a.dim() == 0 or c.dim() == 0:
         return _into(b, out, b.call(torch.mul, b.cast(left, torch.float32), right))
-    rows = b.method("reshape", right, (math.prod(c.shape[:-1]), c.shape[-1]))
+    lead, last = b.sizes(left)[:-1], b.sizes(right)
+    rows = b.method("reshape", right, (b.product(*last[:-1]), last[-1]))
     product = b.call(heal.linear.default, left, rows, None, numerics)
-    return _into(b, out, b.method("reshape", product, (*a.shape[:-1], *c.shape[:-1])))
+    return _into(b, out, b.method("reshape", product, (*lead, *last[:-1])))
 
 
 def _addmm(
@@ -136,10 +136,11 @@ def _addmm(
 
 def _addbmm(b: Builder, numerics: str, term: Any, left: Any, right: Any, *rest: Any) -> Node:
     """The sum over the batch is part of the contraction: one product with B * K terms."""
-    a, c = value(left), value(right)
+    (batch, count, inner), (_, _, last) = b.sizes(left), b.sizes(right)
+    terms = b.product(batch, inner)
     rows = b.method("permute", left, (1, 0, 2))
-    rows = b.method("reshape", rows, (a.shape[1], a.shape[0] * a.shape[2]))
-    columns = b.method("reshape", right, (c.shape[0] * c.shape[1], c.shape[2]))
+    rows = b.method("reshape", rows, (count, terms))
+    columns = b.method("reshape", right, (terms, last))
     return _addmm(b, numerics, term, rows, columns, *rest)
 
 

@@ -7,6 +7,8 @@ node they make gets the value that its target computes on fake inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -197,6 +199,20 @@ class Builder:
         """Insert `args[0].name(*args[1:], **kwargs)` before `like`."""
         return self._create("call_method", name, args, kwargs)
 
+    def sizes(self, node: Node) -> list[Any]:
+        """The shape of a tensor: numbers, and nodes for sizes that are symbols."""
+        shape = enumerate(value(node).shape)
+        return [n if isinstance(n, int) else self.method("size", node, dim) for dim, n in shape]
+
+    def product(self, *sizes: Any) -> Any:
+        """Of sizes: a number, or a node."""
+
+        def multiply(left: Any, right: Any) -> Any:
+            symbolic = isinstance(left, Node) or isinstance(right, Node)
+            return self.call(operator.mul, left, right) if symbolic else left * right
+
+        return functools.reduce(multiply, sizes, 1)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """`node` in `dtype`, itself if it has it already."""
         return node if value(node).dtype == dtype else self.method("to", node, dtype)
@@ -245,9 +261,9 @@ def propagating(fake_mode: Any) -> Iterator[None]:
     `masked_scatter`, `trace`); without the Python dispatcher they are the C++ kernels, which ask
     for numbers.
     """
-    with fake_mode, enable_python_dispatcher(), torch._C.DisableTorchFunctionSubclass():
-        with torch.no_grad():
-            yield
+    plain = torch._C.DisableTorchFunctionSubclass()
+    with fake_mode, enable_python_dispatcher(), plain, torch.no_grad():
+        yield
 
 
 def evaluate(node: Node, fake_mode: Any) -> Any:
