@@ -61,7 +61,8 @@ class Setting:
         """What the arithmetic of the precision may do wrong."""
         step = HALF_STEP["fp32" if self.precision == "layercast" else self.kv or "int16"]
         unit = UNIT[self.dtype] if program.coarse else U
-        return Errors(unit, step, self.dtype if self.precision == "exact" else None)
+        stored = torch.bfloat16 if program.narrow else self.dtype
+        return Errors(unit, step, stored if self.precision == "exact" else None)
 
 
 def settings(outputs: tuple[str, ...] = OUTPUTS) -> list[Setting]:
