@@ -59,6 +59,8 @@ def promote_call(promotion: Any, node: Node) -> None:
         _through(promotion, node, bodies, _pairs(promotion, node.args[first:]))
     elif name == "cond" and len(bodies) == 2:
         _through(promotion, node, bodies, _pairs(promotion, node.args[3]))
+    elif name == "register_hook" and len(bodies) == 1:
+        _hook(promotion, node, bodies[0])
     elif name in LOOPS and bodies:
         _loop(promotion, node, bodies, *LOOPS[name])
     else:
@@ -108,6 +110,15 @@ def _through(
             for part, widen in zip(traced, wide, strict=True)
         ]
     set_value(node, type(traced)(parts))
+    promotion.changed += 1
+
+
+def _hook(promotion: Any, node: Node, reference: Node) -> None:
+    """A hook on the gradient of a tensor gets and gives that tensor's dtype, which is FP32 now."""
+    watched = value(node.args[0])
+    body = _use(promotion, node, reference, None, _pairs(promotion, node.args[:1]))
+    _widen_outputs(promotion, body, [_is_fp32(watched)] * len(results_of(body)))
+    set_value(node, watched)
     promotion.changed += 1
 
 

@@ -381,7 +381,7 @@ class Promotion:
             traced: Any = self.traced.get(argument)
             if not self._was_promoted(argument) or (wide and argument not in kept):
                 return argument
-            narrow = self.cast(argument, traced.dtype, node)
+            narrow = self.cast(argument, traced.dtype, state.place_of_cast(argument, node))
             self.context.boundary(argument, kind, traced.dtype, detail)
             return narrow
 

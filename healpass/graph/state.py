@@ -48,6 +48,17 @@ def handed_on(graph: Graph, traced: dict[Node, Any], memory: Memory) -> set[Node
     }
 
 
+def place_of_cast(result: Node, output: Node) -> Node:
+    """Where a result is cast: at the end, but before gradients are switched off or on after it.
+
+    There the cast of a result that has a gradient would have none.
+    """
+    node = result.next
+    while node is not output and op_name(node) != "_set_grad_enabled":
+        node = node.next
+    return node
+
+
 def _extends_cache(node: Node) -> bool:
     return op_name(node) in names.BUFFER_WRITES and cache_destination(node) is not None
 

@@ -58,10 +58,6 @@ def _half(setting: Setting) -> bool:
     return setting.dtype != torch.float32
 
 
-DISPATCHER = Known(
-    "values are evaluated without the Python dispatcher", lambda s: _half(s) and s.dynamic
-)
-TRANSFORM = Known("exact operators inside torch.func transforms", lambda s: s.precision == "exact")
 AUTOCAST = Known(
     "the gradient of an FP32 parameter passes through autocast's cast, which rounds it",
     lambda s: s.grads and not _half(s),
@@ -69,25 +65,6 @@ AUTOCAST = Known(
 
 #: Empty when all is well. A program that is listed here and passes fails the test.
 KNOWN: dict[str, Known] = {
-    "pads_by_a_symbol": DISPATCHER,
-    "masked_scatter_broadcasts": DISPATCHER,
-    "time_mix": Known(DISPATCHER.reason, lambda s: _half(s) and s.dynamic and s.grads),
-    "func_grad": TRANSFORM,
-    "func_vmap": TRANSFORM,
-    "func_jacrev": TRANSFORM,
-    "vmap_of_a_layer": TRANSFORM,
-    "gradient_penalty": TRANSFORM,
-    "associative_scans": Known("operator packets without a default overload"),
-    "nested_region": Known(
-        "one region, called with several dtypes", lambda s: s.grads and (_half(s) or s.dynamic)
-    ),
-    "gradient_hook": Known(
-        "the operator of a gradient hook keeps its traced dtype",
-        lambda s: s.grads and _half(s) and (s.dtype == DTYPES[0] or s.precision != "exact"),
-    ),
-    "gradient_inside": Known(
-        "a fragment casts its results after it has switched gradients off", _half
-    ),
     "autocast_inside": AUTOCAST,
     "autocast_with_an_island": AUTOCAST,
     "autocast_as_decorator": AUTOCAST,
