@@ -63,7 +63,8 @@ def test_it_hands_out_the_quantized_states_of_transformers_cache(kv, kind, confi
     assert ours.is_compileable == theirs.is_compileable
     assert ours.is_sliding == theirs.is_sliding
     assert ours.get_max_length() == theirs.get_max_length()
-    assert ours.is_croppable == theirs.is_croppable
+    static = kind == "static" and not any(theirs.is_sliding)
+    assert ours.is_croppable == (theirs.is_croppable or static)  # theirs cannot crop a static one
 
 
 def filled(kind, kv, batch=3, length=5):
@@ -173,8 +174,8 @@ def test_wrong_use_says_what_to_do():
     before = cache.layers[0].digits.keys.clone()
     with pytest.raises(CacheError, match="HealCache is full"):
         cache.update(*states(2, 6, 1), 0)
-    with pytest.raises(CacheError, match=r"float16 and values in torch\.float32"):
-        cache.update(keys.half(), values, 0)
+    with pytest.raises(CacheError, match=r"float64 and values in torch\.float32"):
+        cache.update(keys.double(), values, 0)
     with pytest.raises(CacheError, match="got batch 2, 4 heads"):
         cache.update(*states(2, 1, 0, heads=4), 0)
     with pytest.raises(CacheError, match="another model's configuration"):
