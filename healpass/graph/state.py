@@ -31,8 +31,8 @@ def handed_on(graph: Graph, traced: dict[Node, Any], memory: Memory) -> set[Node
 
     Returns:
         Among the nodes that the graph hands out: what attention reads as keys and values, seen
-        through moves; what lies in memory that is written in place; caches of the caller that
-        were extended.
+        through moves; what lies in memory that is written in place, if it is read here as well;
+        caches of the caller that were extended.
     """
     results = set(graph.output_node().all_input_nodes)
     read = [source for node in graph.nodes for source in _keys_and_values(node)]
@@ -43,7 +43,7 @@ def handed_on(graph: Graph, traced: dict[Node, Any], memory: Memory) -> set[Node
         for node in results
         if node in reached
         or storages(traced.get(node)) & stored
-        or memory.is_written(traced.get(node))
+        or (len(node.users) > 1 and memory.is_written(traced.get(node)))
         or any(_extends_cache(part) for part in _through_moves([node]))
     }
 

@@ -83,10 +83,10 @@ def test_a_float_sum_shows(name):
     assert differing(found, in_fp64(READS[name])) > 0
 
 
-def test_a_table_in_16_bits_is_read_as_it_is():
+def test_the_gradient_of_a_table_in_16_bits_is_summed_exactly_and_rounded_once():
     found, call = gradient(READS["index"], CONFIG, torch.bfloat16)
     assert call.kept == {}
-    wanted = in_fp64(READS["index"], torch.bfloat16)
+    wanted = in_fp64(READS["index"])  # what comes in is FP32, as what was handed out
     assert differing(found, wanted.to(torch.bfloat16)) == 0
 
 
