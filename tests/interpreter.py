@@ -12,6 +12,7 @@ Faults of the interpreter (Triton 3.6, 3.7.1 and 3.9), which real GPUs do not ha
 * the maximum and the minimum that ignore NaN hand it on (before 3.9): they are made to ignore it;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
 * a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
+* a number that bounds a loop is not a number for NumPy 2.4 (in 3.6): it is made one;
 * a call of a device function leaves `triton.language` patched for good: it is patched once, here;
 * Inductor's `max2` goes element by element through Python: NumPy's maximum has the same meaning.
 
@@ -178,6 +179,10 @@ def _maximum(x: Any, axis: int) -> Any:
     return tl.tensor(handle, tl.block_type(x.dtype, list(handle.data.shape)))
 
 
+def _index(self: Any) -> int:
+    return int(self.handle.data.item())
+
+
 def _interpreted_functions(module: Any) -> dict[str, Any]:
     """Every compiled function of a module, to be interpreted instead."""
     return {
@@ -206,6 +211,7 @@ def _corrected() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(interpreter._patch_lang(names).restore)
         stack.enter_context(mock.patch.object(interpreter, "_patch_lang", always(kept)))
+        stack.enter_context(mock.patch.object(tl.tensor, "__index__", _index))
         # NumPy warns of NaN and overflow in elements that a kernel masks off.
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(mock.patch.multiple(_Builder, **changes))
