@@ -8,6 +8,7 @@ takes milliseconds.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,12 +66,18 @@ class Program:
 
     def rewritten(
         self, config: HealConfig, *, dynamic: bool = False, trained: bool = False
-    ) -> list[Tensor]:
-        """The graph of the program, rewritten and run by plain torch."""
+    ) -> tuple[list[Tensor], bool]:
+        """The graph of the program, rewritten and run by plain torch.
+
+        Returns:
+            The results, and whether the report says that the operator runs as traced.
+        """
         module, inputs = self.graph(dynamic, trained)
-        rewrite(module, config)
+        report = rewrite(module, config)
+        as_traced = any(b.kind == "foreign operator" for b in report.boundaries)
         with torch.no_grad():  # not the code of the graph, which cannot name torch's lambdas
-            return tensors_of(Interpreter(module).run(*(tensor.clone() for tensor in inputs)))
+            results = Interpreter(module).run(*(tensor.clone() for tensor in inputs))
+        return tensors_of(results), as_traced
 
     def graph(self, dynamic: bool, trained: bool = False) -> tuple[GraphModule, list[Tensor]]:
         """The graph and its inputs; `trained` if these are to get gradients.
@@ -94,7 +101,10 @@ class Program:
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         node = _valued(graph, mode, self.target, args, kwargs)
         graph.output(_parts(graph, mode, node))
-        return GraphModule(torch.nn.Module(), graph), inputs
+        try:
+            return GraphModule(torch.nn.Module(), graph), inputs
+        except (AttributeError, SyntaxError) as error:  # a call that torch cannot write as code
+            raise UntraceableError(str(error)) from error
 
 
 def _placeholder(graph: Graph, mode: Any, tensor: Tensor, index: int, dynamic: bool) -> Node:
@@ -107,8 +117,8 @@ def _placeholder(graph: Graph, mode: Any, tensor: Tensor, index: int, dynamic: b
 
 def _valued(graph: Graph, mode: Any, target: Any, args: Any, kwargs: Any) -> Node:
     op = "call_method" if isinstance(target, str) else "call_function"
-    node = graph.create_node(op, target, tuple(args), dict(kwargs))
     try:
+        node = graph.create_node(op, target, tuple(args), dict(kwargs))
         node.meta["example_value"] = evaluate(node, mode)
     except Exception as error:  # torch's own refusals have no common class
         raise UntraceableError(str(error)) from error
@@ -122,11 +132,14 @@ def _parts(graph: Graph, mode: Any, node: Node) -> Any:
         return (node,)
     if not isinstance(found, (tuple, list)):
         raise UntraceableError("hands out no tensor")
-    parts = [
-        _valued(graph, mode, operator.getitem, (node, index), {})
-        for index, part in enumerate(found)
-        if isinstance(part, Tensor)
-    ]
+    parts: list[Node] = []
+    for index in range(len(found)):
+        part = _valued(graph, mode, operator.getitem, (node, index), {})
+        inner = part.meta["example_value"]
+        if isinstance(inner, Tensor):
+            parts.append(part)
+        elif isinstance(inner, (tuple, list)):
+            parts += _parts(graph, mode, part)
     return tuple(parts)
 
 
@@ -138,10 +151,9 @@ def programs(info: Any, samples: int) -> Iterator[Program]:
         samples: How many samples of operands to take.
     """
     known = info.supported_dtypes("cpu")
-    dtype = next(dtype for dtype in (*DTYPES, *known) if dtype in known)
-    for number, sample in enumerate(info.sample_inputs("cpu", dtype)):
-        if number == samples:
-            return
+    dtype = next((dtype for dtype in (*DTYPES, *known) if dtype in known), None)
+    found = () if dtype is None else info.sample_inputs("cpu", dtype)
+    for number, sample in enumerate(itertools.islice(found, samples)):
         args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
         packet = getattr(torch.ops.aten, info.aten_name, None)
         targets = {

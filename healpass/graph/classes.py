@@ -33,7 +33,8 @@ def classify(node: Node) -> str:
         return "higher_order"
     if heal_name(node) is not None:
         return "arithmetic"
-    if name is None or views_bits(node) or _has_own_format(node):
+    own = views_bits(node) or _writes_elsewhere(node)
+    if name is None or own or _has_own_format(node):
         return "foreign"
     if running_statistics(node):
         return "statistics"
@@ -99,9 +100,20 @@ def destination(node: Node) -> Node | None:
     python = getattr(node.target, "__module__", "") == "_operator"  # and_ writes into nothing
     by_name = name.endswith("_") and not (python or name.endswith("__") or name in names.MOVES)
     by_operator = node.target is SETITEM or name in names.IN_PLACE_OPERATORS
-    by_schema = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    by_schema = bool(_written(node)) and _written(node)[0] == 0
     mutates = by_name or by_operator or by_schema or node.kwargs.get("inplace") is True
     return first if mutates and isinstance(value(first), Tensor) else None
+
+
+def _written(node: Node) -> list[int]:
+    """Which arguments an overload writes into, by its schema."""
+    arguments = node.target._schema.arguments if isinstance(node.target, OpOverload) else ()
+    return [place for place, argument in enumerate(arguments) if argument.is_write]
+
+
+def _writes_elsewhere(node: Node) -> bool:
+    """Whether an overload writes into an argument that is neither its first nor `out`."""
+    return any(_written(node)[:1]) and "out" not in node.kwargs
 
 
 def _root(node: Any) -> Node:
