@@ -69,7 +69,7 @@ def test_the_state_shows_every_weight_and_buffer():
         first = state_digest(model)
 
 
-Output = namedtuple("Output", "logits")  # noqa: PYI024  Dynamo makes it without a graph break
+Output = namedtuple("Output", "logits")
 
 
 class Model(torch.nn.Module):
