@@ -51,7 +51,6 @@ def test_accuracy_and_reproducibility_are_bought_apart():
     assert set(found) == set(example.CHOICES)
     exact = {name: row for name, row in found.items() if name.startswith("exact")}
     assert all(row.changed == 0 for row in exact.values())
-    assert found["bf16, as the model is"].changed > 0
     plain, more = exact.values()
     assert more.rms < plain.rms < found["bf16, as the model is"].rms
     assert found["heal, kv=int24"].rms < plain.rms
