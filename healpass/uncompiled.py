@@ -133,7 +133,7 @@ class Region:
             return
         if self._before != (graphs_run(), self._traced):
             self._ran = self._ran or self._before[0] != graphs_run()
-        elif (self._ran or not self._traced) and not self.found:
+        elif (self._ran or not self._traced) and (self.refuses or not self._ended()):
             self.found[NOTHING_RAN] = None
             for code in self._codes:  # a mode marks code for good, and may be over by now
                 _trace_again(code, self.isolated)
@@ -149,6 +149,10 @@ class Region:
             warnings.warn(self._message(ended), stacklevel=3)
         elif self._rounds:
             warnings.warn(_rounding(new), stacklevel=3)
+
+    def _ended(self) -> bool:
+        """Whether it was told already that functions run as written."""
+        return any(record.ends_a_promise for record in self.found)
 
     @property
     def refuses(self) -> bool:

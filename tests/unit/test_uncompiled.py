@@ -206,6 +206,19 @@ def test_a_call_that_runs_no_graph_at_all_is_noticed():
         again(X)
 
 
+def breaks_once(x):
+    y = product(x)
+    torch._dynamo.graph_break()
+    return y + 1
+
+
+def test_a_graph_break_does_not_hide_a_call_that_runs_no_graph():
+    compiled = torch.compile(breaks_once, backend=plain_backend(HealConfig(strict=True)))
+    compiled(X)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(StrictError, match="a stance"):
+        compiled(X)
+
+
 def test_a_call_with_nothing_to_compile_is_no_fault():
     compiled = torch.compile(lambda n: n + 1, backend=plain_backend(HealConfig(strict=True)))
     assert [compiled(1), compiled(2), compiled(2)] == [2, 3, 3]
