@@ -25,3 +25,12 @@ def llama_fp32():
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def accelerate():
+    """The package, without what an earlier test (a Trainer makes one) left in its shared state."""
+    package = pytest.importorskip("accelerate")
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield package
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -212,8 +212,7 @@ def test_lora_in_bf16_gives_other_logits_than_fp32():
         assert not torch.equal(adapted(ROWS[:2]).logits.float(), wide(ROWS[:2]).logits)
 
 
-def test_accelerate_prepares_a_model_that_heal_has_compiled():
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerate_prepares_a_model_that_heal_has_compiled(accelerate):
     model = heal_model(make_llama(torch.float32))
     compiler = Rewritten(model, HealConfig(outputs="fp32"), aot=True)
     model.compile(backend=compiler._backend, dynamic=True)

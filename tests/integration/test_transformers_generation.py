@@ -40,8 +40,7 @@ def test_generation_under_autocast_with_fp32_weights(llama_fp32, text, kv, kind)
         assert torch.equal(llama_fp32.generate(IDS, **GREEDY, cache_implementation=kind), text)
 
 
-def test_accelerate_prepares_a_healed_model(llama_fp32, text):
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerate_prepares_a_healed_model(llama_fp32, text, accelerate):
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     with interpreted():
         model = accelerator.prepare(heal_model(llama_fp32))

@@ -1,7 +1,7 @@
 """Subgraphs that several calls share, loops, and the check of what passes their borders.
 
 `comparing` explains the accuracy check: an FP32 bound against FP64. Run by plain torch, through
-AOTAutograd where gradients are taken; `integration/test_higher_order.py` compiles.
+AOTAutograd where gradients are taken; `integration/test_regions_and_recurrences.py` compiles.
 """
 
 from __future__ import annotations
