@@ -32,9 +32,9 @@ from torch import Tensor
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
-from healpass.study.configuration import Configuration as Study
-from healpass.study.networks import interpret
-from healpass.study.tasks import load
+from healpass.study.plan.configuration import Configuration as Study
+from healpass.study.plan.tasks import load
+from healpass.study.run.networks import interpret
 
 #: BF16 and FP32 run as transformers runs them, the others through `heal_model`.
 PRECISIONS = ("bf16", "fp32", "heal", "exact")

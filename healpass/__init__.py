@@ -4,8 +4,8 @@ The public names. Importing this costs nothing beyond torch; the backend itself 
 all.
 """
 
+from healpass.api import explain, inductor_options
 from healpass.config import HealConfig
-from healpass.doors import explain, inductor_options
 from healpass.errors import HealError
 from healpass.report import HealReport
 from healpass.status import Status, status

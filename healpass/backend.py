@@ -18,9 +18,9 @@ from torch.fx import Graph, GraphModule
 from healpass import watch
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
-from healpass.graph import prepack
-from healpass.graph.opening import open_operators, stays_closed
-from healpass.graph.outline import outline_repeats
+from healpass.graph.passes import prepack
+from healpass.graph.passes.decompose import open_operators, stays_closed
+from healpass.graph.passes.outline import outline_repeats
 from healpass.graph.pipeline import OUTLINE, rewrite
 
 #: The torch releases that healpass is tested with: from the first up to, not including, the last.
@@ -103,7 +103,7 @@ def inductor_patches(config: HealConfig, *, closed: bool = False) -> dict[str, A
 
     Args:
         config: The options.
-        closed: Whether exact operators are opened after `graph.outline` instead of before.
+        closed: Whether exact operators are opened after `passes.outline` instead of before.
     """
     from torch._inductor import config as inductor
     from torch._inductor import list_mode_options

@@ -125,7 +125,7 @@ def check(
     from transformers.utils import logging
 
     from healpass.study import check as study
-    from healpass.study import presets
+    from healpass.study.plan import presets
 
     with _wrong_use():
         axes = {
@@ -159,7 +159,7 @@ def diff(
 
     Exit code: 0 nothing differs, 1 something does, 2 wrong use.
     """
-    from healpass.study import diff as study
+    from healpass.study.judge import diff as study
 
     with _wrong_use():
         found = study.compare(study.read(one), study.read(other))

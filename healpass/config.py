@@ -123,7 +123,7 @@ class HealConfig:
 
     @property
     def numerics(self) -> str:
-        """The `numerics` argument of the `heal::` operators (`ops.numerics` reads it)."""
+        """The `numerics` argument of the `heal::` operators (`products.numerics` reads it)."""
         products = self.exact_products if self.precision == "exact" else ""
         last = "m_invariant" if self.m_invariant else ""
         text = f"{self.precision}{products}:{self.simulate or ''}:{self.order or ''}:{last}"

@@ -1,11 +1,11 @@
 """How the `heal::` operators run fast: Inductor lowerings. May import `arithmetic` and `ops`.
 
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
-at the device and hands on to `cpu`, `cpu_attention` and `cpu_attention_gradients` (C++ code), to
+at the device and hands on to `cpu`, `cpu.attention` and `cpu.attention_gradients` (C++ code), to
 `matmul`, `attention` and `attention_gradients` (Triton templates on CUDA), or to `quantize`
 (pointwise code on either). An operator without a lowering for its device runs its own meaning, as
 one call from the code. Exact precisions are decompositions instead: pinned operators are traced as
-they are, and matrix products and attention are opened by `exact_cpu`, or by `exact_matmul` and
+they are, and matrix products and attention are opened by `cpu.exact`, or by `exact_matmul` and
 `exact_attention` on CUDA. Where the compile says that operators stay closed, AOTAutograd opens
 none, and the backend does later.
 """
@@ -20,9 +20,9 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.cache_key import operators_stay_closed
-from healpass.ops.numerics import Numerics
-from healpass.ops.pinned import DECOMPOSITIONS
-from healpass.ops.quantize import FORMATS
+from healpass.ops.attention.quantize import FORMATS
+from healpass.ops.products.numerics import Numerics
+from healpass.ops.reproducible.register import DECOMPOSITIONS
 
 #: A lowering; None as its result asks for the operator's own meaning.
 Lowering = Callable[..., Any]
@@ -31,24 +31,16 @@ Lowering = Callable[..., Any]
 @cache
 def register() -> None:
     """Register lowerings and decompositions with Inductor, once: for `heal::` operators only."""
-    from healpass.lowering import (
-        attention,
-        attention_gradients,
-        cpu,
-        cpu_attention,
-        cpu_attention_gradients,
-        exact_attention,
-        exact_matmul,
-        matmul,
-        quantize,
-    )
+    from healpass.lowering import cpu, cuda, quantize
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
-    exact = (exact_matmul, exact_attention)
     modules = {
-        "cpu": (cpu, cpu_attention, cpu_attention_gradients, quantize),
-        "cuda": (matmul, attention, attention_gradients, quantize, *exact),
+        "cpu": (cpu.products, cpu.attention, cpu.attention_gradients, quantize),
+        "cuda": (
+            *(cuda.matmul, cuda.attention, cuda.attention_gradients, quantize),
+            *(cuda.exact_matmul, cuda.exact_attention),
+        ),
     }
     tables: dict[str, dict[Any, Lowering]] = {
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
@@ -71,9 +63,9 @@ def register() -> None:
 @cache
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """What the exact operators are made of; a result NotImplemented is their own meaning."""
-    from healpass.lowering import exact_attention, exact_cpu, exact_matmul
+    from healpass.lowering import cpu, cuda
 
-    opened = [m.DECOMPOSITIONS for m in (exact_cpu, exact_matmul, exact_attention)]
+    opened = [m.DECOMPOSITIONS for m in (cpu.exact, cuda.exact_matmul, cuda.exact_attention)]
     operators = dict.fromkeys(operator for table in opened for operator in table)
     chosen = {op: _first([table[op] for table in opened if op in table]) for op in operators}
     return {**DECOMPOSITIONS, **chosen}

@@ -33,7 +33,7 @@ from torch._inductor.lowering import to_dtype
 
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX
 from healpass.arithmetic.formats import FP32
-from healpass.ops.quantize import FORMATS
+from healpass.ops.attention.quantize import FORMATS
 
 _IOTA = {"start": 0, "step": 1, "dtype": torch.int64, "requires_grad": False}
 

@@ -23,9 +23,9 @@ import triton
 from torch._inductor.codecache import PyCodeCache
 from torch.torch_version import TorchVersion
 
-from tests.attention_cases import CASES as ATTENTION
-from tests.exact_cases import CASES as EXACT
-from tests.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
+from tests.support.attention_cases import CASES as ATTENTION
+from tests.support.exact_cases import CASES as EXACT
+from tests.support.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)

@@ -1,9 +1,10 @@
-"""Where the coefficients of `ops.coefficients` come from. Layer `arithmetic`: imports mpmath.
+"""Where the coefficients of `ops.reproducible` come from. Layer `arithmetic`: imports mpmath.
 
 Each polynomial is the Chebyshev fit (near minimax) of an entire or analytic function that the
-reduction of `ops.fp64` leaves over, at 60 digits. The functions are written as hypergeometric
-series, which have no cancellation at zero. `python -m healpass.arithmetic.approximations` writes
-the file anew; a test asserts that what is committed is what this makes.
+reduction of `reproducible.fp64` leaves over, at 60 digits. The functions are written as
+hypergeometric series, which have no cancellation at zero. `python -m
+healpass.arithmetic.approximations` writes the file anew; a test asserts that what is committed is
+what this makes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Approximation:
     """One polynomial.
 
     Attributes:
-        name: Its name in `ops.coefficients`.
+        name: Its name in `reproducible.fp64_coefficients`.
         meaning: The function as text.
         function: The function on mpmath numbers.
         low: Left end of its interval.
@@ -54,7 +55,7 @@ class Approximation:
             return [float(c) for c in fit], float(error)
 
     def source(self) -> str:
-        """The lines of `ops.coefficients` for this polynomial."""
+        """The lines of `reproducible.fp64_coefficients` for this polynomial."""
         fit, error = self.coefficients()
         numbers = "".join(f"    {c!r},\n" for c in fit)
         where = f"[{self.low:.6g}, {self.high:.6g}]"
@@ -129,7 +130,7 @@ APPROXIMATIONS = (
 
 
 def module() -> str:
-    """The text of `ops/coefficients.py`."""
+    """The text of `ops/reproducible/fp64_coefficients.py`."""
     return HEADER + "\n".join(approximation.source() for approximation in APPROXIMATIONS)
 
 

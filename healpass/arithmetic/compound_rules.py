@@ -144,7 +144,7 @@ def _denominator(run: Analysis, numerator: Estimate, dim: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What `heal::sdpa` takes besides its operands; `ops.sdpa` says what the names mean."""
+    """What `heal::sdpa` takes besides its operands; `attention.sdpa` says what the names mean."""
 
     attn_mask: Any = None
     is_causal: bool = False

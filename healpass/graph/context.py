@@ -14,17 +14,14 @@ from healpass.config import HealConfig
 from healpass.errors import UnavailableError
 from healpass.graph.nodes import (
     Builder,
-    is_floating,
     is_parameter,
     module_path,
     node_inputs,
-    op_name,
-    subclass_name,
     tensors,
     user_line,
     value,
 )
-from healpass.ops.exact_matmul import bound_text
+from healpass.ops.products.exact import bound_text
 from healpass.report import Boundary, GraphReport, NodeRecord
 
 
@@ -157,52 +154,3 @@ def check_m_invariant(config: HealConfig, operands: list[Tensor]) -> None:
             "FP32 matmul is torch's own, whose order of summation follows the number of rows.\n"
             "Leave m_invariant out, or add simulate='h100', which adds in one order."
         )
-
-
-def why_not(operands: list[Tensor]) -> str | None:
-    """Why a matmul of these operands cannot become a `heal::` operator; None if it can."""
-    checks = (_why_not_kind, _why_not_device, _why_not_dtype)
-    return next((reason for check in checks if (reason := check(operands))), None)
-
-
-def why_not_here(node: Node) -> str | None:
-    """Why nothing in the graph of a node becomes a `heal::` operator; None if it can."""
-    if any(op_name(other) == "_enter_dual_level" for other in node.graph.nodes):
-        return "forward-mode differentiation in this graph: heal operators carry no tangents"
-    return None
-
-
-def _why_not_kind(operands: list[Tensor]) -> str | None:
-    for operand in operands:
-        if torch._C._functorch.is_functorch_wrapped_tensor(operand):
-            return "inside a torch.func transform (vmap, grad)"
-        kind = subclass_name(operand)
-        if kind:
-            return f"operand is a {kind}: its own class defines its matmul"
-        if operand.layout != torch.strided:
-            return f"operand has the layout {str(operand.layout).removeprefix('torch.')}"
-    return None
-
-
-def _why_not_device(operands: list[Tensor]) -> str | None:
-    for operand in operands:
-        reason = device_reason(operand.device.type, torch.version.hip)
-        if reason:
-            return reason
-    return None
-
-
-def device_reason(device_type: str, hip: str | None) -> str | None:
-    """Why nothing is rewritten on a device; None on CPU and on NVIDIA CUDA."""
-    if device_type == "cuda":
-        return "ROCm is not supported" if hip else None
-    return None if device_type == "cpu" else f"device {device_type!r} is not supported"
-
-
-def _why_not_dtype(operands: list[Tensor]) -> str | None:
-    for operand in operands:
-        if operand.dtype == torch.float64:
-            return "float64 is wider than FP32 already"
-        if not is_floating(operand) or operand.element_size() < 2:
-            return f"{str(operand.dtype).removeprefix('torch.')} operands"
-    return None

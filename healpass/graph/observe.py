@@ -23,9 +23,9 @@ from healpass.arithmetic.digits import join_digits
 from healpass.arithmetic.estimate import lifted
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
 from healpass.config import HealConfig
-from healpass.graph.classes import classify
-from healpass.graph.exact_rules import RANDOM
+from healpass.graph.node_classes import Kind, classify
 from healpass.graph.nodes import heal_name, is_floating, is_half, op_name, tensors, value
+from healpass.graph.operator_names import RANDOM
 from healpass.report import GraphReport, OutputRecord
 
 #: The torch function that each operator computes. `propagate` takes our operators' arguments for
@@ -116,7 +116,7 @@ class Propagated(Interpreter):
         if n.op not in ("call_function", "call_method"):
             return super().run_node(n)
         kind = classify(n)
-        if kind == "scope":
+        if kind is Kind.SCOPE:
             return None  # autograd and autocast are settled here
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         floating = [x for x in _leaves(args, kwargs) if isinstance(x, Estimate) or is_floating(x)]
@@ -125,16 +125,16 @@ class Propagated(Interpreter):
         function = MEANING.get(heal_name(n) or "")
         if function is not None:
             return propagate(function, self.analysis, *_meant(args), **_meant(kwargs))
-        if is_half(value(n)) and kind not in ("cast", "move", "embedding"):
+        if is_half(value(n)) and kind not in (Kind.CAST, Kind.MOVE, Kind.EMBEDDING):
             raise ValueError(f"{n.target} runs in 16 bits: its roundings have no rule.")
         target: Any = getattr(Tensor, str(n.target)) if n.op == "call_method" else n.target
         return propagate(target, self.analysis, *args, **kwargs)
 
-    def made(self, n: Node, kind: str) -> Any:
+    def made(self, n: Node, kind: Kind) -> Any:
         """A tensor made of integers or of nothing: exact, if nothing was rounded or drawn."""
         result = super().run_node(n)
         if op_name(n) in RANDOM or (
-            is_floating(result) and kind not in ("cast", "factory", "move")
+            is_floating(result) and kind not in (Kind.CAST, Kind.FACTORY, Kind.MOVE)
         ):
             raise ValueError(f"no error rule for {op_name(n)!r} of integers, or at random.")
         return lifted(result)

@@ -16,20 +16,21 @@ from torch.fx import GraphModule
 
 from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
-from healpass.graph.ambient import shield_from_autocast
-from healpass.graph.attention import rewrite_attention
-from healpass.graph.cache_reads import fold_cache_reads
-from healpass.graph.context import Context, device_reason
-from healpass.graph.exact import make_exact
-from healpass.graph.expand import expand_composites
-from healpass.graph.flex import rewrite_flex
-from healpass.graph.matmul import rewrite_matmuls
+from healpass.graph.context import Context
+from healpass.graph.eligibility import device_reason
 from healpass.graph.nodes import subgraphs, tensors, value
-from healpass.graph.overloads import resolve_packets
-from healpass.graph.prepack import prepack
-from healpass.graph.promote import promote
-from healpass.graph.sizes import unify_sizes
-from healpass.graph.tensor_parallel import localize_linears
+from healpass.graph.passes.attention import rewrite_attention
+from healpass.graph.passes.autocast import shield_from_autocast
+from healpass.graph.passes.cache_reads import fold_cache_reads
+from healpass.graph.passes.exact import make_exact
+from healpass.graph.passes.expand import expand_composites
+from healpass.graph.passes.flex import rewrite_flex
+from healpass.graph.passes.matmul import rewrite_matmuls
+from healpass.graph.passes.overloads import resolve_packets
+from healpass.graph.passes.prepack import prepack
+from healpass.graph.passes.promote import promote
+from healpass.graph.passes.sizes import unify_sizes
+from healpass.graph.passes.tensor_parallel import localize_linears
 from healpass.graph.verify import verify
 from healpass.report import GraphReport
 
@@ -70,7 +71,7 @@ PASSES: dict[str, Pass] = {
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
 }
-#: A pass that Inductor runs, on the graph that it is about to lower: `graph.outline`.
+#: A pass that Inductor runs, on the graph that it is about to lower: `passes.outline`.
 OUTLINE = "outline"
 
 

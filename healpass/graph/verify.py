@@ -16,10 +16,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from healpass.errors import GraphCheckError
-from healpass.graph import classes, names
+from healpass.graph import node_classes, operator_names
 from healpass.graph.borders import REGION, body_of, borders, fact, inputs_of, results_of
 from healpass.graph.context import Context, qualified_name
 from healpass.graph.dtypes import has_unbacked
+from healpass.graph.node_classes import Kind
 from healpass.graph.nodes import (
     evaluate,
     is_changed,
@@ -96,15 +97,17 @@ def _check_region(
 
 
 def _is_matmul(node: Node) -> bool:
-    return op_name(node) in names.MATMULS | names.SDPA | names.COMPOSITES
+    return (
+        op_name(node) in operator_names.MATMULS | operator_names.SDPA | operator_names.COMPOSITES
+    )
 
 
 def _can_run(node: Node) -> bool:
     """Whether running the node on fake tensors has no effect but its result."""
-    kind = classes.classify(node)
+    kind = node_classes.classify(node)
     results = tensors([value(node)])
     return (
-        kind not in ("scope", "higher_order", "foreign", "in_place")
+        kind not in (Kind.SCOPE, Kind.HIGHER_ORDER, Kind.FOREIGN, Kind.IN_PLACE)
         and bool(results)
         and not has_unbacked(value(node))
     )

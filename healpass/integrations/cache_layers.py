@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import CacheError
-from healpass.ops.quantize import FORMATS
+from healpass.ops.attention.quantize import FORMATS
 
 
 class _WideLayer(CacheLayerMixin):

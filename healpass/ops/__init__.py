@@ -1,6 +1,7 @@
 """The `heal::` operators: schema, meaning, fake, autograd. Imports `tensorcore` and below.
 
-Importing this package registers them; they then work in eager code too, as
+`reproducible` <- `products` <- `attention`: a wing imports only what lies to its left, and
+`library`. Importing this package registers them; they then work in eager code too, as
 `torch.ops.heal.linear`.
 
 Primitive operators carry their own autograd formula and are what a lowering replaces: `mm`, `bmm`,
@@ -10,49 +11,53 @@ operators are written in terms of those and of plain torch, so autograd, fake te
 see through them: `linear`, `matmul`, `sdpa`.
 """
 
-from healpass.ops import (
-    attention,
-    binary,
-    digit_products,
-    elementary,
-    exact_attention,
-    exact_attention_parts,
+from healpass.ops.attention import (
+    exact,
+    exact_chunks,
     exact_sdpa,
-    exact_special,
     flex,
-    integer_attention,
-    lookup,
-    matmul,
-    normalize,
+    floats,
+    integers,
     quantize,
-    reduce,
     sdpa,
+)
+from healpass.ops.products import (
+    digits,
+    matmul,
     sharded,
-    softmax,
+    special,
     tensor_parallel,
-    ties,
     weighted_sum,
+)
+from healpass.ops.reproducible import (
+    binary,
+    elementary,
+    embedding,
+    norms,
+    reduce,
+    softmax,
+    ties,
 )
 
 __all__ = [
-    "attention",
     "binary",
-    "digit_products",
+    "digits",
     "elementary",
-    "exact_attention",
-    "exact_attention_parts",
+    "embedding",
+    "exact",
+    "exact_chunks",
     "exact_sdpa",
-    "exact_special",
     "flex",
-    "integer_attention",
-    "lookup",
+    "floats",
+    "integers",
     "matmul",
-    "normalize",
+    "norms",
     "quantize",
     "reduce",
     "sdpa",
     "sharded",
     "softmax",
+    "special",
     "tensor_parallel",
     "ties",
     "weighted_sum",

@@ -19,12 +19,12 @@ from rich.progress import (
 )
 
 from healpass.environment import collect
-from healpass.study import page, tables
-from healpass.study.anatomy import dissect
-from healpass.study.configuration import StudyPlan, Unit
-from healpass.study.records import Store
-from healpass.study.results import StudyResult, evaluate
-from healpass.study.runner import gather, run
+from healpass.study.judge.anatomy import dissect
+from healpass.study.judge.results import StudyResult, evaluate
+from healpass.study.plan.configuration import StudyPlan, Unit
+from healpass.study.report import page, tables
+from healpass.study.run.records import Store
+from healpass.study.run.runner import gather, run
 
 
 @dataclass(frozen=True)

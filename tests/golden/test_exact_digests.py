@@ -20,8 +20,8 @@ import healpass
 from healpass.fingerprint import digest
 from healpass.integrations import smollm2
 from healpass.numerics_version import NUMERICS_VERSION
-from healpass.ops import fp64
-from tests.rewriting import Rewritten
+from healpass.ops.reproducible import fp64
+from tests.support.rewriting import Rewritten
 
 PATH = Path(__file__).with_name("exact_digests.json")
 CASES = {

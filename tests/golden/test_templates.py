@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from healpass.backend import PINNED_SETTINGS
-from tests.attention_cases import AttentionCase, Scoring
-from tests.exact_cases import ExactAttentionCase, ExactCase, ExactGroupsCase, ExactSumsCase
-from tests.fake_cuda import Device, generated_source, kernels
 from tests.sass import Case
+from tests.support.attention_cases import AttentionCase, Scoring
+from tests.support.exact_cases import ExactAttentionCase, ExactCase, ExactGroupsCase, ExactSumsCase
+from tests.support.fake_cuda import Device, generated_source, kernels
 
 FP32, FP16 = torch.float32, torch.float16
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from healpass.lowering import selfcheck
+from healpass.lowering.cuda import selfcheck
 from torch import Tensor
 
 from healpass.bench.products import PRODUCTS

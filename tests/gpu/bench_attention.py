@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from healpass import lowering
-from healpass.ops.scores import Scoring
+from healpass.ops.attention.scoring import Scoring
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
 #: Queries and keys, in order of interest: what the time does not reach comes last.

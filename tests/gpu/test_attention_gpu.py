@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from healpass.lowering import attention, attention_gradients
-from healpass.lowering.tiles import AttentionTile
+from healpass.lowering.cuda import attention, attention_gradients
+from healpass.lowering.cuda.tiles import AttentionTile
 from torch import Tensor
 
 from healpass import lowering
-from healpass.ops.scores import Scoring
-from tests.attending import (
+from healpass.ops.attention.scoring import Scoring
+from tests.support.attention_runs import (
     FAMILIES,
     Problem,
     assert_gradients_within_bound,

@@ -7,20 +7,20 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from healpass.lowering import exact_check, exact_matmul
-from healpass.lowering.exact_tiles import ExactTile
+from healpass.lowering.cuda import exact_matmul, selfcheck_exact
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from torch import Tensor, nn
 
 from healpass import HealConfig
-from tests.fake_cuda import always
-from tests.rewriting import Rewritten
+from tests.support.fake_cuda import always
+from tests.support.rewriting import Rewritten
 
 OPTIONS = {"precision": "exact", "outputs": "fp32"}
 HIDDEN, HEADS, KEY_HEADS, SIZE, INNER, LAYERS, VOCABULARY = 576, 9, 3, 64, 1536, 30, 49152
 
 
-def on_gpu(check: exact_check.Check) -> Tensor:
-    return exact_check.on_gpu(torch.cuda.current_device())(check).cpu()
+def on_gpu(check: selfcheck_exact.Check) -> Tensor:
+    return selfcheck_exact.on_gpu(torch.cuda.current_device())(check).cpu()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -28,12 +28,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def test_every_template_gives_the_bits_of_its_meaning():
-    assert exact_check.examine(on_gpu) == {}
+    assert selfcheck_exact.examine(on_gpu) == {}
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 33, 64, 129, 1000])
 def test_a_row_has_the_same_bits_for_every_number_of_rows(rows):
-    check = exact_check.ExactProduct(("exact_gemm",), torch.bfloat16, 1000, 576, 1536)
+    check = selfcheck_exact.ExactProduct(("exact_gemm",), torch.bfloat16, 1000, 576, 1536)
     a, b = check.operands()
     whole = check(a, b)
     part = torch.compile(check, backend="heal", dynamic=False, options=OPTIONS)
@@ -44,7 +44,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(rows):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("tile", [(64, 64, 64, 8, 3), (128, 32, 64, 8, 3), (128, 64, 128, 8, 2)])
 def test_tiles_and_the_number_format_of_the_tensor_core_leave_bits_alone(tile, half, monkeypatch):
-    check = exact_check.ExactProduct(("exact_gemm",), torch.bfloat16, 300, 304, 1536)
+    check = selfcheck_exact.ExactProduct(("exact_gemm",), torch.bfloat16, 300, 304, 1536)
     monkeypatch.setattr(exact_matmul, "exact_tiles", always([ExactTile(*tile)]))
     monkeypatch.setattr(exact_matmul, "prefers_half", always(half))
     torch._inductor.utils.clear_inductor_caches()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering import matmul, selfcheck
-from healpass.lowering.tiles import Tile
+from healpass.lowering.cuda import matmul, selfcheck
+from healpass.lowering.cuda.tiles import Tile
 from torch import Tensor
 
-from tests.gpu.template_bounds import template_bound
+from tests.support.template_bounds import template_bound
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 #: In and out features: SmolLM2's gate and down projections, Llama-3-8B's output projection.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from tiny_llama import make_llama
+from tests.support.tiny_llama import make_llama
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from exactly import differing
 
 from healpass.integrations.data_parallel import ExactGradients
+from tests.support.bits import differing
 
 heal = torch.ops.heal
 MICRO_BATCHES = 4

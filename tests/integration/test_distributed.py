@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from comparing import U
-from exactly import differing
-from finetuning import in_fp64
-from ranks import (
+
+from tests.support.against_torch import U
+from tests.support.bits import differing
+from tests.support.finetuning import in_fp64
+from tests.support.ranks import (
     ROWS,
     compile_blocks,
     data_parallel,
@@ -16,7 +17,7 @@ from ranks import (
     sum_with_a_nan,
     tensor_parallel,
 )
-from tiny_llama import make_llama
+from tests.support.tiny_llama import make_llama
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loading import load_example
+
+from tests.support.examples import load_example
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from functools import cache
 import pytest
 import torch
 import transformers as hf
-from exactly import differing
-from families import text
 
-from tests import interpreter
-from tests.exact_gpu import Traced
-from tests.fake_cuda import Kernel, kernels
-from tests.ptx import free, ptx
+from tests.support import interpreter
+from tests.support.bits import differing
+from tests.support.exact_gpu import Traced
+from tests.support.fake_cuda import Kernel, kernels
+from tests.support.families import text
+from tests.support.ptx import free, ptx
 
 BF16 = torch.bfloat16
 

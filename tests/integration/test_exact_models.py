@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactly import differing
-from families import DECODER_ONLY, FAMILIES
-from rewriting import Rewritten
 
 import healpass
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import HealCache
+from tests.support.bits import differing
+from tests.support.families import DECODER_ONLY, FAMILIES
+from tests.support.rewriting import Rewritten
 
 BF16 = torch.bfloat16
 OPTIONS = {"precision": "exact", "outputs": "fp32"}
@@ -183,10 +183,10 @@ def test_chunked_prefill_and_decode_give_the_bits_of_one_pass(name):
 DIGEST = """
 import hashlib, sys
 import torch
-sys.path.insert(0, {tests!r})
-from rewriting import Rewritten
+sys.path.insert(0, {root!r})
+from tests.support.rewriting import Rewritten
 import healpass
-from healpass.ops.exact_matmul import fastest_route
+from healpass.ops.products.exact import fastest_route
 model, inputs = torch.load({saved!r}, weights_only=False)
 with torch.no_grad():
     logits = Rewritten(model, healpass.HealConfig(**{options!r}))(**inputs).logits
@@ -206,8 +206,8 @@ def digest(saved: Path, variables: dict[str, str]) -> list[str]:
 
     Model and inputs are read, not made: torch's random numbers differ between capabilities.
     """
-    tests = str(Path(__file__).parents[1])
-    code = DIGEST.format(tests=tests, saved=str(saved), options=OPTIONS)
+    root = str(Path(__file__).parents[2])
+    code = DIGEST.format(root=root, saved=str(saved), options=OPTIONS)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from loading import load_example
+
+from tests.support.examples import load_example
 
 pytestmark = [pytest.mark.model, pytest.mark.deep]
 

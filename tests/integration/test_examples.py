@@ -13,14 +13,14 @@ import warnings
 
 import pytest
 import torch
-from exactly import differing
-from loading import EXAMPLES, load_example
-from ranks import on_ranks, table_rank
 from rich.console import Console
 from torch._dynamo.backends.debugging import aot_eager
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
+from tests.support.bits import differing
+from tests.support.examples import EXAMPLES, load_example
+from tests.support.ranks import on_ranks, table_rank
 
 pytestmark = pytest.mark.model
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODER_ONLY, FAMILIES, Family
-from rewriting import Rewritten
 from torch import nn
 
 import healpass
+from tests.support.families import DECODER_ONLY, FAMILIES, Family
+from tests.support.rewriting import Rewritten
 
 BF16 = torch.bfloat16
 SEEDS = range(8)

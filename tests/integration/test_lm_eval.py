@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from rewriting import Rewritten
-from tiny_llama import make_llama
 
 from healpass import HealConfig
 from healpass.errors import ConfigError
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.rewriting import Rewritten
+from tests.support.tiny_llama import make_llama
 
 pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate

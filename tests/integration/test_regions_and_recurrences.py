@@ -1,7 +1,7 @@
 """Regions, loops, masks made inside, and state-space models, compiled as their users compile them.
 
 Errors are compared with those of FP32: `|heal - exact| <= 2 |fp32 - exact| + 4u |exact|` in the
-maximum norm (`comparing`); 16-bit arithmetic is some thousand times worse.
+maximum norm (`against_torch`); 16-bit arithmetic is some thousand times worse.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from comparing import U
 from torch._higher_order_ops.scan import scan
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from healpass import explain
 from healpass.config import HealConfig
 from healpass.integrations.transformers import heal_model
+from tests.support.against_torch import U
 
 
 def ratio(result, wide, exact):

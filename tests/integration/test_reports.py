@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
-from comparing import U
-from loading import load_example
-from rewriting import Rewritten
 
 from healpass import HealConfig
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
+from tests.support.against_torch import U
+from tests.support.examples import load_example
+from tests.support.rewriting import Rewritten
 
 pytestmark = pytest.mark.model
 NEW_TOKENS = 8
@@ -54,7 +54,7 @@ def observed(loaded):
 def logit_bound(model, tokenizer):
     """How far two runs of heal may differ: each is as near FP64 as twice FP32's own distance.
 
-    `|heal - exact| <= 2 |fp32 - exact| + 4u |exact|` (see `comparing`), once for either run.
+    `|heal - exact| <= 2 |fp32 - exact| + 4u |exact|` (see `against_torch`), once for either run.
     """
     ids = tokenizer(example.PROMPTS[3], return_tensors="pt").input_ids
     wide, exact = (

@@ -9,10 +9,10 @@ import io
 
 import pytest
 import torch
-from loading import load_example
 from rich.console import Console
 
 from healpass.tensorcore import Accumulation, heal_matmul
+from tests.support.examples import load_example
 
 pytestmark = pytest.mark.model
 SIMULATED = ("heal, ideal", "heal, v100", "heal, a100", "heal, h100 and b200")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from loading import load_example
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
+from tests.support.examples import load_example
 
 pytestmark = pytest.mark.model
 

@@ -1,7 +1,8 @@
 """SmolLM2-135M's logits with Q, K and V in each format, teacher-forced, against FP64."""
 
 import pytest
-from loading import load_example
+
+from tests.support.examples import load_example
 
 pytestmark = pytest.mark.model
 

@@ -3,8 +3,9 @@
 import io
 
 import pytest
-from loading import load_example
 from rich.console import Console
+
+from tests.support.examples import load_example
 
 
 @pytest.fixture(scope="module")

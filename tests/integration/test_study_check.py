@@ -8,16 +8,14 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from study_models import make_checkpoint, make_encoder, make_tokenizer, write_tasks
 from typer.testing import CliRunner
 
 from healpass import cli
 from healpass.errors import HealError
 from healpass.integrations.checkpoint import Checkpoint
-from healpass.study import check, presets, runner
-from healpass.study.blame import Session, blame
-from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.contributions import (
+from healpass.study import check
+from healpass.study.judge.blame import Session, blame
+from healpass.study.judge.contributions import (
     ALL,
     KINDS,
     PIECES,
@@ -25,9 +23,13 @@ from healpass.study.contributions import (
     contributions,
     independent,
 )
-from healpass.study.prompts import chat, encode
-from healpass.study.records import Store
-from healpass.study.tasks import Task
+from healpass.study.plan import presets
+from healpass.study.plan.configuration import Configuration, StudyPlan
+from healpass.study.plan.prompts import chat, encode
+from healpass.study.plan.tasks import Task
+from healpass.study.run import runner
+from healpass.study.run.records import Store
+from tests.support.study_models import make_checkpoint, make_encoder, make_tokenizer, write_tasks
 
 QUESTIONS = ["How many?", "Which share of the whole is it?", "What remains after a year?"]
 

@@ -3,11 +3,11 @@
 import pytest
 
 from healpass.integrations.checkpoint import Checkpoint
-from healpass.study import tasks
-from healpass.study.configuration import Configuration, Unit
-from healpass.study.networks import build, strict_dynamo
-from healpass.study.prediction import measured_flip_rate, predict_flip_rate
-from healpass.study.scoring import Text, margins, score
+from healpass.study.judge.flip_rate import measured_flip_rate, predict_flip_rate
+from healpass.study.plan import tasks
+from healpass.study.plan.configuration import Configuration, Unit
+from healpass.study.run.networks import build, strict_dynamo
+from healpass.study.run.score import Text, margins, score
 
 CHECKPOINT = Checkpoint("smollm2-135m")
 

@@ -5,12 +5,12 @@ import json
 import gguf
 import pytest
 import torch
-from study_models import make_checkpoint, make_gguf, write_tasks
 from typer.testing import CliRunner
 
 from healpass import cli
 from healpass.errors import FetchError
 from healpass.integrations.checkpoint import Checkpoint
+from tests.support.study_models import make_checkpoint, make_gguf, write_tasks
 
 
 @pytest.fixture(scope="module")

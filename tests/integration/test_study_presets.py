@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-from study_models import make_checkpoint, write_tasks
 from typer.testing import CliRunner
 
 from healpass import cli
 from healpass.integrations import smollm2
+from tests.support.study_models import make_checkpoint, write_tasks
 
 QUESTIONS = ["How many?", "Which share of the whole is it?"]
 

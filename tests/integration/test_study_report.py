@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from healpass.study import page
-from healpass.study.anatomy import Anatomy
-from healpass.study.blame import Blame, Deviation
-from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.contributions import ALL, KINDS, Contribution
-from healpass.study.records import Answer, Batch, Store
-from healpass.study.results import evaluate
-from healpass.study.scoring import scores_of
-from healpass.study.tasks import Task
+from healpass.study.judge.anatomy import Anatomy
+from healpass.study.judge.blame import Blame, Deviation
+from healpass.study.judge.contributions import ALL, KINDS, Contribution
+from healpass.study.judge.results import evaluate
+from healpass.study.plan.configuration import Configuration, StudyPlan
+from healpass.study.plan.tasks import Task
+from healpass.study.report import page
+from healpass.study.run.records import Answer, Batch, Store
+from healpass.study.run.score import scores_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [

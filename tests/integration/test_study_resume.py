@@ -6,12 +6,13 @@ import signal
 
 import pytest
 from rich.console import Console
-from study_models import make_checkpoint, write_tasks
 
 from healpass.errors import StudyError
 from healpass.integrations.checkpoint import Checkpoint
-from healpass.study import check, runner
-from healpass.study.configuration import Configuration, StudyPlan
+from healpass.study import check
+from healpass.study.plan.configuration import Configuration, StudyPlan
+from healpass.study.run import runner
+from tests.support.study_models import make_checkpoint, write_tasks
 
 ONE = Configuration(precision="bf16")
 TWO = Configuration(precision="bf16", batch_size=2)

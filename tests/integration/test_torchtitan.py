@@ -8,12 +8,12 @@ import copy
 
 import pytest
 import torch
-from comparing import U
-from ranks import ROWS, checkpointed, compile_blocks, gradients, plain_name
-from rewriting import Rewritten
-from tiny_llama import make_llama
 
 from healpass import HealConfig
+from tests.support.against_torch import U
+from tests.support.ranks import ROWS, checkpointed, compile_blocks, gradients, plain_name
+from tests.support.rewriting import Rewritten
+from tests.support.tiny_llama import make_llama
 
 OPTIONS = HealConfig(kv="int24", outputs="fp32")
 

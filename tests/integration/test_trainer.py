@@ -5,8 +5,6 @@ import warnings
 
 import pytest
 import torch
-from rewriting import Rewritten
-from tiny_llama import make_llama
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
@@ -15,6 +13,8 @@ from healpass import HealConfig
 from healpass.errors import ConfigError
 from healpass.integrations.trainer import DYNAMO, HealCallback
 from healpass.integrations.transformers import heal_model
+from tests.support.rewriting import Rewritten
+from tests.support.tiny_llama import make_llama
 
 ROWS = torch.arange(1, 73).reshape(8, 9) % 90 + 1
 

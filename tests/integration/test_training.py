@@ -7,14 +7,14 @@ import copy
 
 import pytest
 import torch
-from comparing import U
-from exactly import differing
-from finetuning import in_fp64, micro_batches, model_and_tokens, train
-from rewriting import Rewritten
-from tiny_llama import make_llama
 
 from healpass import HealConfig
 from healpass.integrations.transformers import register
+from tests.support.against_torch import U
+from tests.support.bits import differing
+from tests.support.finetuning import in_fp64, micro_batches, model_and_tokens, train
+from tests.support.rewriting import Rewritten
+from tests.support.tiny_llama import make_llama
 
 pytestmark = pytest.mark.model
 

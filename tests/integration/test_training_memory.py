@@ -6,12 +6,12 @@ and its partitioner, which decides what is saved and what is computed again, as 
 
 import pytest
 import torch
-from tiny_llama import make_llama
 from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
 from healpass import HealConfig
 from healpass.graph.pipeline import rewrite
 from healpass.integrations.transformers import register
+from tests.support.tiny_llama import make_llama
 
 #: Long rows of a wide model, so that activations are more than what is counted once per row.
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 300}

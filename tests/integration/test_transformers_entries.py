@@ -12,13 +12,13 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
-from entering import interpreted
 from torch import nn
 
 import healpass.integrations.transformers as integration
 from healpass.errors import ConfigError
 from healpass.integrations.entries import is_entry, methods_of
 from healpass.integrations.transformers import entries, heal_model, unheal_model
+from tests.support.entering import interpreted
 
 TEXT = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,

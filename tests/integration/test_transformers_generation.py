@@ -9,12 +9,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from entering import interpreted
-from tiny_llama import make_llama
 
 import healpass.integrations.border as border
 from healpass.errors import CacheError, ConfigError
 from healpass.integrations.transformers import HealCache, entries, heal_model, unheal_model
+from tests.support.entering import interpreted
+from tests.support.tiny_llama import make_llama
 
 IDS = torch.tensor([[1, 2, 3, 1, 2, 3]])
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

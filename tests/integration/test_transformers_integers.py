@@ -7,7 +7,6 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from loading import load_example
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -16,6 +15,7 @@ import healpass.ops  # noqa: F401
 from healpass.errors import CacheError, ConfigError
 from healpass.integrations.attention import attention_forward
 from healpass.integrations.transformers import HealCache, register
+from tests.support.examples import load_example
 
 register()
 heal = torch.ops.heal

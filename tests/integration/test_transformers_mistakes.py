@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from entering import interpreted
-from tiny_llama import make_llama
 
 import healpass
 from healpass import uncompiled, watch
 from healpass.errors import CacheError, StrictError
 from healpass.integrations.transformers import HealCache, heal_model
+from tests.support.entering import interpreted
+from tests.support.tiny_llama import make_llama
 
 IDS = torch.tensor([[5, 6, 7]])
 

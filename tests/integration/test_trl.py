@@ -4,15 +4,15 @@ import warnings
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from rewriting import Rewritten
-from tiny_llama import make_llama
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from healpass import HealConfig
 from healpass.errors import StrictError
 from healpass.integrations.trainer import HealCallback
+from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.rewriting import Rewritten
+from tests.support.tiny_llama import make_llama
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

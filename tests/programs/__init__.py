@@ -1,11 +1,12 @@
 """The page of small programs: 1 to 8 lines of PyTorch each, as people write it.
 
-`page()` lists them; `tests/judging.py` runs one and derives what its results may be off by.
+`page()` lists them; `tests/support/judging.py` runs one and derives what its results may be off
+by.
 """
 
 from __future__ import annotations
 
-from programs import (
+from tests.programs import (
     arithmetic,
     attention,
     containers,
@@ -15,7 +16,7 @@ from programs import (
     sequence,
     training,
 )
-from programs.record import Draw, Program
+from tests.programs.record import Draw, Program
 
 __all__ = ["Draw", "Program", "page"]
 

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from programs.record import program
+from tests.programs.record import program
 
 ONE_ROUNDING = "one product, rounded once"
 FUSED = "integers and choices only"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from programs.record import program
+from tests.programs.record import program
 
 sdpa = F.scaled_dot_product_attention
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from programs.record import program
+from tests.programs.record import program
 
 
 class Pair(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from programs.record import program
+from tests.programs.record import program
 
 MOVES = "moves data"
 TIES = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 0.0]])

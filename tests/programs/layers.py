@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from programs.record import program
+from tests.programs.record import program
 
 
 @program(lambda r: (r(2, 4, 9), r.module(nn.Conv1d, 4, 6, 3, padding=1)))

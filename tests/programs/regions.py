@@ -10,7 +10,7 @@ from torch import nn
 from torch._higher_order_ops import associative_scan, scan, while_loop
 from torch._higher_order_ops.map import map as torch_map
 
-from programs.record import program
+from tests.programs.record import program
 
 LOOP = "a loop hands on what it takes in, in the dtypes it was traced with"
 

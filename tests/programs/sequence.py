@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from programs.record import program
+from tests.programs.record import program
 
 UNCOMPILED = "torch does not compile nn.RNN, nn.GRU and nn.LSTM: they run as torch has them"
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from programs.layers import Mlp
-from programs.record import program
+from tests.programs.layers import Mlp
+from tests.programs.record import program
 
 TRANSFORM = "inside a transform of torch.func graphs run at the dtypes they were traced with"
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
-from strategies import DTYPES, Data, data, fill
 
 from healpass.arithmetic.bits import rounded
 from healpass.arithmetic.digits import digit_limit, integer_digits, join_digits, split_digits
 from healpass.arithmetic.formats import BF16, FP16
 from healpass.arithmetic.int16 import INT16, INT24, dequantize, quantize, round_trip
 from healpass.arithmetic.pieces import pack_fp16, reassemble, row_scale, split_bf16, split_fp16
+from tests.support.profiles import examples
+from tests.support.strategies import DTYPES, Data, data, fill
 
 LOST = 2.0**-40 * (1 + 2.0**-11)
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 65504.0, 65519.9, 65520.0, 3.4028235e38, -3.4028235e38]

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
-from strategies import GENERATIONS
 
 from healpass.arithmetic.attention_bounds import (
     AttentionShape,
@@ -18,6 +16,8 @@ from healpass.arithmetic.attention_bounds import (
 )
 from healpass.arithmetic.int16 import INT16, INT24, IntegerFormat, dequantize, quantize
 from healpass.tensorcore import heal_attention
+from tests.support.profiles import examples
+from tests.support.strategies import GENERATIONS
 
 INTEGERS = {"int8": IntegerFormat("int8", torch.int8, 1), "int16": INT16, "int24": INT24}
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import event, given
 from hypothesis import strategies as st
-from sampling import examples
 
 from healpass.arithmetic.pieces import split_fp16
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
+from tests.support.profiles import examples
 
 D = 48
 HEADS = 6

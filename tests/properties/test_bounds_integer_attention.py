@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rewriting import worst_ratio
-from strategies import GENERATIONS, data, fill
 
 import healpass.ops  # noqa: F401
 from healpass.arithmetic.attention_bounds import (
@@ -22,8 +20,10 @@ from healpass.arithmetic.attention_bounds import (
     score_bound,
 )
 from healpass.arithmetic.attention_gradients import AttentionValues, gradient_bounds
-from healpass.ops.quantize import FORMATS, integers
-from healpass.ops.scores import dropout_words
+from healpass.ops.attention.quantize import FORMATS, integers
+from healpass.ops.attention.scoring import dropout_words
+from tests.support.rewriting import worst_ratio
+from tests.support.strategies import GENERATIONS, data, fill
 
 heal = torch.ops.heal
 

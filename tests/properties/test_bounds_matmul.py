@@ -8,13 +8,13 @@ test: break the arithmetic on purpose and the same check must fail.
 import pytest
 import torch
 from hypothesis import assume, given
-from sampling import examples
-from strategies import GENERATIONS, Data, Product, fill, products
 from torch import Tensor
 
 from healpass.arithmetic.bounds import Bound, matmul_bound, matmul_magnitudes
 from healpass.arithmetic.pieces import pack_fp16, split_fp16
 from healpass.tensorcore import Accumulation, heal_matmul, simulate_matmul
+from tests.support.profiles import examples
+from tests.support.strategies import GENERATIONS, Data, Product, fill, products
 
 FP32_MAX = torch.finfo(torch.float32).max
 

@@ -12,7 +12,7 @@ import re
 import healpass.lowering as lowering
 import pytest
 import torch
-from healpass.lowering.cpu_attention import BLOCK_N
+from healpass.lowering.cpu.attention import BLOCK_N
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bounds_integer_attention import (
@@ -22,7 +22,7 @@ from test_bounds_integer_attention import (
 )
 from torch._inductor.utils import run_and_get_code
 
-from healpass.ops.scores import Scoring
+from healpass.ops.attention.scoring import Scoring
 
 #: kv, mask, window, softcap, sinks, dropout_p: together, every branch of the kernel.
 KINDS = (

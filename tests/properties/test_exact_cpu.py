@@ -8,18 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from exactly import any_floats, compiled, differing
-from healpass.lowering import exact_cpu
+from healpass.lowering.cpu import exact
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
-from strategies import DTYPES, data, fill
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
-from healpass.ops.exact_attention import FORMATS, P_BITS
-from healpass.ops.exact_matmul import SCHEMES
+from healpass.ops.attention.exact import FORMATS, P_BITS
+from healpass.ops.products.exact import SCHEMES
+from tests.support.bits import any_floats, compiled, differing
+from tests.support.profiles import examples
+from tests.support.strategies import DTYPES, data, fill
 
 heal = torch.ops.heal
 NUMERICS = [f"exact{products}" for products in SCHEMES]
@@ -30,10 +30,10 @@ def test_budgets():
     """The largest totals stay below 2^53, with every digit at its extreme."""
     for plan in SCHEMES.values():
         per_term = sum(DIGIT_MAX**2 * 256 ** (i + j - plan.cut) for i, j in plan.pairs)
-        assert exact_cpu.MOST_TERMS * per_term < 2**53
+        assert exact.MOST_TERMS * per_term < 2**53
     for fmt in FORMATS.values():
         largest = max(x for x in (fmt.limit, 1 << 15) if x <= 1 << 15)
-        assert exact_cpu._largest_part(fmt) >= min(fmt.limit, (fmt.limit + 128) >> 8)
+        assert exact._largest_part(fmt) >= min(fmt.limit, (fmt.limit + 128) >> 8)
         assert largest << P_BITS < 2**53
 
 
@@ -51,7 +51,7 @@ def test_budgets():
 def test_products_have_the_bits_of_the_meaning(m, k, n, left, right, how, numerics, seed):
     a = fill((m, k), how[0], DTYPES[left], seed, 1)
     b = fill((k, n), how[1], DTYPES[right], seed + 1, 0)
-    assert differing(exact_cpu.mm(a, b, numerics), heal.mm(a, b, numerics)) == 0
+    assert differing(exact.mm(a, b, numerics), heal.mm(a, b, numerics)) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -63,7 +63,7 @@ def test_numbers_of_every_kind(rows):
     finite = a.isfinite() & (a.abs() < 1e30)
     for left in (a, torch.where(finite, a, 1.0)):
         for right in (b, torch.where(b.isfinite(), b, 1.0)):
-            found = exact_cpu.mm(left, right.t(), "exact6")
+            found = exact.mm(left, right.t(), "exact6")
             assert differing(found, heal.mm(left, right.t(), "exact6")) == 0
 
 
@@ -71,12 +71,12 @@ def test_numbers_of_every_kind(rows):
     ("m", "k", "n"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (2, 4, 1), (2, 1, 4), (2, 20000, 2)]
 )
 def test_what_does_not_fit_keeps_its_meaning(m, k, n):
-    assert exact_cpu.mm(torch.ones(m, k), torch.ones(k, n), "exact5") is NotImplemented
+    assert exact.mm(torch.ones(m, k), torch.ones(k, n), "exact5") is NotImplemented
 
 
 @pytest.mark.parametrize("numerics", ["heal", "layercast", "exact5:a100", "exact5::2"])
 def test_other_arithmetic_keeps_its_meaning(numerics):
-    assert exact_cpu.mm(torch.ones(2, 4), torch.ones(4, 3), numerics) is NotImplemented
+    assert exact.mm(torch.ones(2, 4), torch.ones(4, 3), numerics) is NotImplemented
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -101,9 +101,9 @@ def test_a_wrong_digit_is_noticed(monkeypatch):
     torch.manual_seed(0)
     a, b = torch.randn(3, 200), torch.randn(200, 7).to(BF16)
     truth = heal.mm(a, b, "exact5")
-    every = {5: exact_cpu.Scheme(3, 2, 0)}
-    monkeypatch.setattr(exact_cpu, "scheme", lambda products, _: every[products])
-    assert differing(exact_cpu.mm(a, b, "exact5"), truth) > 0
+    every = {5: exact.Scheme(3, 2, 0)}
+    monkeypatch.setattr(exact, "scheme", lambda products, _: every[products])
+    assert differing(exact.mm(a, b, "exact5"), truth) > 0
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -142,7 +142,7 @@ def test_attention_has_the_bits_of_the_meaning(
     elif mask == "float":
         given_mask = torch.randn(length, keys, generator=generator)
     arguments = (q, k, v, given_mask, mask == "causal", size**-0.5, kv, "exact5")
-    assert differing(exact_cpu.attend(*arguments), heal.exact_attend(*arguments)) == 0
+    assert differing(exact.attend(*arguments), heal.exact_attend(*arguments)) == 0
 
 
 def mask_of(kind: str, length: int, keys: int) -> Tensor | None:
@@ -175,33 +175,33 @@ def test_blocks_of_causal_rows_have_the_bits_of_the_whole(
     if special is not None:
         k[0, 0, -1, 0] = v[1, 1, -1, 0] = special  # the last key is seen by the last rows only
     arguments = (q, k, v, mask_of(mask, length, keys), True, 0.3, kv, "exact5")
-    with mock.patch.multiple(exact_cpu, FEWEST_ROWS=fewest, MOST_BLOCKS=most):
-        parts = exact_cpu._visible_parts(length, keys, is_causal=True)
+    with mock.patch.multiple(exact, FEWEST_ROWS=fewest, MOST_BLOCKS=most):
+        parts = exact._visible_parts(length, keys, is_causal=True)
         assert len(parts) <= most
         assert sum(rows.stop - rows.start for rows, _ in parts) == length
-        found = exact_cpu.attend(*arguments)
+        found = exact.attend(*arguments)
     assert differing(found, heal.exact_attend(*arguments)) == 0
 
 
 def test_a_block_that_misses_a_key_shows(monkeypatch):
     """The inverse."""
     arguments = (*states(1, 2, 1, 130, 130, 16, 16), None, True, 0.25, "int16", "exact5")
-    parts = exact_cpu._visible_parts
+    parts = exact._visible_parts
 
     def without_the_last(*sizes):
         return [(rows, slice(0, columns.stop - 1)) for rows, columns in parts(*sizes)]
 
     wanted = heal.exact_attend(*arguments)
-    assert differing(exact_cpu.attend(*arguments), wanted) == 0
-    monkeypatch.setattr(exact_cpu, "_visible_parts", without_the_last)
-    assert differing(exact_cpu.attend(*arguments), wanted) > 0
+    assert differing(exact.attend(*arguments), wanted) == 0
+    monkeypatch.setattr(exact, "_visible_parts", without_the_last)
+    assert differing(exact.attend(*arguments), wanted) > 0
 
 
 def test_attention_past_a_budget_keeps_its_meaning():
     q, k, v = states(1, 1, 1, 1, 2, 200, 2)
-    assert exact_cpu.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
-    assert exact_cpu.attend(q, k, v, None, False, 1.0, "int16", "exact5") is not NotImplemented
-    assert exact_cpu.attend(q, k[:, :, :0], v[:, :, :0], None, False, 1.0, "int16", "exact5") is (
+    assert exact.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
+    assert exact.attend(q, k, v, None, False, 1.0, "int16", "exact5") is not NotImplemented
+    assert exact.attend(q, k[:, :, :0], v[:, :, :0], None, False, 1.0, "int16", "exact5") is (
         NotImplemented
     )
 

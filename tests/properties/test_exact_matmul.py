@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactly import compiled, differing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, GENERATIONS, data, fill
 
 import healpass.ops  # noqa: F401
 from healpass.arithmetic.digits import DIGIT_MAX, INT32_ACCUMULATOR
-from healpass.ops import exact_matmul as em
-from healpass.ops.exact_matmul import SCHEMES, Adders, error_bound, exact_matmul, int8_mm
-from healpass.ops.numerics import Numerics
+from healpass.ops.products import exact as em
+from healpass.ops.products.exact import SCHEMES, Adders, error_bound, exact_matmul, int8_mm
+from healpass.ops.products.numerics import Numerics
+from tests.support.bits import compiled, differing
+from tests.support.strategies import DTYPES, GENERATIONS, data, fill
 
 heal = torch.ops.heal
 NUMERICS = [f"exact{products}" for products in SCHEMES]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactly import any_floats, differing, ordinary
 
 import healpass.ops  # noqa: F401
 from healpass.backend import PINNED_SETTINGS
-from tests import interpreter
-from tests.fake_cuda import generated_source, kernels
-from tests.ptx import free, ptx
+from tests.support import interpreter
+from tests.support.bits import any_floats, differing, ordinary
+from tests.support.fake_cuda import generated_source, kernels
+from tests.support.ptx import free, ptx
 
 heal = torch.ops.heal
 POINTWISE = ("exp", "log1p", "sin", "gelu", "tanh", "rsqrt")

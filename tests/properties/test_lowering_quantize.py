@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.attending import random, run
+from tests.support.attention_runs import random, run
 
 
 @pytest.mark.parametrize("kv", ["int16", "int24"])

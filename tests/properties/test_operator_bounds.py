@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from rewriting import worst_ratio
-from sampling import examples
-from strategies import DTYPES, Data, data, fill
 from torch import Tensor
 
 import healpass.ops  # noqa: F401
+from tests.support.profiles import examples
+from tests.support.rewriting import worst_ratio
+from tests.support.strategies import DTYPES, Data, data, fill
 
 heal = torch.ops.heal
 U = 2.0**-24

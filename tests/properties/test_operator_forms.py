@@ -1,21 +1,22 @@
 """Every operator that torch lists, in every form, through all passes: nothing raises or is wrong.
 
 `operator_programs` makes the graphs. Operands are 16-bit where an operator knows such, so that the
-graph is promoted. What is compared is what `comparing` derives: the rewritten graph and torch in
-FP32 are two FP32 evaluations of one operator on the same numbers. `exact` rounds in its own way,
-and gets one rounding to BF16 more. What the report lists as running as traced has BF16's error.
+graph is promoted. What is compared is what `against_torch` derives: the rewritten graph and torch
+in FP32 are two FP32 evaluations of one operator on the same numbers. `exact` rounds in its own
+way, and gets one rounding to BF16 more. What the report lists as running as traced has BF16's
+error.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from comparing import U
-from operator_programs import Program, UntraceableError, programs
 from torch.testing._internal.common_methods_invocations import op_db
 
 from healpass.config import HealConfig
-from healpass.graph.exact_rules import TIES
+from healpass.graph.passes.exact_rules import TIES
+from tests.support.against_torch import U
+from tests.support.operator_programs import Program, UntraceableError, programs
 
 #: Operators per test: one failure names its program, and pytest-xdist can share the rest.
 STRIDE = 64
@@ -101,7 +102,7 @@ def test_every_operator_in_every_form(first):
 
 def test_a_wrong_rewrite_is_caught(monkeypatch):
     """The inverse: a rule that forgets a factor."""
-    from healpass.graph import matmul
+    from healpass.graph.passes import matmul
 
     info = next(info for info in op_db if info.name == "addmm")
     program = next(programs(info, 1))

@@ -16,7 +16,11 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import (
+
+from healpass.config import HealConfig
+from healpass.errors import GraphCheckError
+from tests.programs import Program, page
+from tests.support.compiling import (
     DTYPES,
     PRECISIONS,
     Setting,
@@ -27,12 +31,8 @@ from compiling import (
     runs_without_heal,
     settings,
 )
-from evaluating import evaluate, in_dtype
-from judging import Judge, ideally
-from programs import Program, page
-
-from healpass.config import HealConfig
-from healpass.errors import GraphCheckError
+from tests.support.evaluating import evaluate, in_dtype
+from tests.support.judging import Judge, ideally
 
 PAGE = page()
 NAMES = [program.name for program in PAGE]
@@ -194,15 +194,15 @@ BF16_GRAD = Setting(torch.bfloat16, False, True, "heal", "traced")
 DYNAMIC = Setting(torch.bfloat16, True, True, "heal", "traced")
 MENDED = {  # what was found by this page: program, setting, what to put back, how it shows
     "gradients of one operand added in 16 bits": (
-        *("pad_modes", BF16_GRAD, "healpass.graph.classes.trained", False),
+        *("pad_modes", BF16_GRAD, "healpass.graph.node_classes.trained", False),
         "times its bound",
     ),
     "a copy handed out in place of a view": (
-        *("returns_views", BF16_GRAD, "healpass.graph.promote.is_handed_out", False),
+        *("returns_views", BF16_GRAD, "healpass.graph.passes.promote.is_handed_out", False),
         "alias",
     ),
     "statistics of a batch norm lost": (
-        *("batch_norm_train", BF16_GRAD, "healpass.graph.classes.running_statistics", []),
+        *("batch_norm_train", BF16_GRAD, "healpass.graph.node_classes.running_statistics", []),
         "times its bound",
     ),
     "one size written in two ways": (

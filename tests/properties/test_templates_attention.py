@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from healpass.lowering import attention, attention_gradients
-from healpass.lowering.tiles import AttentionTile
+from healpass.lowering.cuda import attention, attention_gradients
+from healpass.lowering.cuda.tiles import AttentionTile
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,9 +23,11 @@ from healpass.arithmetic.attention_bounds import (
     attention_bound,
     attention_magnitudes,
 )
-from healpass.ops.scores import Scoring
-from tests import interpreter
-from tests.attending import (
+from healpass.ops.attention.scoring import Scoring
+from tests.support import interpreter
+from tests.support.attention_bounds import Digits
+from tests.support.attention_cases import PLANES
+from tests.support.attention_runs import (
     FAMILIES,
     Change,
     Problem,
@@ -39,9 +41,7 @@ from tests.attending import (
     random,
     without_products_of,
 )
-from tests.attention_cases import PLANES
-from tests.fake_cuda import always, generated_source
-from tests.gpu.attention_bounds import Digits
+from tests.support.fake_cuda import always, generated_source
 
 FORMATS = ("int16", "int24", "fp32")
 lengths = st.one_of(st.integers(1, 12), st.sampled_from([31, 33, 65]))

@@ -17,8 +17,8 @@ from healpass.arithmetic.attention_bounds import (
     attention_bound,
     attention_magnitudes,
 )
-from healpass.ops.scores import Scoring
-from tests.attending import Change, mask_of, random, run, without_products_of
+from healpass.ops.attention.scoring import Scoring
+from tests.support.attention_runs import Change, mask_of, random, run, without_products_of
 
 
 @dataclass(frozen=True)

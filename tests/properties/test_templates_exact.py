@@ -10,22 +10,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from exactly import any_floats, differing
-from healpass.lowering import exact_matmul
-from healpass.lowering.exact_tiles import ExactTile
+from healpass.lowering.cuda import exact_matmul
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import data, fill
 from torch import Tensor
 
 from healpass.arithmetic.digits import DIGIT_MAX, FP32_ACCUMULATOR, INT32_ACCUMULATOR
 from healpass.backend import PINNED_SETTINGS
-from healpass.ops.exact_matmul import SCHEMES
-from healpass.ops.exact_matmul import exact_matmul as meaning
-from healpass.ops.numerics import Numerics
-from tests import interpreter
-from tests.exact_gpu import laid, multiply, run, source
-from tests.fake_cuda import always, generated_source
+from healpass.ops.products.exact import SCHEMES
+from healpass.ops.products.exact import exact_matmul as meaning
+from healpass.ops.products.numerics import Numerics
+from tests.support import interpreter
+from tests.support.bits import any_floats, differing
+from tests.support.exact_gpu import laid, multiply, run, source
+from tests.support.fake_cuda import always, generated_source
+from tests.support.strategies import data, fill
 
 heal = torch.ops.heal
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

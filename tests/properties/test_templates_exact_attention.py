@@ -10,15 +10,15 @@ import math
 
 import pytest
 import torch
-from exactly import differing
-from healpass.lowering import exact_attention
-from healpass.lowering.tiles import AttentionTile
+from healpass.lowering.cuda import exact_attention
+from healpass.lowering.cuda.tiles import AttentionTile
 from torch import Tensor
 
-from healpass.ops.exact_attention import planes
-from healpass.ops.exact_attention_parts import attention_in_parts
-from tests.exact_gpu import Scored, run, source
-from tests.fake_cuda import always
+from healpass.ops.attention.exact import planes
+from healpass.ops.attention.exact_chunks import attention_in_parts
+from tests.support.bits import differing
+from tests.support.exact_gpu import Scored, run, source
+from tests.support.fake_cuda import always
 
 heal = torch.ops.heal
 

@@ -10,17 +10,17 @@ import math
 
 import pytest
 import torch
-from exactly import differing
-from healpass.lowering import exact_matmul
-from healpass.lowering.exact_tiles import ExactTile
+from healpass.lowering.cuda import exact_matmul
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.arithmetic.digits import BASE_BITS
-from tests import interpreter
-from tests.exact_gpu import Attended, run, source
-from tests.fake_cuda import always
+from tests.support import interpreter
+from tests.support.bits import differing
+from tests.support.exact_gpu import Attended, run, source
+from tests.support.fake_cuda import always
 
 heal = torch.ops.heal
 

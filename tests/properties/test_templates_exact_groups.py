@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactly import differing
-from healpass.lowering import exact_matmul
+from healpass.lowering.cuda import exact_matmul
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import data, fill
 from torch import Tensor
 
 from healpass.backend import PINNED_SETTINGS
-from healpass.ops.digit_products import groups_by_digits
-from tests import interpreter
-from tests.exact_gpu import laid, run, source
-from tests.fake_cuda import always, generated_source
+from healpass.ops.products.digits import groups_by_digits
+from tests.support import interpreter
+from tests.support.bits import differing
+from tests.support.exact_gpu import laid, run, source
+from tests.support.fake_cuda import always, generated_source
+from tests.support.strategies import data, fill
 
 heal = torch.ops.heal
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering import matmul, operands
-from healpass.lowering.tiles import Tile
+from healpass.lowering.cuda import matmul, operands
+from healpass.lowering.cuda.tiles import Tile
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.arithmetic.pieces import split_fp16
-from tests import interpreter
-from tests.fake_cuda import always, generated_source
-from tests.gpu.template_bounds import template_bound
-from tests.multiplying import (
+from tests.support import interpreter
+from tests.support.fake_cuda import always, generated_source
+from tests.support.matmul_runs import (
     DTYPES,
     LARGEST,
     Layout,
@@ -29,6 +28,7 @@ from tests.multiplying import (
     sides,
     values,
 )
+from tests.support.template_bounds import template_bound
 
 
 @given(shapes(), sides, sides, st.sampled_from(["heal", "heal", "layercast"]), capabilities)

@@ -50,8 +50,29 @@ BELOW = {
     "bench": {"errors", "environment", "integrations"} | PUBLIC,
     "backend": {"errors", "config", "cache_key", "graph", "lowering", "report", "watch"},
     "registered": {"backend", "watch"},
-    "doors": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend", "watch"},
+    "api": {"errors", "config", "cache_key", "graph", "lowering", "report", "backend", "watch"},
 }
+#: folder -> wing -> the wings beside it that it may import. What lies in the folder itself, beside
+#: its wings, is the wing "". Where a wing stands alone its modules import each other only.
+WINGS = {
+    "healpass/ops": {
+        "": set(),
+        "reproducible": {""},
+        "products": {"", "reproducible"},
+        "attention": {"", "reproducible", "products"},
+    },
+    "healpass/graph": {"": set(), "passes": {""}},
+    "healpass/study": {
+        "": {"plan", "run", "judge", "report"},
+        "plan": set(),
+        "run": {"plan"},
+        "judge": {"plan", "run"},
+        "report": {"plan", "run", "judge"},
+    },
+    "lowering": {"": set(), "cpu": {""}, "cuda": {""}},
+}
+#: Modules that bring their folder's wings together: the registry of each, and of the passes.
+GATHERS = {"healpass/ops/__init__.py", "lowering/__init__.py", "healpass/graph/pipeline.py"}
 #: Those on top may import anything.
 TOP = {"__init__", "cli"}
 #: What takes seconds to import, so that `import healpass` must not.
@@ -90,6 +111,51 @@ def breaks_of_the_arrows(name: str, module: ast.AST) -> set[str]:
 def test_a_module_imports_only_what_lies_below_it(path):
     assert layer(path) in BELOW | dict.fromkeys(TOP), "a new layer: give it its place in BELOW"
     assert not breaks_of_the_arrows(layer(path), tree(path))
+
+
+def wing_of(folder: str, parts: tuple[str, ...]) -> str:
+    return parts[0] if parts and parts[0] in WINGS[folder] else ""
+
+
+def breaks_between_wings(folder: str, wing: str, module: ast.AST) -> set[str]:
+    """The wings of a folder that a module of one of them imports and should not."""
+    prefix = f"healpass.{folder.removeprefix('healpass/')}.".replace("/", ".")
+    inside = {i.removeprefix(prefix) for i in imports(module) if i.startswith(prefix)}
+    named = {wing_of(folder, tuple(i.split("."))) for i in inside}
+    return named - WINGS[folder][wing] - {wing}
+
+
+IN_WINGS = [
+    (folder, path)
+    for folder in WINGS
+    for path in SOURCES
+    if path.is_relative_to(ROOT / folder) and str(path.relative_to(ROOT)) not in GATHERS
+]
+
+
+@pytest.mark.parametrize(
+    ("folder", "path"), IN_WINGS, ids=lambda p: str(p.relative_to(ROOT)) if p in SOURCES else ""
+)
+def test_a_wing_imports_only_what_lies_below_it(folder, path):
+    wing = wing_of(folder, path.relative_to(ROOT / folder).parts)
+    assert not breaks_between_wings(folder, wing, tree(path))
+
+
+def test_every_folder_is_a_wing():
+    for folder, wings in WINGS.items():
+        found = {p.parent.name for p in (ROOT / folder).glob("*/__init__.py")}
+        assert found == set(wings) - {""}
+
+
+def test_a_wrong_arrow_between_wings_is_found():
+    upward = ast.parse("from healpass.ops.attention import sdpa")
+    assert breaks_between_wings("healpass/ops", "products", upward) == {"attention"}
+    across = ast.parse("from healpass.lowering.cuda.tiles import Tile")
+    assert breaks_between_wings("lowering", "cpu", across) == {"cuda"}
+    into_passes = ast.parse("from healpass.graph.passes.exact import make_exact")
+    assert breaks_between_wings("healpass/graph", "", into_passes) == {"passes"}
+    to_judge = ast.parse("from healpass.study.judge import metrics")
+    assert breaks_between_wings("healpass/study", "run", to_judge) == {"judge"}
 
 
 def test_a_wrong_arrow_is_found():

@@ -10,8 +10,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import random
-from rewriting import Rewritten
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -20,6 +18,8 @@ from healpass import HealConfig
 from healpass.backend import inductor_patches
 from healpass.cache_key import CacheKey, source_hash
 from healpass.graph.pipeline import PASSES
+from tests.support.against_torch import random
+from tests.support.rewriting import Rewritten
 
 U = 2.0**-24
 BF16 = torch.bfloat16

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import integers, same_bits
-from rewriting import Rewritten
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 
@@ -15,6 +13,8 @@ from healpass.backend import check_torch
 from healpass.errors import ConfigError, StrictError, UnavailableError, UnsupportedTorchError
 from healpass.graph.context import device_reason
 from healpass.graph.pipeline import rewrite
+from tests.support.against_torch import integers, same_bits
+from tests.support.rewriting import Rewritten
 
 BF16 = torch.bfloat16
 X, W = integers(4, 4), integers(4, 4, seed=1)

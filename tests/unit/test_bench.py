@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_llama import SIZES, make_llama
 from torch._dynamo.testing import CompileCounter
 
 from healpass.bench import page, table, targets, workloads
@@ -23,6 +22,7 @@ from healpass.bench.worker import Memory, Order, Worker
 from healpass.bench.workloads import Workload
 from healpass.environment import collect
 from healpass.errors import BenchError, ConfigError
+from tests.support.tiny_llama import SIZES, make_llama
 
 SOURCE = ShapesSource("smollm2-135m")
 DECODE = Workload("decode", 1)

@@ -22,8 +22,8 @@ from healpass.bench.source import ShapesSource
 from healpass.bench.subject import Subject
 from healpass.bench.workloads import Workload
 from healpass.errors import ConfigError
-from tests import interpreter
-from tests.fake_cuda import Device, fake_cuda
+from tests.support import interpreter
+from tests.support.fake_cuda import Device, fake_cuda
 
 #: Unit roundoff of FP32 and of BF16.
 U, U16 = 2.0**-24, 2.0**-8

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import Rewritten
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
 
 import healpass
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name
+from tests.support.rewriting import Rewritten
 
 heal = torch.ops.heal
 BF16 = torch.bfloat16

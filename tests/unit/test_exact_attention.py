@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from exactly import differing
 
 import healpass.ops  # noqa: F401
 from healpass.arithmetic.int16 import round_trip
-from healpass.ops import exact_attention as ea
+from healpass.ops.attention import exact as ea
+from tests.support.bits import differing
 
 heal = torch.ops.heal
 GENERATIONS = ("v100", "a100", "h100", "b200")

@@ -9,7 +9,12 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from exactly import (
+
+import healpass.ops  # noqa: F401
+from healpass.arithmetic import approximations
+from healpass.ops.reproducible import fp64, fp64_coefficients
+from healpass.ops.reproducible.elementary import FUNCTIONS
+from tests.support.bits import (
     SPECIAL,
     any_floats,
     assert_rounded_once,
@@ -18,11 +23,6 @@ from exactly import (
     ordinary,
     ulp,
 )
-
-import healpass.ops  # noqa: F401
-from healpass.arithmetic import approximations
-from healpass.ops import coefficients, fp64
-from healpass.ops.elementary import FUNCTIONS
 
 heal = torch.ops.heal
 #: torch's FP64 functions, a few FP64 ulp off at most, and mpmath's, which check those.
@@ -61,7 +61,7 @@ REFERENCES = {
     "rsqrt": (torch.rsqrt, lambda x: 1 / mpmath.sqrt(x)),
     "reciprocal": (torch.reciprocal, lambda x: 1 / mpmath.mpf(x)),
 }
-#: The relative error before the rounding to FP32, which `ops.fp64` derives.
+#: The relative error before the rounding to FP32, which `reproducible.fp64` derives.
 ERRORS = dict.fromkeys(FUNCTIONS, fp64.ERROR) | dict.fromkeys(("sin", "cos"), fp64.SINE_ERROR)
 #: Bound on the error in ulp, after it.
 BOUNDS = {name: fp64.places(error) for name, error in ERRORS.items()}
@@ -85,7 +85,7 @@ def sample(count: int) -> torch.Tensor:
 
 
 def test_the_coefficients_are_those_that_the_generator_makes():
-    assert Path(coefficients.__file__).read_text() == approximations.module()
+    assert Path(fp64_coefficients.__file__).read_text() == approximations.module()
 
 
 @pytest.mark.parametrize("fit", approximations.APPROXIMATIONS, ids=lambda fit: fit.name)

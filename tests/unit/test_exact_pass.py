@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import flat
-from exactly import differing
-from rewriting import Rewritten, to
 from torch._dynamo.exc import BackendCompilerFailed
 
 from healpass.backend import inductor_patches
 from healpass.config import HealConfig
 from healpass.errors import ConfigError
 from healpass.graph.nodes import heal_name, op_name, value
-from healpass.ops import fp64
+from healpass.ops.reproducible import fp64
+from tests.support.against_torch import flat
+from tests.support.bits import differing
+from tests.support.rewriting import Rewritten, to
 
 CONFIG = HealConfig(precision="exact", outputs="fp32")
 INF, NAN = float("inf"), float("nan")

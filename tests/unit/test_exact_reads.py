@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactly import differing
-from rewriting import Rewritten
 
 from healpass.config import HealConfig
+from tests.support.bits import differing
+from tests.support.rewriting import Rewritten
 
 CONFIG = HealConfig(precision="exact", outputs="fp32")
 #: The same rewriting without the pass `exact`.

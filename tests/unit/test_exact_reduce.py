@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import flat
-from exactly import assert_rounded_once, compiled, differing, ordinary
 from hypothesis import given
 from hypothesis import strategies as st
 
 import healpass.ops  # noqa: F401
-from healpass.ops import fp64
-from healpass.ops.reduce import ACCUMULATOR_BITS, ELEMENT_BITS, element_bits
+from healpass.ops.reproducible import fp64
+from healpass.ops.reproducible.reduce import ACCUMULATOR_BITS, ELEMENT_BITS, element_bits
+from tests.support.against_torch import flat
+from tests.support.bits import assert_rounded_once, compiled, differing, ordinary
 
 heal = torch.ops.heal
 INF, NAN = float("inf"), float("nan")

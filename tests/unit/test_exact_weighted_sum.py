@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from exactly import differing
-from rewriting import Rewritten
 
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name
+from tests.support.bits import differing
+from tests.support.rewriting import Rewritten
 
 heal = torch.ops.heal
 INF = float("inf")

@@ -9,13 +9,13 @@ import re
 
 import pytest
 import torch
-from comparing import random
 from torch import nn
 
 import healpass
 from healpass import HealConfig
 from healpass.graph.pipeline import PASSES
 from healpass.report import SCHEMA, Boundary, GraphReport, HealReport, NodeRecord
+from tests.support.against_torch import random
 
 BF16 = torch.bfloat16
 X = random(3, 8)

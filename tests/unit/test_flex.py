@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import Rewritten
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name
+from tests.support.rewriting import Rewritten
 
 L, S = 150, 200
 DOCUMENTS = torch.arange(S) // 60

@@ -12,8 +12,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import Rewritten, absolute, to, worst_ratio
 from torch import nn
+
+from tests.support.rewriting import Rewritten, absolute, to, worst_ratio
 
 U = 2.0**-24
 BF16 = torch.bfloat16

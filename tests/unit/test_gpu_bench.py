@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from healpass.bench.command import Request
-from tests.fake_cuda import always
 from tests.gpu import bench
+from tests.support.fake_cuda import always
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "run_all.sh"
 

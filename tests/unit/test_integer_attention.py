@@ -13,9 +13,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from healpass.ops import attention, blockwise, integer_attention
-from healpass.ops.quantize import integers
-from healpass.ops.scores import dropout_words
+from healpass.ops.attention import blockwise, floats
+from healpass.ops.attention import integers as integer_attention
+from healpass.ops.attention.quantize import integers
+from healpass.ops.attention.scoring import dropout_words
 
 heal = torch.ops.heal
 KV = ("int16", "int24")
@@ -154,7 +155,7 @@ def test_the_check_of_memory_notices_a_score_matrix(monkeypatch):
 
 
 def largest_tensor(kv: str, length: int, backward: bool) -> int:
-    operators = (attention if kv == "fp32" else integer_attention).OPERATORS
+    operators = (floats if kv == "fp32" else integer_attention).OPERATORS
     states = operands("int16" if kv == "fp32" else kv, length=length, keys=length)
     if kv == "fp32":
         states = [heal.dequantize(*states[i : i + 2]) for i in (0, 2, 4)]

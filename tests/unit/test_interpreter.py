@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as plain
 
-from tests import interpreter
+from tests.support import interpreter
 
 
 def nearest(exact: Fraction) -> float:

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from healpass.lowering import attention, attention_gradients, selfcheck, tiles
+from healpass.lowering.cuda import attention, attention_gradients, selfcheck, tiles
 from torch import Tensor
 
-from tests.attention_cases import AttentionCase, Scoring
-from tests.fake_cuda import Device, Kernel, generated_source, kernels
+from tests.support.attention_cases import AttentionCase, Scoring
+from tests.support.fake_cuda import Device, Kernel, generated_source, kernels
 
 NUMERICS = (
     "Q_DIGITS", "K_DIGITS", "V_DIGITS", "BLOCK_N", "CHUNK", "CAUSAL", "SCALE", "WINDOW", "SOFTCAP",

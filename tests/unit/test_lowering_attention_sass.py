@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from healpass.lowering.tiles import SMALLEST_SHARED_MEMORY
+from healpass.lowering.cuda.tiles import SMALLEST_SHARED_MEMORY
 
-from tests.attention_cases import CASES, AttentionCase, Scoring
-from tests.fake_cuda import Kernel
 from tests.sass import BLACKWELL_INTEGERS, TENSOR_MEMORY, Report, compiled
+from tests.support.attention_cases import CASES, AttentionCase, Scoring
+from tests.support.fake_cuda import Kernel
 
 BY_TITLE = {case.title: case for case in CASES}
 #: The backward kernels for heads of 256 spill a little whatever the tile: under Triton 3.7 on

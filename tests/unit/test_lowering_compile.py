@@ -14,7 +14,7 @@ from torch._inductor.codecache import FxGraphCache
 import healpass
 from healpass import HealConfig
 from healpass.backend import inductor_patches
-from tests.fake_cuda import Device, generated_source, kernels
+from tests.support.fake_cuda import Device, generated_source, kernels
 
 BF16 = torch.bfloat16
 H100 = Device()

@@ -10,10 +10,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import to, worst_ratio
 from torch import nn
 from torch._inductor import compile_fx, metrics
 from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from tests.support.rewriting import to, worst_ratio
 
 U = 2.0**-24
 BF16 = torch.bfloat16

@@ -13,12 +13,12 @@ from functools import cache
 import pytest
 import torch
 
-from healpass.ops import coefficients
-from tests.exact_cases import CASES
-from tests.exact_gpu import Attended, source
-from tests.fake_cuda import Kernel, kernels
-from tests.ptx import free, ptx
+from healpass.ops.reproducible import fp64_coefficients
 from tests.sass import BLACKWELL_INTEGERS, TENSOR_MEMORY, Report, compiled
+from tests.support.exact_cases import CASES
+from tests.support.exact_gpu import Attended, source
+from tests.support.fake_cuda import Kernel, kernels
+from tests.support.ptx import free, ptx
 
 BY_TITLE = {case.title: case for case in CASES}
 #: Instructions that spill, where every tile does: three digits by three in FP16.
@@ -77,7 +77,7 @@ def test_digits_go_through_the_tensor_core(title, capability, expected):
 def test_the_exponential_has_its_constants_in_fp64():
     """Triton may take a Python float for an FP32 number."""
     _, sums = reports("exact attention 64", 90)
-    for constant in (1 / math.log(2), *coefficients.EXPM1):
+    for constant in (1 / math.log(2), *fp64_coefficients.EXPM1):
         assert f"0d{struct.pack('>d', constant).hex().upper()}" in sums.ptx
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from tests import interpreter
-from tests.fake_cuda import Device, Kernel, generated_source, kernels
 from tests.sass import CASES, TENSOR_MEMORY, Case, Report, compiled
+from tests.support import interpreter
+from tests.support.fake_cuda import Device, Kernel, generated_source, kernels
 
 BY_TITLE = {case.title: case for case in CASES}
 #: Dots in the code of a case: those of a K tile of 64, and the one of the loop for NaN results.

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from healpass.lowering import kernels, selfcheck
+from healpass.lowering.cuda import kernels, selfcheck
 
 
 def exact(a, b, numerics):
@@ -23,8 +23,8 @@ def test_fp32_products_pass():
     assert selfcheck.examine(lambda a, b, _: selfcheck.product(a.float(), b.float())) == {}
 
 
-#: The templates of matmuls; `test_lowering_attention_check` has those of attention, and
-#: `test_lowering_exact_check` the exact ones.
+#: The templates of matmuls; `test_lowering_selfcheck_attention` has those of attention, and
+#: `test_lowering_selfcheck_exact` the exact ones.
 MATMULS = {name for name in kernels.GRIDS if not name.startswith(("attention", "exact"))}
 
 
@@ -100,7 +100,7 @@ def test_the_verdict_is_asked_for_once_and_kept(gpu, monkeypatch):
     assert not selfcheck.broken("gemm", device)
     selfcheck.verdict.cache_clear()
     assert selfcheck.broken("decode", device)
-    assert calls == [[sys.executable, "-m", "healpass.lowering.selfcheck", "0"]]
+    assert calls == [[sys.executable, "-m", "healpass.lowering.cuda.selfcheck", "0"]]
 
 
 def test_a_crash_of_the_check_condemns_every_template(gpu, monkeypatch):

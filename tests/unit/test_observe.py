@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import random
 from torch import nn
 
 import healpass
@@ -15,6 +14,7 @@ from healpass import HealConfig
 from healpass.arithmetic.compound_rules import sdpa
 from healpass.arithmetic.propagate import Analysis, exact
 from healpass.graph import observe
+from tests.support.against_torch import random
 
 BF16 = torch.bfloat16
 CONFIG = HealConfig(outputs="fp32", kv="fp32")

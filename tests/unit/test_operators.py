@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import absolute, to, worst_ratio
 from torch.testing._internal.common_methods_invocations import op_db
 
 import healpass.ops  # noqa: F401
+from tests.support.rewriting import absolute, to, worst_ratio
 
 heal = torch.ops.heal
 U = 2.0**-24

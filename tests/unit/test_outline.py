@@ -15,10 +15,10 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Graph, GraphModule
 
 import healpass.backend
-from healpass.graph.outline import outline_repeats
-from healpass.graph.repeats import Run, longest_run
-from tests.exactly import differing
-from tests.tiny_llama import make_llama
+from healpass.graph.passes.outline import outline_repeats
+from healpass.graph.passes.outline_repeats import Run, longest_run
+from tests.support.bits import differing
+from tests.support.tiny_llama import make_llama
 
 LAYERS = 4
 
@@ -300,7 +300,7 @@ def test_a_view_that_is_read_outside_is_taken_there():
 
 def test_the_check_sees_a_pass_that_outlines_what_differs(monkeypatch):
     """The inverse: copies that are wired otherwise, called as if they were not."""
-    from healpass.graph import outline
+    from healpass.graph.passes import outline
 
     honest = outline._copy
     monkeypatch.setattr(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import Rewritten
 from torch import nn
 
 from healpass import watch
 from healpass.config import HealConfig
-from healpass.graph import state
+from healpass.graph.passes import promote_outputs
 from healpass.graph.pipeline import rewrite
+from tests.support.rewriting import Rewritten
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FP32_OUT = HealConfig(outputs="fp32", kv="fp32")
@@ -105,7 +105,7 @@ def test_what_the_next_call_reads_again_keeps_its_dtype(function, given):
 
 
 def test_without_the_rule_a_cache_would_be_widened(monkeypatch):
-    monkeypatch.setattr(state, "handed_on", lambda *_: set())
+    monkeypatch.setattr(promote_outputs, "handed_on", lambda *_: set())
     assert dtypes(new_cache, X)[1:] == [FP32, FP32]
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from healpass import HealConfig, explain, inductor_options
 from healpass.arithmetic.bounds import matmul_bound, matmul_magnitudes
 from healpass.errors import ConfigError
-from healpass.graph import prepack
-from tests.fake_cuda import generated_source, kernels
-from tests.rewriting import Rewritten
+from healpass.graph.passes import prepack
+from tests.support.fake_cuda import generated_source, kernels
+from tests.support.rewriting import Rewritten
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PREPACK = HealConfig(prepack=True, outputs="fp32")

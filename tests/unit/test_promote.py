@@ -1,6 +1,7 @@
 """The promote pass, class by class: aliases, caches, foreign operators, dtypes, accuracy.
 
-`comparing` explains the two checks: torch's bits on small integers, an FP32 bound against FP64.
+`against_torch` explains the two checks: torch's bits on small integers, an FP32 bound against
+FP64.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import as_accurate_as_fp32, flat, integers, random, same_bits
-from rewriting import Rewritten, to
 
 from healpass.config import HealConfig
-from healpass.graph import memory
+from healpass.graph import aliases
+from tests.support.against_torch import as_accurate_as_fp32, flat, integers, random, same_bits
+from tests.support.rewriting import Rewritten, to
 
 U = 2.0**-24
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -205,8 +206,8 @@ NEEDS_MEMORY = (
 @pytest.mark.parametrize("function", NEEDS_MEMORY, ids=lambda f: f.__name__)
 def test_a_pass_blind_to_writes_is_caught(function, monkeypatch):
     """The inverse: without `Memory` the check above fails."""
-    monkeypatch.setattr(memory.Memory, "is_written", lambda *_: False)
-    monkeypatch.setattr(memory.Memory, "is_pinned", lambda *_: False)
+    monkeypatch.setattr(aliases.Memory, "is_written", lambda *_: False)
+    monkeypatch.setattr(aliases.Memory, "is_pinned", lambda *_: False)
     with pytest.raises(AssertionError, match="instead of"):
         same_bits(function, WRITERS[function])
 

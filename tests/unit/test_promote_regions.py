@@ -1,6 +1,7 @@
 """Promotion across borders: subgraphs, autocast regions, torch.func transforms, gradients.
 
-`comparing` explains the two checks: torch's bits on small integers, an FP32 bound against FP64.
+`against_torch` explains the two checks: torch's bits on small integers, an FP32 bound against
+FP64.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import as_accurate_as_fp32, flat, integers, random, same_bits
-from rewriting import Rewritten
 from torch import nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
 from healpass.config import HealConfig
+from tests.support.against_torch import as_accurate_as_fp32, flat, integers, random, same_bits
+from tests.support.rewriting import Rewritten
 
 U = 2.0**-24
 BF16, FP32 = torch.bfloat16, torch.float32

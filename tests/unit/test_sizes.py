@@ -7,8 +7,8 @@ import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import healpass.backend
-from tests.exactly import differing
-from tests.tiny_llama import make_llama
+from tests.support.bits import differing
+from tests.support.tiny_llama import make_llama
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from healpass.study.tasks import DOMAINS, load
+from healpass.study.plan.tasks import DOMAINS, load
 
 TASKS = {task.id: task for task in load()}
 NUMBERS = [task for task in TASKS.values() if task.kind == "number"]

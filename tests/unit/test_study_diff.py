@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from healpass import cli, strict_json
 from healpass.errors import StudyError
-from healpass.study import diff
-from healpass.study.records import SCHEMA
-from healpass.study.traces import trace_of
+from healpass.study.judge import diff
+from healpass.study.run.records import SCHEMA
+from healpass.study.run.traces import trace_of
 
 
 def report(noise=0.0, token=7):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass.errors import StudyError
-from healpass.study.metrics import Output, agreement_by_position, compute_metrics, div_index
+from healpass.study.judge.metrics import agreement_by_position, compute_metrics, div_index
+from healpass.study.run.records import Output
 
 #: Two prompts, three configurations. Prompt 0 parts at 2 and has three outputs, of 3, 4 and 2
 #: tokens; prompt 1 has one output everywhere.

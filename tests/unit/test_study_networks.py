@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from healpass.errors import StudyError
-from healpass.study import interpret as interpreting
-from healpass.study.configuration import Configuration, Unit
-from healpass.study.generating import generate
-from healpass.study.networks import build, key_of, strict_dynamo
-from healpass.study.scoring import Text, score
-from tests.tiny_llama import make_llama
+from healpass.study.plan.configuration import Configuration, Unit
+from healpass.study.run import interpret as interpreting
+from healpass.study.run.generate import generate
+from healpass.study.run.networks import build, key_of, strict_dynamo
+from healpass.study.run.score import Text, score
+from tests.support.tiny_llama import make_llama
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13, 14]]
 TEXTS = [Text(tuple(p), (3, 1, 4, 1, 5)) for p in PROMPTS]

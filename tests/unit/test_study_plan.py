@@ -5,8 +5,8 @@ import json
 import pytest
 
 from healpass.errors import ConfigError, StudyError
-from healpass.study import presets
-from healpass.study.configuration import Axes, Configuration, StudyPlan, Unit
+from healpass.study.plan import presets
+from healpass.study.plan.configuration import Axes, Configuration, StudyPlan, Unit
 
 
 def test_a_name_is_unique_and_can_be_a_files():

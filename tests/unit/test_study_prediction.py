@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass.errors import StudyError
-from healpass.study.prediction import (
+from healpass.study.judge.flip_rate import (
     MarginDistribution,
     Margins,
     compare_logits,
@@ -17,7 +17,7 @@ from healpass.study.prediction import (
     predict_flip_rate,
     student_quantile,
 )
-from tests.predicting import known_rate, margins
+from tests.support.margins import known_rate, margins
 
 # ---- margins of logits ----
 

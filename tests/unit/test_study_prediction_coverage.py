@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from healpass.study.prediction import (
+from healpass.study.judge.flip_rate import (
     MarginDistribution,
     compare_logits,
     measured_flip_rate,
     predict_flip_rate,
 )
-from tests.predicting import known_rate, margins
+from tests.support.margins import known_rate, margins
 
 REPETITIONS = 200
 

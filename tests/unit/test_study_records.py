@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from healpass.errors import StudyError
-from healpass.study.anatomy import Anatomy
-from healpass.study.blame import Blame, Deviation
-from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.contributions import Contribution
-from healpass.study.records import Answer, Batch, Scores, Store, digest_of, read_plan
-from healpass.study.traces import Sketch
+from healpass.study.judge.anatomy import Anatomy
+from healpass.study.judge.blame import Blame, Deviation
+from healpass.study.judge.contributions import Contribution
+from healpass.study.plan.configuration import Configuration, StudyPlan
+from healpass.study.run.records import Answer, Batch, Scores, Store, digest_of, read_plan
+from healpass.study.run.traces import Sketch
 
 GREEDY = Configuration(precision="bf16", batch_size=2)
 PLAN = StudyPlan(model="any", greedy=(GREEDY,), forced=(GREEDY,), prompts=3)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from healpass.study.reorder import Reordered, can_reorder
-from tests.tiny_llama import make_llama
+from healpass.study.run.reorder import Reordered, can_reorder
+from tests.support.tiny_llama import make_llama
 
 
 class Layers(nn.Module):

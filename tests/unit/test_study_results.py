@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from healpass.study.check import show
-from healpass.study.configuration import Configuration, StudyPlan
-from healpass.study.records import Answer, Batch, Store
-from healpass.study.results import evaluate
-from healpass.study.scoring import scores_of
-from healpass.study.tables import span
-from healpass.study.tasks import Task
+from healpass.study.judge.results import evaluate
+from healpass.study.plan.configuration import Configuration, StudyPlan
+from healpass.study.plan.tasks import Task
+from healpass.study.report.tables import span
+from healpass.study.run.records import Answer, Batch, Store
+from healpass.study.run.score import scores_of
 
 
 def configuration(precision="fp32", **changes):

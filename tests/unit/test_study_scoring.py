@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass.errors import StudyError
-from healpass.study.baselines import Products, attention, linear, multiplier
-from healpass.study.blame import FAULT, Blame, Deviation, deviation
-from healpass.study.configuration import Configuration
-from healpass.study.generating import SeededNoise, pad, until_end
-from healpass.study.prediction import compare_logits
-from healpass.study.scoring import Text, greedy_output, margins, score, scores_of
-from healpass.study.tables import suspicion
-from healpass.study.traces import BUCKETS, Sketch
+from healpass.study.judge.blame import FAULT, Blame, Deviation, deviation
+from healpass.study.judge.flip_rate import compare_logits
+from healpass.study.plan.configuration import Configuration
+from healpass.study.report.tables import suspicion
+from healpass.study.run.baselines import Products, attention, linear, multiplier
+from healpass.study.run.generate import SeededNoise, pad, until_end
+from healpass.study.run.score import Text, greedy_output, margins, score, scores_of
+from healpass.study.run.traces import BUCKETS, Sketch
 
 
 def logits_pair(seed, tokens, vocabulary, noise):

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass.errors import HealError, TaskError
-from healpass.study.replies import read_letter
-from healpass.study.tasks import SUITE, Task, load, read_answer, score
+from healpass.study.plan.replies import read_letter
+from healpass.study.plan.tasks import SUITE, Task, load, read_answer, score
 
 MONEY = Task(
     id="money", kind="number", question="How much?", answer="1234.50", tolerance="0.01", unit="USD"
@@ -381,7 +381,7 @@ def test_a_task_is_frozen_and_hashable():
 
 def test_the_tasks_are_read_without_loading_transformers():
     code = (
-        "import sys\nfrom healpass.study.tasks import load\n"
+        "import sys\nfrom healpass.study.plan.tasks import load\n"
         "load()\nprint('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,6 @@ Real processes run in `tests/integration/test_distributed.py`.
 import pytest
 import torch
 import torch.distributed as dist
-from rewriting import Rewritten
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -19,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from healpass import HealConfig
+from tests.support.rewriting import Rewritten
 
 
 @pytest.fixture(autouse=True)

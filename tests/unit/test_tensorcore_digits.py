@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
 
 from healpass.arithmetic.digits import (
     DIGIT_MAX,
@@ -16,6 +15,7 @@ from healpass.arithmetic.digits import (
 )
 from healpass.arithmetic.int16 import quantize
 from healpass.tensorcore import simulate_matmul
+from tests.support.profiles import examples
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
 
 from healpass.arithmetic.bounds import matmul_bound, matmul_magnitudes
 from healpass.arithmetic.pieces import split_fp16
 from healpass.tensorcore import Accumulation, heal_attention, heal_matmul
 from healpass.tensorcore.matmul import products
+from tests.support.profiles import examples
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
 from test_tensorcore_simulate import TENSOR_CORES, reference
 
 from healpass.arithmetic.formats import FORMATS
-from healpass.ops.exact_matmul import Adders, exact_matmul
+from healpass.ops.products.exact import Adders, exact_matmul
 from healpass.tensorcore import RULES, Schedule, narrow, simulate, simulate_matmul, wide
+from tests.support.profiles import examples
 
 HALF, BF16 = torch.float16, torch.bfloat16
 #: Exponents of elements that both still fit, and what their sum may be at most for K <= 64.

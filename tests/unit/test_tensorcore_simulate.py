@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
 
 from healpass.arithmetic.formats import FORMATS
 from healpass.tensorcore import RULES, Schedule, simulate_matmul
 from healpass.tensorcore.reference import reference_dot
+from tests.support.profiles import examples
 
 TENSOR_CORES = ("v100", "a100", "h100", "b200")
 

@@ -1,0 +1,1 @@
+"""Scaled dot-product attention: floats, integers, exact. Imports `products` and `reproducible`."""

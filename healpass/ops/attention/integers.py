@@ -1,0 +1,146 @@
+"""Attention on integer digits: `heal::integer_attention` and its gradients.
+
+Q, K and V come as `heal::quantize` makes them; the meaning is that of `attention.blockwise`, for
+`x = scale * integer`. `q . k` is a sum of products of integers. It is exact (INT24: within 2^-53
+of the sum of magnitudes), rounded to FP32 once, and a score past FP32's range saturates instead
+of becoming infinite. A hidden key counts for nothing, even if its scale is NaN.
+
+Error: `arithmetic.attention_bounds` with `kv=`. May import `tensorcore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from healpass.arithmetic.formats import FP32
+from healpass.ops.attention import register
+from healpass.ops.attention.blockwise import Attention, fold
+from healpass.ops.attention.quantize import integers
+from healpass.ops.attention.scoring import Scoring
+from healpass.ops.products.numerics import Numerics
+from healpass.tensorcore.attention import weighted_digits
+from healpass.tensorcore.matmul import Accumulation
+
+
+@dataclass(frozen=True)
+class Integers:
+    """One operand: digits `[B, H, D, S, E]` and scale `[B, H, S]`."""
+
+    digits: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """B, H, S, E."""
+        return (*self.scale.shape, self.digits.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.digits.device
+
+    def check(self, name: str) -> None:
+        """Refuse what `heal::quantize` does not make."""
+        torch._check(
+            self.digits.dtype == torch.int8 and self.digits.dim() == 5,
+            lambda: (
+                f"heal::integer_attention needs INT8 {name} digits [B, H, D, S, E], got "
+                f"{self.digits.dtype} of rank {self.digits.dim()}; heal::quantize makes them"
+            ),
+        )
+
+    def values(self) -> Tensor:
+        """FP32 `[B, H, S, E]`, 0 in the place of a row whose scale is NaN."""
+        finite = self.scale.nan_to_num(0.0).unsqueeze(-1)
+        product = integers(self.digits) * finite.to(torch.float64)
+        return product.clamp(-FP32.largest, FP32.largest).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class IntegerAttention(Attention):
+    """Attention on `Integers`."""
+
+    query: Integers
+    key: Integers
+    value: Integers
+
+    def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Exact in FP64, rounded once."""
+        query, key = integers(self.query.digits), integers(self.key.digits)
+        scale = self.query.scale.to(torch.float64) * self.scoring.scale
+        key_scale = self.per_head(self.key.scale.to(torch.float64)).unsqueeze(-2)
+        for rows, columns in self.blocks():
+            block = fold(query[:, :, rows], self.heads) @ key[:, :, columns].flatten(0, 1).mT
+            shape = (*scale.shape[:-1], rows.stop - rows.start, columns.stop - columns.start)
+            scores = block.reshape(shape) * scale[..., rows, None] * key_scale[..., columns]
+            yield rows, columns, scores.clamp(-FP32.largest, FP32.largest).to(torch.float32)
+
+    def weighted_sum(self, weights: Tensor, visible: Tensor, columns: slice) -> Tensor:
+        """A row is NaN where it sees a key whose scale is NaN."""
+        how = self.how
+        digits, scale = self.value.digits[..., columns, :], self.value.scale[..., columns]
+        rows = fold(weights, self.heads)
+        if how.simulate is not None and how.precision == "heal":
+            adders = Accumulation(how.simulate, order=how.order)
+            folded = scale.nan_to_num(0.0).flatten(0, 1)
+            result = weighted_digits(rows, digits.flatten(0, 1), folded, adders)
+        else:
+            result = how.multiply(rows, Integers(digits, scale).values().flatten(0, 1))
+        result = result.reshape(*weights.shape[:-1], digits.shape[-1])
+        lost = self.per_head(scale.isnan()).unsqueeze(-2) & visible
+        return result.masked_fill(lost.any(-1, keepdim=True), torch.nan)
+
+    def per_head(self, states: Tensor) -> Tensor:
+        """`[B, Hkv, ...]` for every query head."""
+        return states.repeat_interleave(self.query.shape[1] // self.heads, 1)
+
+
+def read(
+    query_digits: Tensor,
+    query_scale: Tensor,
+    key_digits: Tensor,
+    key_scale: Tensor,
+    value_digits: Tensor,
+    value_scale: Tensor,
+    *rest: Any,
+) -> IntegerAttention:
+    """Read and check the arguments of one call.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`; D may differ from the query's.
+        key_scale: FP32 `[B, Hkv, S]`.
+        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
+        value_scale: FP32 `[B, Hkv, S]`.
+        *rest: What `Scoring.read` takes, and `numerics` as `heal::mm` does: digit products are
+            exact, so it decides about P V only.
+
+    Raises:
+        RuntimeError: Dtypes, ranks or sizes do not fit, or the seed is missing.
+        ValueError: `numerics` is unknown.
+    """
+    query, key = Integers(query_digits, query_scale), Integers(key_digits, key_scale)
+    value = Integers(value_digits, value_scale)
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        operand.check(name)
+    torch._check(
+        query_digits.shape[-1] == key_digits.shape[-1]
+        and key_digits.shape[-2] == value_digits.shape[-2],
+        lambda: "heal::integer_attention: head sizes of Q and K, or lengths of K and V, differ",
+    )
+    *scoring, numerics = rest
+    return IntegerAttention(query, key, value, Scoring.read(*scoring), Numerics.parse(numerics))
+
+
+OPERATORS = register.define(
+    "integer_attention",
+    "Tensor query_digits, Tensor query_scale, Tensor key_digits, Tensor key_scale, "
+    "Tensor value_digits, Tensor value_scale",
+    read,
+)

@@ -1,0 +1,104 @@
+"""Integers for attention: `heal::quantize`, `heal::dequantize`, and the mark `heal::stored`.
+
+Q, K and V become balanced INT8 digits, the lowest plane first, with one FP32 scale per (token,
+head): `value = scale * sum_i digits[i] * 256^i`. Two planes are INT16, three are INT24; tensor
+cores multiply the planes as they lie in memory. `arithmetic.int16` derives the error of each
+element: `scale * (1/2 + 2^-26)`, with `scale <= (1 + 2^-23) max|x| / limit`.
+
+The quantizer's gradient is the identity (straight-through, arXiv 1308.3432). Integers carry no
+gradient, so the operator that quantizes and attends applies it: `heal::sdpa`.
+
+May import `arithmetic`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from healpass.arithmetic import int16
+from healpass.arithmetic.digits import BASE_BITS, integer_digits
+from healpass.ops.library import library
+from healpass.ops.products.matmul import OPERAND_DTYPES
+
+#: The integer formats of `kv=`, by name.
+FORMATS = {fmt.name: fmt for fmt in (int16.INT16, int16.INT24)}
+
+library.define("stored(Tensor(a) states) -> Tensor(a)")
+
+
+@torch.library.custom_op("heal::quantize", mutates_args=())
+def quantize(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of `x`: one row per (token, head).
+
+    Args:
+        x: `[..., S, E]` in FP16, BF16 or FP32.
+        kv: `int16` or `int24`.
+
+    Returns:
+        Digits, INT8 `[..., D, S, E]` with D = 2 or 3, and scales, FP32 `[..., S]`. A row that
+        holds a NaN or an infinity has the scale NaN.
+
+    Raises:
+        TypeError: `x` has another dtype.
+        ValueError: `kv` is another format.
+    """
+    fmt = _format(x, kv)
+    quantized = int16.quantize(x, fmt)
+    planes = integer_digits(quantized.payload, fmt.digits)
+    return torch.stack(planes, -3), quantized.scale.squeeze(-1)
+
+
+@quantize.register_fake
+def _(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-2], _format(x, kv).digits, *x.shape[-2:])
+    return x.new_empty(shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _format(x: Tensor, kv: str) -> int16.IntegerFormat:
+    if x.dtype not in OPERAND_DTYPES:
+        raise TypeError(f"heal::quantize got {x.dtype}; it takes float16, bfloat16 and float32.")
+    if kv not in FORMATS:
+        raise ValueError(f"kv={kv!r} is no integer format; known: {', '.join(FORMATS)}.")
+    return FORMATS[kv]
+
+
+@torch.library.custom_op("heal::dequantize", mutates_args=())
+def dequantize(digits: Tensor, scale: Tensor) -> Tensor:
+    """`scale * sum_i digits[i] * 256^i` in FP32, rounded once: within 2^-24 of the value.
+
+    Args:
+        digits: INT8 `[..., D, S, E]`.
+        scale: FP32 `[..., S]`.
+
+    Returns:
+        `[..., S, E]` in FP32.
+    """
+    return int16.dequantize(int16.Quantized(integers(digits), scale.unsqueeze(-1)))
+
+
+@dequantize.register_fake
+def _(digits: Tensor, scale: Tensor) -> Tensor:
+    torch._check(
+        digits.dtype == torch.int8 and digits.dim() == scale.dim() + 2,
+        lambda: (
+            "heal::dequantize needs INT8 digits [..., D, S, E] and a scale [..., S], got "
+            f"{digits.dtype} of rank {digits.dim()} and rank {scale.dim()}"
+        ),
+    )
+    shape = (*digits.shape[:-3], *digits.shape[-2:])
+    return digits.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.impl(library, "stored", "CompositeImplicitAutograd")
+def stored(states: Tensor) -> Tensor:
+    """The states themselves, marked as a cache's: a compiled graph leaves their format alone."""
+    return states.view_as(states)
+
+
+def integers(digits: Tensor) -> Tensor:
+    """`sum_i digits[i] * 256^i` of INT8 `[..., D, S, E]` as exact FP64 `[..., S, E]`."""
+    total = digits.select(-3, -1).to(torch.float64)
+    for plane in reversed(range(digits.shape[-3] - 1)):
+        total = total * 2.0**BASE_BITS + digits.select(-3, plane)
+    return total

@@ -1,0 +1,1 @@
+"""Matrix products: FP32-equivalent, exact, grouped, sharded. Imports `ops.reproducible`."""

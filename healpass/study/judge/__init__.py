@@ -1,0 +1,1 @@
+"""What the records say: metrics, where runs part, and why. Imports `run` and `plan`."""

@@ -1,0 +1,64 @@
+"""CPU lowerings: FP32 arithmetic on 16-bit weights through Inductor's C++. May import `ops`.
+
+Each lowering returns None where the operator's own meaning shall run instead: when torch's flags
+allow FP32 matmuls to drop to BF16, only the operator itself can pin them.
+
+Decode (few rows) is bound by reading the weight. There the product is written as a sum, which
+Inductor turns into one vectorized loop that reads the weight once, in 16 bits, and upcasts in
+registers. With more rows a GEMM is faster, and its operand has to be FP32 in memory for the time
+of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsqueeze
+
+from healpass.ops.products.ieee import is_ieee
+
+#: Up to here rows are summed one by one; above, a GEMM is used. Tuning: it decides no bound.
+DECODE_ROWS = 8
+
+
+def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
+    """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|)."""
+    del numerics  # heal and layercast are the same FP32 arithmetic here
+    if not is_ieee("cpu"):
+        return None
+    rows = a.get_size()[0]
+    if is_static(rows) and 1 <= int(rows) <= DECODE_ROWS and _is_half(b):
+        return _row_sums(a, b, int(rows))
+    return call(aten.mm.default, fp32(a), fp32(b))
+
+
+def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
+    """`heal::bmm` on CPU: `[B, M, K]` by `[B, K, N]`, FP32 arithmetic."""
+    del numerics  # heal and layercast are the same FP32 arithmetic here
+    if not is_ieee("cpu"):
+        return None
+    return call(aten.bmm.default, fp32(a), fp32(b))
+
+
+def _row_sums(a: Any, b: Any, rows: int) -> Any:
+    """One vectorized sum per row: `y[m, n] = sum_k a[m, k] * b[k, n]`."""
+    a = fp32(a)
+    a.realize()  # or its producer would be computed again for every output
+    weight = fp32(call(aten.permute.default, b, [1, 0]))
+    sums = []
+    for row in range(rows):
+        products = mul(call(aten.slice.Tensor, a, 0, row, row + 1), weight)
+        sums.append(unsqueeze(call(aten.sum.dim_IntList, products, [1]), 0))
+    return sums[0] if rows == 1 else call(aten.cat.default, sums, 0)
+
+
+def _is_half(x: Any) -> bool:
+    return x.get_dtype() in (torch.float16, torch.bfloat16)
+
+
+LOWERINGS: dict[Any, Callable[..., Any]] = {
+    torch.ops.heal.mm.default: lower_mm,
+    torch.ops.heal.bmm.default: lower_bmm,
+}

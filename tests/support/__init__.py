@@ -1,0 +1,1 @@
+"""What tests share. Imports nothing of the tests themselves, but for `tests.programs`."""

@@ -1,0 +1,62 @@
+"""The guard against miscompiled attention kernels: it passes what is right, names what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from healpass.lowering.cuda import kernels, selfcheck_attention
+from healpass.lowering.cuda.selfcheck_attention import AttentionCheck
+
+from tests.support.attention_runs import Change, run, without_products_of
+
+
+def exact(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+    return tuple(result.float() for result, _ in selfcheck_attention.promises(check))
+
+
+def meaning(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+    """The operators' own FP32 arithmetic."""
+    call = check.call()
+    results = getattr(torch.ops.heal, check.operator)(*call)
+    backward = getattr(torch.ops.heal, f"{check.operator}_backward")
+    return (*results, *backward(check.operands()[-1], *call, *results))
+
+
+def interpreted(check: AttentionCheck, change: Change | None = None) -> tuple[torch.Tensor, ...]:
+    """The generated kernels, in the interpreter."""
+    call = list(check.call())
+    results = run(getattr(torch.ops.heal, check.operator), call, change=change)
+    call = [check.operands()[-1], *call, *results]
+    backward = getattr(torch.ops.heal, f"{check.operator}_backward")
+    return (*results, *run(backward, call, change=change))
+
+
+def test_right_results_pass():
+    assert selfcheck_attention.examine(exact) == {}
+    assert selfcheck_attention.examine(meaning) == {}
+    assert selfcheck_attention.examine(interpreted) == {}
+
+
+def test_every_attention_template_is_examined():
+    examined = {name for check in selfcheck_attention.checks() for name in check.templates}
+    assert examined | set(selfcheck_attention.BACKWARD) == {
+        name for name in kernels.GRIDS if name.startswith("attention")
+    }
+
+
+def test_a_lost_piece_is_noticed_in_every_template():
+    change = without_products_of("v_low")
+    wrong = selfcheck_attention.examine(lambda check: interpreted(check, change))
+    assert {"attention", *selfcheck_attention.BACKWARD} <= set(wrong)
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf, 0.0, 1.001])
+def test_a_wrong_result_is_named(position, spoil):
+    def wrong(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+        results = list(exact(check))
+        results[position] = results[position] * spoil
+        return tuple(results)
+
+    blamed = selfcheck_attention.BACKWARD if position >= 2 else (selfcheck_attention.FORWARD,)
+    assert set(blamed) <= set(selfcheck_attention.examine(wrong))
