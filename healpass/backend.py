@@ -19,7 +19,7 @@ from healpass import watch
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph.passes import prepack
-from healpass.graph.passes.decompose import open_operators, stays_closed
+from healpass.graph.passes.decompose import decompose_operators, stays_whole
 from healpass.graph.passes.outline import outline_repeats
 from healpass.graph.pipeline import OUTLINE, rewrite
 
@@ -35,7 +35,7 @@ PINNED_SETTINGS = {
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
     # Inductor repeats a value's whole tree of operations at each use until the value has so many.
-    # Pinned sequences use values often; at the default of 30, lowering takes minutes.
+    # Bit-reproducible sequences use values often; at the default of 30, lowering takes minutes.
     "realize_opcount_threshold": 8,
 }
 
@@ -81,7 +81,7 @@ def _inductor(
     from healpass import lowering
 
     lowering.register()
-    patches = inductor_patches(config, closed=stays_closed(inputs))
+    patches = inductor_patches(config, whole=stays_whole(inputs))
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled
 
@@ -95,15 +95,15 @@ def _finish(config: HealConfig, graph: Graph) -> None:
     if OUTLINE not in config.disable:
         outline_repeats(graph)
     if config.precision == "exact":
-        open_operators(graph, select_decomp_table() | lowering.decompositions())
+        decompose_operators(graph, select_decomp_table() | lowering.decompositions())
 
 
-def inductor_patches(config: HealConfig, *, closed: bool = False) -> dict[str, Any]:
+def inductor_patches(config: HealConfig, *, whole: bool = False) -> dict[str, Any]:
     """Inductor settings of one compile: mode, cache key, and nothing that reorders sums.
 
     Args:
         config: The options.
-        closed: Whether exact operators are opened after `passes.outline` instead of before.
+        whole: Whether exact operators are decomposed after `passes.outline` instead of before.
     """
     from torch._inductor import config as inductor
     from torch._inductor import list_mode_options
@@ -117,7 +117,7 @@ def inductor_patches(config: HealConfig, *, closed: bool = False) -> dict[str, A
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
     if config.precision == "exact":
         patches |= PINNED_SETTINGS
-    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass, closed=closed)
+    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass, whole=whole)
     patches |= {"post_grad_custom_pre_pass": first}
     finish = partial(_finish, config)
     last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, finish)

@@ -45,7 +45,7 @@ class CacheKey(CustomGraphPass):
         options: Canonical text of the configuration.
         chained: The user's own pass in that slot; it runs, and its uuid counts too.
         last: A pass of ours that runs after it; what it does must follow from the options.
-        closed: Whether AOTAutograd shall not open exact operators; the graph shows if it did.
+        whole: Whether AOTAutograd shall not decompose exact operators; the graph shows if it did.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class CacheKey(CustomGraphPass):
         options: str,
         chained: Any = None,
         last: Callable[[Graph], None] | None = None,
-        closed: bool = False,
+        whole: bool = False,
     ) -> None:
         self.options = options
         self.chained = chained
         self.last = last
-        self.closed = closed
+        self.whole = whole
 
     def __call__(self, graph: Graph) -> None:
         """Run the user's pass, if there is one, then ours."""
@@ -86,9 +86,9 @@ def compile_options() -> dict[str, Any]:
     return json.loads(key.options) if isinstance(key, CacheKey) else {}
 
 
-def operators_stay_closed() -> bool:
+def operators_stay_whole() -> bool:
     """Whether the compile that is under way opens exact operators itself, later."""
     from torch._inductor import config
 
     key = config.post_grad_custom_pre_pass
-    return isinstance(key, CacheKey) and key.closed
+    return isinstance(key, CacheKey) and key.whole

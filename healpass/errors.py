@@ -36,7 +36,7 @@ class StrictError(HealError):
 
 
 class DeviceCheckError(HealError):
-    """An exact kernel gave other bits than its meaning in the check on this GPU."""
+    """An exact kernel gave other bits than its reference in the check on this GPU."""
 
 
 class GraphCheckError(HealError):

@@ -3,11 +3,11 @@
 Installed as `healpass.lowering`. `register()` gives Inductor one lowering per operator; it looks
 at the device and hands on to `cpu`, `cpu.attention` and `cpu.attention_gradients` (C++ code), to
 `matmul`, `attention` and `attention_gradients` (Triton templates on CUDA), or to `quantize`
-(pointwise code on either). An operator without a lowering for its device runs its own meaning, as
-one call from the code. Exact precisions are decompositions instead: pinned operators are traced as
-they are, and matrix products and attention are opened by `cpu.exact`, or by `exact_matmul` and
-`exact_attention` on CUDA. Where the compile says that operators stay closed, AOTAutograd opens
-none, and the backend does later.
+(pointwise code on either). An operator without a lowering for its device runs its reference
+implementation, as one call from the code. Exact precisions are decompositions instead:
+bit-reproducible operators are traced as they are, and matrix products and attention are decomposed
+by `cpu.exact`, or by `exact_matmul` and `exact_attention` on CUDA. Where the compile says that
+operators stay whole, AOTAutograd decomposes none, and the backend does later.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
-from healpass.cache_key import operators_stay_closed
+from healpass.cache_key import operators_stay_whole
 from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible.register import DECOMPOSITIONS
 
-#: A lowering; None as its result asks for the operator's own meaning.
+#: A lowering; None as its result asks for the operator's reference implementation.
 Lowering = Callable[..., Any]
 
 
@@ -46,34 +46,34 @@ def register() -> None:
         device: {op: lowering for module in found for op, lowering in module.LOWERINGS.items()}
         for device, found in modules.items()
     }
-    opened = decompositions()
+    decomposed = decompositions()
     # (Inductor gives an operator that has a decomposition no fallback of its own.)
-    unpinned = [op for op in opened if op not in DECOMPOSITIONS]
+    rest = [op for op in decomposed if op not in DECOMPOSITIONS]
     with_kernels = [op for table in tables.values() for op in table]
-    for operator in dict.fromkeys((*with_kernels, *unpinned)):
+    for operator in dict.fromkeys((*with_kernels, *rest)):
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
-        meaning = fallback_handler(operator)
-        register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, meaning))
-    decomposition.decompositions.update({op: _unless_closed(how) for op, how in opened.items()})
+        fallback = fallback_handler(operator)
+        register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, fallback))
+    decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 
 @cache
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
-    """What the exact operators are made of; a result NotImplemented is their own meaning."""
+    """What the exact operators are made of; a result NotImplemented is their reference."""
     from healpass.lowering import cpu, cuda
 
-    opened = [m.DECOMPOSITIONS for m in (cpu.exact, cuda.exact_matmul, cuda.exact_attention)]
-    operators = dict.fromkeys(operator for table in opened for operator in table)
-    chosen = {op: _first([table[op] for table in opened if op in table]) for op in operators}
+    decomposed = [m.DECOMPOSITIONS for m in (cpu.exact, cuda.exact_matmul, cuda.exact_attention)]
+    operators = dict.fromkeys(operator for table in decomposed for operator in table)
+    chosen = {op: _first([table[op] for table in decomposed if op in table]) for op in operators}
     return {**DECOMPOSITIONS, **chosen}
 
 
-def _unless_closed(how: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_whole(how: Callable[..., Any]) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
-        return NotImplemented if operators_stay_closed() else how(*args, **kwargs)
+        return NotImplemented if operators_stay_whole() else how(*args, **kwargs)
 
     return decompose
 
@@ -88,13 +88,13 @@ def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     return decompose
 
 
-def _by_device(lowerings: Mapping[str, Lowering], meaning: Lowering) -> Lowering:
+def _by_device(lowerings: Mapping[str, Lowering], fallback: Lowering) -> Lowering:
     def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
         leading = first[0] if isinstance(first, (list, tuple)) else first
         device: torch.device = leading.get_device()
         lowering = lowerings.get(device.type) if _has_kernel(args, kwargs) else None
         result = None if lowering is None else lowering(first, *args, **kwargs)
-        return meaning(first, *args, **kwargs) if result is None else result
+        return fallback(first, *args, **kwargs) if result is None else result
 
     return lower
 

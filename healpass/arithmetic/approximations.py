@@ -18,7 +18,7 @@ import mpmath
 
 DIGITS = 60
 
-HEADER = '''"""Coefficients of pinned functions, made by `arithmetic.approximations`: do not edit.
+HEADER = '''"""Coefficients of functions, made by `arithmetic.approximations`: do not edit.
 
 Highest power first. The comment at each says what is approximated, where, and how far off it is.
 """

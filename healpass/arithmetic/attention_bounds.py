@@ -158,9 +158,10 @@ def score_bound(shape: AttentionShape) -> Bound:
 def _raw_scores_bound(shape: AttentionShape) -> Bound:
     """Of `q k^T`. The kernels, which start with A100, add a score in one chain, whatever its head.
 
-    A head that is longer than the meaning's chain is padded to a power of two, as the kernels do:
-    on H100 at most 0.625 u a term, below the u of FP32, and on A100 twice that. The power of two
-    covers the meaning, too: shorter chains, and the few FP32 additions that join them.
+    A head that is longer than the reference implementation's chain is padded to a power of two, as
+    the kernels do: on H100 at most 0.625 u a term, below the u of FP32, and on A100 twice that.
+    The power of two covers the reference implementation, too: shorter chains, and the few FP32
+    additions that join them.
     """
     terms = shape.head_size
     every: Literal["rule"] | None = "rule"

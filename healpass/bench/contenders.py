@@ -91,7 +91,8 @@ _ALL = (
     Contender("bf16-invariant", "bfloat16", "bf16-eager", "inductor", linear="invariant"),
     # Its cache grows: flash attention takes no mask, and a cache with room to spare needs one.
     Contender("bf16-flash", "bfloat16", "bf16-eager", cache="growing", attention="flash"),
-    # Not for show: the meaning that contenders with an INT16 cache are held to, and the reference.
+    # Not for show: the reference implementation that contenders with an INT16 cache are held to,
+    # and the reference.
     Contender("int16-eager", "float32", "int16-eager", cache="int16"),
     Contender(REFERENCE, "float64", REFERENCE),
 )

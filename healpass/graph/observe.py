@@ -30,7 +30,7 @@ from healpass.report import GraphReport, OutputRecord
 
 #: The torch function that each operator computes. `propagate` takes our operators' arguments for
 #: them, `numerics` left out.
-MEANING: dict[str, Callable[..., Any]] = {
+REFERENCE: dict[str, Callable[..., Any]] = {
     "heal::linear": F.linear,
     "heal::matmul": torch.matmul,
     "heal::sdpa": F.scaled_dot_product_attention,
@@ -79,7 +79,7 @@ class Measured(Interpreter):
         """Run one node, and compare it if it is an operator of ours."""
         result = super().run_node(n)
         name, record = heal_name(n), n.meta.get("heal_record")
-        if record is not None and (name in MEANING or name == INTEGERS):
+        if record is not None and (name in REFERENCE or name == INTEGERS):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             with contextlib.suppress(ValueError):  # dropout and precision="exact" have no rule
                 ideal = self.ideal(n, args, kwargs)
@@ -92,7 +92,7 @@ class Measured(Interpreter):
         run, name = Analysis(self.arithmetic), heal_name(n)
         if name == INTEGERS:
             return sdpa(run, **_dequantized(n, args, kwargs), kv="fp32", enable_gqa=True)
-        result: Estimate = propagate(MEANING[str(name)], run, *_meant(args), **_meant(kwargs))
+        result: Estimate = propagate(REFERENCE[str(name)], run, *_meant(args), **_meant(kwargs))
         return result
 
 
@@ -122,7 +122,7 @@ class Propagated(Interpreter):
         floating = [x for x in _leaves(args, kwargs) if isinstance(x, Estimate) or is_floating(x)]
         if not floating:
             return self.made(n, kind)
-        function = MEANING.get(heal_name(n) or "")
+        function = REFERENCE.get(heal_name(n) or "")
         if function is not None:
             return propagate(function, self.analysis, *_meant(args), **_meant(kwargs))
         if is_half(value(n)) and kind not in (Kind.CAST, Kind.MOVE, Kind.EMBEDDING):

@@ -1,4 +1,4 @@
-"""The `heal::` operators: schema, meaning, fake, autograd. Imports `tensorcore` and below.
+"""The `heal::` operators: schema, reference, fake, autograd. Imports `tensorcore` and below.
 
 `reproducible` <- `products` <- `attention`: a wing imports only what lies to its left, and
 `library`. Importing this package registers them; they then work in eager code too, as

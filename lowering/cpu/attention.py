@@ -32,14 +32,14 @@ FEW_ROWS, CHUNK = 64, 1024
 
 
 def lower_attention(query: Any, key: Any, value: Any, *rest: Any) -> tuple[Any, Any] | None:
-    """`heal::attention` on CPU; None where its own meaning shall run."""
+    """`heal::attention` on CPU; None where its reference implementation shall run."""
     scoring = Scoring.read(*rest[:-1])
     one = attend_one(query, key, value, scoring)
     return attend(States(query), States(key), States(value), scoring) if one is None else one
 
 
 def lower_integer_attention(*args: Any) -> tuple[Any, Any] | None:
-    """`heal::integer_attention` on CPU; None where its own meaning shall run."""
+    """`heal::integer_attention` on CPU; None where its reference implementation shall run."""
     query, key, value = (States(*args[i : i + 2]) for i in (0, 2, 4))
     return attend(query, key, value, Scoring.read(*args[6:-1]))
 

@@ -1,7 +1,7 @@
 """CPU lowerings of attention's gradients: torch's FP32 flash kernel. May import `flash`.
 
 Integers are dequantized for it. What the kernel cannot do (windows, caps, sinks, dropout, unequal
-head sizes) is the operator's own meaning, block by block.
+head sizes) is the operator's reference implementation, block by block.
 """
 
 from __future__ import annotations

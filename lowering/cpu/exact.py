@@ -1,8 +1,9 @@
-"""`precision="exact"` compiled for CPU: the bits of the operators' meaning. May import `ops`.
+"""`precision="exact"` compiled for CPU: the bits of the operators' reference. May import `ops`.
 
-The operators' own meaning makes digits by eager torch operators, one pass over memory each. Here
-the same integers are written as functions that Inductor traces, so that scales and digits are made
-in registers beside what reads them, and the sums are taken by whatever adds integers fastest:
+The operators' reference implementation makes digits by eager torch operators, one pass over memory
+each. Here the same integers are written as functions that Inductor traces, so that scales and
+digits are made in registers beside what reads them, and the sums are taken by whatever adds
+integers fastest:
 
 * one row: FP64 multiply-adds in one loop over the weight, which is read in its 16 bits;
 * more rows: INT8 products (oneDNN, where it passes the self-test of `products.exact`), the
@@ -11,7 +12,8 @@ in registers beside what reads them, and the sums are taken by whatever adds int
 
 FP64 adds integers below 2^53 exactly, in any order. In units of 256^cut a total is at most
 2^38 (1 + 2^-7) per term (`products.exact`), so K up to 2^14 stays below 2^53; Q K^T is at most
-limit^2 E, and P V 2^22 limit S. What does not fit a budget keeps its meaning (`NotImplemented`).
+limit^2 E, and P V 2^22 limit S. What does not fit a budget keeps its reference implementation
+(`NotImplemented`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ MOST_TERMS = 1 << 14
 
 
 def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Any:
-    """`heal::mm` for an exact precision; NotImplemented where the meaning has to run."""
+    """`heal::mm` for an exact precision; NotImplemented where the reference has to run."""
     how = Numerics.parse(numerics)
     if how.products is None or not _is_plain(how, a) or not _fits(a, b):
         return NotImplemented
@@ -140,7 +142,7 @@ def attend(
     kv: str,
     numerics: str,
 ) -> Any:
-    """`heal::exact_attend`; NotImplemented where the meaning has to run."""
+    """`heal::exact_attend`; NotImplemented where the reference implementation has to run."""
     fmt, how = FORMATS[kv], Numerics.parse(numerics)
     if not _is_plain(how, query) or not _attention_fits(query, key, value, fmt):
         return NotImplemented

@@ -1,7 +1,7 @@
 """CPU lowerings: FP32 arithmetic on 16-bit weights through Inductor's C++. May import `ops`.
 
-Each lowering returns None where the operator's own meaning shall run instead: when torch's flags
-allow FP32 matmuls to drop to BF16, only the operator itself can pin them.
+Each lowering returns None where the operator's reference implementation shall run instead: when
+torch's flags allow FP32 matmuls to drop to BF16, only the operator itself can pin them.
 
 Decode (few rows) is bound by reading the weight. There the product is written as a sum, which
 Inductor turns into one vectorized loop that reads the weight once, in 16 bits, and upcasts in

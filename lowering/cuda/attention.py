@@ -264,14 +264,14 @@ def keys_per_block(head_block: int, digits: int, chain: int) -> int:
 
 
 def lower_integers(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::integer_attention` on CUDA; None where its own meaning shall run."""
+    """Lower `heal::integer_attention` on CUDA; None where its reference shall run."""
     if not has_templates(call[0], call[4], call[-1]):
         return None
     return _lower(AttentionProblem.of_integers(*call))
 
 
 def lower_floats(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::attention` on CUDA; None where its own meaning shall run."""
+    """Lower `heal::attention` on CUDA; None where its reference implementation shall run."""
     if not has_templates(call[0], call[2], call[-1]):
         return None
     return _lower(AttentionProblem.of_floats(*call))

@@ -2,7 +2,7 @@
 
 May import `attention` and what it may. Both kernels compute the weights again from the scores, so
 no score matrix exists; sums over queries run in order within one program, without atomics. The
-gradients of a mask and of sinks are the operators' own meaning.
+gradients of a mask and of sinks are the operators' reference implementation.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NAMES = ("attention_backward_query", "attention_backward_key")
 
 
 def lower_integers(grad: ir.TensorBox, *call: Any) -> Gradients | None:
-    """Lower `heal::integer_attention_backward`; None where its own meaning shall run."""
+    """Lower `heal::integer_attention_backward`; None where its reference shall run."""
     if not has_templates(call[0], call[4], call[-3]):
         return None
     return _lower(AttentionProblem.of_integers(*call[:-2]), grad, *call[-2:])
 
 
 def lower_floats(grad: ir.TensorBox, *call: Any) -> Gradients | None:
-    """Lower `heal::attention_backward`; None where its own meaning shall run."""
+    """Lower `heal::attention_backward`; None where its reference implementation shall run."""
     if not has_templates(call[0], call[2], call[-3]):
         return None
     return _lower(AttentionProblem.of_floats(*call[:-2]), grad, *call[-2:])

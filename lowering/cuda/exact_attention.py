@@ -4,7 +4,8 @@ May import `attention` (launches), `compat`, `exact_matmul` (budgets), `exact_ti
 `DECOMPOSITIONS` opens the operators into digits and `attention.exact_chunks`, of which
 `heal::exact_tops` and `heal::exact_sums` become templates; what is between and behind them is
 plain Inductor code. Chunks, tiles and spans are tuning: all that crosses them is exact.
-`heal::exact_attend_backward` becomes products (`exact_matmul`) and pinned steps between them.
+`heal::exact_attend_backward` becomes products (`exact_matmul`) and bit-reproducible steps between
+them.
 """
 
 from __future__ import annotations
@@ -85,10 +86,10 @@ def attention_on_cuda(
     scale: float,
     numerics: str,
 ) -> Tensor:
-    """Decompose `heal::exact_attention`; NotImplemented leaves it to its own meaning.
+    """Decompose `heal::exact_attention`; NotImplemented leaves it to its reference implementation.
 
     Left are simulated adders, other devices, heads above 256, nothing to attend to, and what the
-    meaning refuses.
+    reference implementation refuses.
     """
     how, keys = Numerics.parse(numerics), key_digits.shape[3]
     if how.simulate or how.order or not has_kernels(query_digits.device):
@@ -114,7 +115,7 @@ def gradients_on_cuda(
     kv: str,
     numerics: str,
 ) -> Any:
-    """Decompose `heal::exact_attend_backward`: digit products, and pinned steps between them.
+    """Decompose `heal::exact_attend_backward`: digit products, and what lies between them.
 
     The scores are formed again, and here they have a matrix in memory. NotImplemented as above.
     """
@@ -150,7 +151,7 @@ def lower_tops(
     scale: float,
     chunk: int,
 ) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::exact_tops` on CUDA; None, its own meaning, where a GPU has no kernels."""
+    """Lower `heal::exact_tops` on CUDA; None, its reference, where a GPU has no kernels."""
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
     problem = _problem(query, key, key, mask, is_causal, scale)
     if not has_kernels(problem.device):
@@ -185,7 +186,7 @@ def lower_sums(
     factor: ir.TensorBox,
     unit: float,
 ) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::exact_sums` on CUDA; None, its own meaning, where a GPU has no kernels."""
+    """Lower `heal::exact_sums` on CUDA; None, its reference, where a GPU has no kernels."""
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
     value = States(value_digits, value_scale)
     problem = _problem(query, key, value, mask, is_causal, scale)

@@ -53,7 +53,7 @@ def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     """Decompose `heal::mm` and `heal::bmm`; NotImplemented leaves the operator as it is.
 
     Left are other precisions, simulated adders, other devices than GPUs with the template's
-    instructions, and a K that the operator's own meaning refuses.
+    instructions, and a K that the operator's reference implementation refuses.
     """
     products = _products(numerics, a)
     return NotImplemented if products is None else by_digits(a, b, products)
@@ -198,7 +198,7 @@ def lower(
     b_scale: ir.TensorBox,
     cut: int,
 ) -> ir.TensorBox | None:
-    """Lower `heal::digit_mm` on CUDA; None, its own meaning, where a GPU has no kernels.
+    """Lower `heal::digit_mm` on CUDA; None, its reference, where a GPU has no kernels.
 
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.
@@ -218,7 +218,7 @@ def lower_groups(
     b_scale: ir.TensorBox,
     cut: int,
 ) -> ir.TensorBox | None:
-    """Lower `heal::digit_grouped_mm` on CUDA; None, its own meaning, where there is no kernel.
+    """Lower `heal::digit_grouped_mm` on CUDA; None, its reference, where there is no kernel.
 
     There is none for routed rows if the number of groups is symbolic, or if there is one column.
 
@@ -236,7 +236,7 @@ def lower_groups(
 def lower_sums(
     a_digits: list[ir.TensorBox], b_digits: list[ir.TensorBox], cut: int
 ) -> ir.TensorBox | None:
-    """Lower `heal::digit_sums` on CUDA; None, its own meaning, where a GPU has no kernels.
+    """Lower `heal::digit_sums` on CUDA; None, its reference, where a GPU has no kernels.
 
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.

@@ -131,7 +131,7 @@ def lower(
     numerics: str = "heal",
     groups: ir.TensorBox | None = None,
 ) -> ir.TensorBox | None:
-    """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's own meaning shall run."""
+    """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's reference shall run."""
     reason = check(a)
     if reason is not None:
         _refuse_if_strict(reason)

@@ -1,9 +1,9 @@
 """The guard against silent miscompiles: each template proves itself once per GPU and version.
 
 At first use a second process multiplies small matrices through every template and compares with
-FP64, exact templates bit by bit with their meaning on CPU. (A second process, because a broken
-kernel takes down the CUDA context it runs in.) The verdict is kept in the user's cache folder
-under the GPU's name, the versions and a hash of this package's sources. May import
+FP64, exact templates bit by bit with their reference implementation on CPU. (A second process,
+because a broken kernel takes down the CUDA context it runs in.) The verdict is kept in the user's
+cache folder under the GPU's name, the versions and a hash of this package's sources. May import
 `selfcheck_attention`, `selfcheck_exact`, `kernels`, and the operators.
 """
 
@@ -122,7 +122,7 @@ def broken(template: str, device: torch.device) -> bool:
 
 
 def require(template: str, device: torch.device) -> None:
-    """Go on only if an exact template gave the bits of its meaning on this GPU.
+    """Go on only if an exact template gave the bits of its reference implementation.
 
     Raises:
         DeviceCheckError: It did not. There is no falling back: other bits break the promise, and

@@ -1,6 +1,7 @@
 """The exact templates' part of `selfcheck`: small problems, and zero differing bits.
 
-The right bits are those of the operators' own meaning on CPU. May import the operators.
+The right bits are those of the operators' reference implementation on CPU. May import the
+operators.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ def test_views_of_one_buffer_windows_and_caps_need_no_copy_and_no_operator():
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\), \([\d, ]*\), torch.float32", source)
     largest = max(math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes)
     assert largest < 2 * 2048 * 32
-    for ours, meaning in zip(found, layer(states, cache), strict=True):
-        assert (ours - meaning).norm() <= 2.0**-20 * meaning.norm()
+    for ours, reference in zip(found, layer(states, cache), strict=True):
+        assert (ours - reference).norm() <= 2.0**-20 * reference.norm()
 
 
 @pytest.mark.parametrize("kv", ["int16", "fp32"])

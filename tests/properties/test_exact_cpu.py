@@ -1,4 +1,4 @@
-"""What compiled code does on CPU under `precision="exact"`: the bits of the operators' meaning."""
+"""Compiled code on CPU under `precision="exact"`: the bits of the reference implementation."""
 
 from __future__ import annotations
 

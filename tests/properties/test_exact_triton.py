@@ -1,4 +1,4 @@
-"""Pinned operators as Triton code for a GPU: the CPU's bits, and no free rounding.
+"""Bit-reproducible operators as Triton code for a GPU: the CPU's bits, and no free rounding.
 
 Inductor's generated kernels run in Triton's interpreter, which never contracts; so their PTX is
 compiled, too, and read.

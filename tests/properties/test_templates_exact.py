@@ -1,4 +1,4 @@
-"""Exact products as a GPU runs them: zero differing bits against their meaning on CPU.
+"""Exact products as a GPU runs them: zero differing bits against their reference on CPU.
 
 The generated code runs in Triton's interpreter, which adds INT8 products exactly and rounds FP16
 products to FP32 once per dot. Padding is NaN, so a read past the end shows.
@@ -19,7 +19,7 @@ from torch import Tensor
 from healpass.arithmetic.digits import DIGIT_MAX, FP32_ACCUMULATOR, INT32_ACCUMULATOR
 from healpass.backend import PINNED_SETTINGS
 from healpass.ops.products.exact import SCHEMES
-from healpass.ops.products.exact import exact_matmul as meaning
+from healpass.ops.products.exact import exact_matmul as reference
 from healpass.ops.products.numerics import Numerics
 from tests.support import interpreter
 from tests.support.bits import any_floats, differing
@@ -63,8 +63,8 @@ capabilities = st.sampled_from([80, 90, 103])
 
 
 def differ(a: Tensor, b: Tensor, numerics: str = "exact5", capability: int = 90) -> int:
-    """How many elements of a product differ in a bit from the operator's meaning."""
-    wanted = meaning(a, b, Numerics.parse(numerics).products)
+    """How many elements of a product differ in a bit from the operator's reference."""
+    wanted = reference(a, b, Numerics.parse(numerics).products)
     return differing(multiply(a, b, numerics, capability), wanted)
 
 
@@ -125,7 +125,7 @@ TILES = (
 @pytest.mark.parametrize("capability", [90, 103])
 def test_tiles_and_the_number_format_of_the_tensor_core_leave_bits_alone(capability, monkeypatch):
     a, b = operands(40, 70, 96)
-    wanted = meaning(a, b)
+    wanted = reference(a, b)
     for tile in TILES:
         monkeypatch.setattr(exact_matmul, "FEW_ROWS", 999 if tile.swap else 0)
         monkeypatch.setattr(exact_matmul, "exact_tiles", always([tile]))
@@ -196,7 +196,7 @@ def test_a_k_that_int64_cannot_hold_is_left_to_the_meaning_which_refuses_it(monk
     monkeypatch.setattr(exact_matmul, "has_kernels", always(True))
     assert exact_matmul.digits_on_cuda(long, long.t(), "exact5") is NotImplemented
     with pytest.raises(ValueError, match="may overflow INT64"):
-        meaning(long, long.t())
+        reference(long, long.t())
 
 
 # ----------------------------------------------------------------------------- symbols, gradients
@@ -209,7 +209,7 @@ def test_symbolic_rows_have_the_same_bits():
     )
     for rows in (70, 40, 33):
         (result,) = interpreter.run(text, rows, a[:rows], b)
-        assert differing(result, meaning(a[:rows], b)) == 0
+        assert differing(result, reference(a[:rows], b)) == 0
 
 
 def test_a_symbolic_number_of_tokens_is_summed_over_exactly():
@@ -221,7 +221,7 @@ def test_a_symbolic_number_of_tokens_is_summed_over_exactly():
     assert "LONG : tl.constexpr = True" in text
     for tokens in (70, 3):
         (result,) = interpreter.run(text, tokens, x[:tokens])
-        assert differing(result, meaning(x[:tokens].t(), x[:tokens])) == 0
+        assert differing(result, reference(x[:tokens].t(), x[:tokens])) == 0
 
 
 def test_the_three_products_of_a_training_step():

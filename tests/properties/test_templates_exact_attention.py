@@ -1,4 +1,4 @@
-"""Exact attention as a GPU runs it: zero differing bits against its meaning on CPU.
+"""Exact attention as a GPU runs it: zero differing bits against its reference on CPU.
 
 Generated code in Triton's interpreter, from FP32 Q, K and V to the output: digits, both passes,
 and what Inductor makes of the steps between and behind them.

@@ -1,7 +1,7 @@
 """What `heal::digit_sums` carries on a GPU, in the interpreter: zero differing bits.
 
 Attention's gradient is opened into a graph: products of digits by templates, and between them
-pinned steps that Inductor compiles.
+bit-reproducible steps that Inductor compiles.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def test_a_weighted_sum_has_the_bits_of_its_meaning(dtype, numerics, capability)
 
     tensors = [weights, values.to(dtype)]
     text = source(weigh, tensors, capability)
-    assert "heal.weighted_sum" not in text, "it was left to its meaning"
+    assert "heal.weighted_sum" not in text, "it was left to its reference implementation"
     assert differing(interpreter.run(text, *tensors), weigh(*tensors)) == 0
 
 
@@ -151,7 +151,7 @@ def test_the_gradient_of_attention_has_the_bits_of_its_meaning(
 ):
     tensors = states(length, keys, group, value_size=24)
     text = source(attended, tensors, capability)
-    assert "exact_attend_backward" not in text, "it was left to its meaning"
+    assert "exact_attend_backward" not in text, "it was left to its reference implementation"
     assert differing(interpreter.run(text, *tensors), attended(*tensors)) == 0
 
 

@@ -1,7 +1,7 @@
 """Exact products of groups, and partial products, as a GPU runs them: zero differing bits.
 
-The right bits are those of the operators' own meaning on CPU; the generated code runs in Triton's
-interpreter. Padding is NaN, so a read past the end shows.
+The right bits are those of the operators' reference implementation on CPU; the generated code runs
+in Triton's interpreter. Padding is NaN, so a read past the end shows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def grouped(
 def differ(
     a: Tensor, b: Tensor, offs: Tensor, numerics: str = "exact5", capability: int = 90
 ) -> int:
-    """How many elements differ in a bit from the operator's meaning."""
+    """How many elements differ in a bit from the operator's reference implementation."""
     return differing(
         grouped(a, b, offs, numerics, capability), heal.grouped_mm(a, b, offs, numerics)
     )
@@ -100,7 +100,7 @@ def test_groups_have_the_bits_of_their_meaning(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_graph_means_the_operator(form):
-    """By the operators' own meaning on CPU, without a compiler."""
+    """By the operators' reference implementation on CPU, without a compiler."""
     a, b = operands(form, 50, 33, 7)
     b.view(-1)[5], a.view(-1)[9] = torch.inf, torch.nan
     offs = offsets(11, 11, 46)

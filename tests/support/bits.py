@@ -77,7 +77,7 @@ def ordinary(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`function` through Inductor as `precision="exact"` compiles, pinned operators opened."""
+    """`function` through Inductor as `precision="exact"` compiles, its operators decomposed."""
     patches = {**PINNED_SETTINGS, **settings}
     table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS}
 

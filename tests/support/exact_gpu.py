@@ -46,7 +46,7 @@ class Traced:
     Attributes:
         graph: Composite operators opened, primitive ones not yet; factories make CUDA tensors.
         inputs: What the graph takes, on CPU.
-        outputs: What it gives there, each operator by its own meaning.
+        outputs: What it gives there, each operator by its reference implementation.
     """
 
     graph: torch.fx.GraphModule

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import healpass.backend
 from healpass import lowering
-from healpass.graph.passes.decompose import open_operators, stays_closed
+from healpass.graph.passes.decompose import decompose_operators, stays_whole
 from tests.support.bits import SPECIAL, differing
 
 heal = torch.ops.heal
@@ -44,7 +44,7 @@ def test_an_opened_graph_has_the_bits_of_the_operators(name):
     x = SPECIAL.clone() if name not in ("sum", "mm") else torch.linspace(-3, 5, 77).reshape(7, 11)
     graph_module = traced(FUNCTIONS[name], x)
     assert ours(graph_module)
-    open_operators(graph_module.graph, TABLE)
+    decompose_operators(graph_module.graph, TABLE)
     graph_module.graph.lint()
     graph_module.recompile()
     left = {name for name in ours(graph_module) if not name.startswith("with_special")}
@@ -55,7 +55,7 @@ def test_an_opened_graph_has_the_bits_of_the_operators(name):
 def test_a_decomposition_that_declines_leaves_the_operator():
     x = torch.ones(3, 4)
     graph_module = traced(lambda a: heal.mm(a, a.t(), "layercast"), x)
-    open_operators(graph_module.graph, TABLE)
+    decompose_operators(graph_module.graph, TABLE)
     assert ours(graph_module) == ["mm"]
 
 
@@ -63,7 +63,7 @@ def test_a_constant_of_a_decomposition_comes_along():
     table = {**TABLE, heal.exp.default: lambda x: x + torch.tensor([1.0, 2.0])}
     x = torch.zeros(2)
     graph_module = traced(lambda a: heal.exp(heal.exp(a)), x)
-    open_operators(graph_module.graph, table)
+    decompose_operators(graph_module.graph, table)
     graph_module.recompile()
     assert graph_module(x).tolist() == [2.0, 4.0]
 
@@ -78,7 +78,7 @@ def test_an_operator_with_several_results_is_opened():
     taken = [graph.call_function(operator.getitem, (call, index)) for index in (1, 0)]
     graph.output(tuple(taken))
     graph_module = torch.fx.GraphModule(nn.Module(), graph)
-    open_operators(graph_module.graph, table)
+    decompose_operators(graph_module.graph, table)
     graph_module.recompile()
     assert [y.unique().item() for y in graph_module(torch.zeros(2, 3))] == [2.0, 1.0]
 
@@ -90,7 +90,7 @@ def test_subgraphs_are_opened_too():
     graph = torch.fx.Graph(torch.fx.GraphModule(outer, torch.fx.Graph()))
     graph.get_attr("repeated_0")
     owner = torch.fx.GraphModule(outer, graph)
-    open_operators(owner.graph, TABLE)
+    decompose_operators(owner.graph, TABLE)
     assert ours(owner.repeated_0) == []
 
 
@@ -99,7 +99,7 @@ def test_subgraphs_are_opened_too():
 )
 def test_operators_stay_closed_where_nothing_is_differentiated(needs, enabled, closed):
     with torch.set_grad_enabled(enabled):
-        assert stays_closed([3, torch.ones(2, requires_grad=needs)]) == closed
+        assert stays_whole([3, torch.ones(2, requires_grad=needs)]) == closed
 
 
 @pytest.mark.parametrize("training", [False, True])

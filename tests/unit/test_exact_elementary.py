@@ -1,4 +1,4 @@
-"""Pinned functions: as accurate as promised, defined everywhere, the same bits from everyone."""
+"""Elementary functions: as accurate as promised, defined everywhere, with one result."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ def test_an_operator_gets_its_exact_one_and_means_the_same(name):
 
 
 def test_factors_are_products_of_their_own():
-    """torch's eager `add(alpha=)`, `addcmul` and `lerp` use an fma; the pinned forms do not."""
+    """torch's eager `add(alpha=)`, `addcmul` and `lerp` use an fma; ours do not."""
     t = x(4, 6, seed=9)
-    for function, pinned in (
+    for function, reproducible in (
         (lambda a, b: torch.add(a, b, alpha=0.3), A + B * torch.tensor(0.3)),
         (lambda a, b: torch.sub(a, b, alpha=0.3), A - B * torch.tensor(0.3)),
         (lambda a, b: torch.rsub(a, b, alpha=0.3), B - A * torch.tensor(0.3)),
@@ -103,7 +103,7 @@ def test_factors_are_products_of_their_own():
         (lambda a, b: torch.lerp(a, b, 0.3), A + (B - A) * torch.tensor(0.3)),
     ):
         rewritten = Rewritten(function, CONFIG)
-        assert differing(rewritten(A, B), pinned) == 0
+        assert differing(rewritten(A, B), reproducible) == 0
         assert rewritten.kept == {}
 
 

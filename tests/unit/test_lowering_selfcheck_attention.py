@@ -14,7 +14,7 @@ def exact(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
     return tuple(result.float() for result, _ in selfcheck_attention.promises(check))
 
 
-def meaning(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
+def reference(check: AttentionCheck) -> tuple[torch.Tensor, ...]:
     """The operators' own FP32 arithmetic."""
     call = check.call()
     results = getattr(torch.ops.heal, check.operator)(*call)
@@ -33,7 +33,7 @@ def interpreted(check: AttentionCheck, change: Change | None = None) -> tuple[to
 
 def test_right_results_pass():
     assert selfcheck_attention.examine(exact) == {}
-    assert selfcheck_attention.examine(meaning) == {}
+    assert selfcheck_attention.examine(reference) == {}
     assert selfcheck_attention.examine(interpreted) == {}
 
 

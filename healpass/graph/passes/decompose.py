@@ -1,10 +1,10 @@
 """The pass after `outline`: exact operators become what they are made of. Imports `graph.splice`.
 
 A decomposition of one `heal::` operator is up to two hundred nodes, and a decoder of thirty layers
-has hundreds of those operators. Where AOTAutograd opens them, it traces each, and all passes of
-Inductor walk over the result. So they stay closed until repeated layers are one subgraph, and are
-opened there once. Only where nothing is differentiated: the partitioner of a training graph has to
-see the nodes, to choose what the backward computes again.
+has hundreds of those operators. Where AOTAutograd decomposes them, it traces each, and all passes
+of Inductor walk over the result. So they stay whole until repeated layers are one subgraph, and
+are decomposed there once. Only where nothing is differentiated: the partitioner of a training
+graph has to see the nodes, to choose what the backward computes again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from healpass.graph.splice import replace, splice
 
 
-def stays_closed(inputs: Sequence[Any]) -> bool:
+def stays_whole(inputs: Sequence[Any]) -> bool:
     """Whether a graph with these inputs is compiled without a backward, so that AOT need not see.
 
     Args:
@@ -36,8 +36,8 @@ def _is_ours(target: Any) -> bool:
     return isinstance(target, OpOverload) and target.namespace == "heal"
 
 
-def open_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
-    """Open the `heal::` operators of an ATen graph and its subgraphs that have a decomposition.
+def decompose_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    """Decompose the `heal::` operators of an ATen graph and of its subgraphs, where they can be.
 
     Args:
         graph: Changed in place. Nodes carry their values as `meta["val"]`.
@@ -48,14 +48,14 @@ def open_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]
     for body in dict.fromkeys((graph, *(module.graph for module in bodies))):
         for node in list(body.nodes):
             if _is_ours(node.target) and node.target in decompositions:
-                _open(node, decompositions)
+                _decompose(node, decompositions)
 
 
-def _open(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+def _decompose(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
     operands = node.all_input_nodes
     traced = _traced(node, operands, decompositions)
     if any(inner.target is node.target for inner in traced.graph.nodes):
-        return  # the decomposition takes no such operands: the operator runs its meaning
+        return  # the decomposition takes no such operands: the operator runs its reference
     graph = node.graph
 
     def copy(inner: Node, copied: Callable[[Node], Any]) -> Node:
@@ -86,7 +86,7 @@ def _traced(
 
 def _constant(graph: Graph, value: Any) -> Node:
     owner: Any = graph.owning_module
-    name = next(n for i in range(1 << 20) if not hasattr(owner, n := f"opened_constant_{i}"))
+    name = next(n for i in range(1 << 20) if not hasattr(owner, n := f"decomposed_constant_{i}"))
     owner.register_buffer(name, value, persistent=False)
     copied = graph.get_attr(name)
     copied.meta["val"] = value

@@ -5,7 +5,8 @@ computes floating-point numbers is one of these:
 
 * a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`, and the
   product of a softmax `heal::weighted_sum`, so that keys of weight 0 do not show;
-* an operator with a rule (`passes.exact_rules`): a pinned `heal::` operator takes its place;
+* an operator with a rule (`passes.exact_rules`): a bit-reproducible `heal::` operator takes its
+  place;
 * a trained read of one element in several places (`passes.exact_reads`): its gradient is a sum;
 * a single IEEE operation, a choice, a comparison, or data that moves: it stays;
 * anything else: it stays, the report lists it with the reason, and `strict=True` refuses.
@@ -40,7 +41,7 @@ from healpass.graph.passes.exact_reads import READS, reads_by_index
 from healpass.graph.passes.exact_rules import (
     EXPANDING,
     FORMS,
-    PINNED,
+    REPRODUCIBLE,
     SCATTERED,
     TIES,
     TRAINED,
@@ -108,7 +109,7 @@ def _keep_transformed(node: Node, name: str | None, context: Context) -> bool:
         | operator_names.MOVES
         | operator_names.CASTS
         | operator_names.FACTORIES
-        | PINNED
+        | REPRODUCIBLE
         | BATCHING
     )
     if not settled:
@@ -133,7 +134,7 @@ def _why_not(node: Node, name: str | None) -> str | None:
         return "its gradient adds what was read more than once in the order of the device"
     if name in FORMS or kind in UNTOUCHED or (kind is Kind.FACTORY and not _spaced(name)):
         return None
-    if kind is Kind.BUFFER_WRITE or name in PINNED or name in operator_names.MOVES:
+    if kind is Kind.BUFFER_WRITE or name in REPRODUCIBLE or name in operator_names.MOVES:
         return None
     if kind is Kind.FOREIGN:
         return "an operator of the caller's: its arithmetic is its own"

@@ -1,8 +1,8 @@
 """What each of torch's operators becomes under `precision="exact"`. May import `ops` and below.
 
-Data for the pass `exact`: rules that put a pinned `heal::` operator in the place of one that
-rounds in its own way, and the names of operators that need none, because each of their results
-has one right value: one IEEE operation, a comparison, a choice, or integers.
+Data for the pass `exact`: rules that put a bit-reproducible `heal::` operator in the place of one
+that rounds in its own way, and the names of operators that need none, because each of their
+results has one right value: one IEEE operation, a comparison, a choice, or integers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from healpass.graph.operator_names import words
 heal = torch.ops.heal
 
 #: One IEEE operation each on FP32, or none: eager and compiled code agree, contraction being off.
-PINNED = words(
+REPRODUCIBLE = words(
     """
     neg abs relu relu6 leaky_relu hardtanh threshold sign sgn clamp clamp_min clamp_max clip
     maximum minimum fmax fmin amax amin aminmax floor ceil round trunc frac where masked_fill

@@ -27,7 +27,7 @@ from healpass.graph.splice import replace, splice
 aten = torch.ops.aten
 
 #: Composite ATen operators that tracing would leave whole; torch's own definition opens them.
-OPENED = (
+DECOMPOSED = (
     aten.einsum.default,
     aten.tensordot.default,
     aten.chain_matmul.default,
@@ -66,7 +66,7 @@ def _open(node: Node, graph_module: GraphModule, context: Context) -> None:
         return function(*args, **kwargs)  # type: ignore[operator]
 
     with propagating(context.fake_mode):
-        table = {overload: overload.decompose for overload in OPENED}
+        table = {overload: overload.decompose for overload in DECOMPOSED}
         traced = make_fx(call, decomposition_table=table, pre_dispatch=True)(*map(value, inputs))
     _inline(traced, node, inputs, graph_module, context)
 

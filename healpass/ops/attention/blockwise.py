@@ -1,6 +1,6 @@
 """Attention by blocks of queries: what every format of Q, K and V shares. May import `scoring`.
 
-The meaning, in FP32::
+The reference implementation, in FP32::
 
     score  = softcap(scale * (q . k)) + mask        -inf where causality, window or mask hide
     weight = exp(score - m) / (sum exp(score - m) + exp(sink - m))
@@ -27,7 +27,7 @@ from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.ieee import ieee_fp32
 from healpass.ops.products.numerics import Numerics
 
-#: Queries handled at once. Tuning: it decides no bit of a result's meaning.
+#: Queries handled at once. Tuning: no result depends on it by more than FP32's rounding.
 ROWS = 128
 
 

@@ -1,10 +1,11 @@
 """Exact attention with a cap or with sinks, by scores and weights. Imports `exact_attention`.
 
 Digit planes under one softmax, as `attention.exact` has them, have no room for a cap or for a
-sink's logit. Here the scores are numbers in FP32: a product by digits, then pinned operators, a
-pinned softmax, and `heal::weighted_sum`, which no hidden key influences. Each has one result, so
-tiles, batches and splits cannot show, and prefill and decode agree. Q, K and V are rounded to
-integers first, as a cache holds them; the rounding's gradient is the identity.
+sink's logit. Here the scores are numbers in FP32: a product by digits, then bit-reproducible
+operators, a bit-reproducible softmax, and `heal::weighted_sum`, which no hidden key influences.
+Each has one result, so tiles, batches and splits cannot show, and prefill and decode agree. Q, K
+and V are rounded to integers first, as a cache holds them; the rounding's gradient is the
+identity.
 
 A NaN in V shows even where its key is hidden, as in torch.
 """

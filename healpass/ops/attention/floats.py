@@ -1,9 +1,9 @@
 """Attention in FP32 on states as stored: `heal::attention` and its gradients.
 
-The meaning is that of `attention.blockwise`, in FP32 throughout: `q . k`, rounded as a matmul
-rounds it, and P V the same. As in any FP32 attention a key that is NaN, or that makes a score
-overflow, reaches the rows that see it; a hidden one with a finite value counts for nothing. Error:
-`arithmetic.attention_bounds` and `arithmetic.attention_gradients`.
+The reference implementation is that of `attention.blockwise`, in FP32 throughout: `q . k`, rounded
+as a matmul rounds it, and P V the same. As in any FP32 attention a key that is NaN, or that makes
+a score overflow, reaches the rows that see it; a hidden one with a finite value counts for
+nothing. Error: `arithmetic.attention_bounds` and `arithmetic.attention_gradients`.
 
 `attention.sdpa` has all of SDPA's arguments. May import `tensorcore`.
 """
@@ -132,7 +132,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # n
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The second derivative: of the operator's meaning, which is differentiable as it stands.
+    """The second derivative: of the reference, which is differentiable as it stands.
 
     The output and the logsumexp are functions of the other operands, so that the whole derivative
     with regard to those is theirs.

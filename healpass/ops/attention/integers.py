@@ -1,9 +1,10 @@
 """Attention on integer digits: `heal::integer_attention` and its gradients.
 
-Q, K and V come as `heal::quantize` makes them; the meaning is that of `attention.blockwise`, for
-`x = scale * integer`. `q . k` is a sum of products of integers. It is exact (INT24: within 2^-53
-of the sum of magnitudes), rounded to FP32 once, and a score past FP32's range saturates instead
-of becoming infinite. A hidden key counts for nothing, even if its scale is NaN.
+Q, K and V come as `heal::quantize` makes them; the reference implementation is that of
+`attention.blockwise`, for `x = scale * integer`. `q . k` is a sum of products of integers. It is
+exact (INT24: within 2^-53 of the sum of magnitudes), rounded to FP32 once, and a score past FP32's
+range saturates instead of becoming infinite. A hidden key counts for nothing, even if its scale is
+NaN.
 
 Error: `arithmetic.attention_bounds` with `kv=`. May import `tensorcore`.
 """

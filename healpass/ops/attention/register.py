@@ -70,9 +70,9 @@ def define(name: str, operands: str, read: Callable[..., Attention]) -> Attentio
     call = f"{operands}, {SCORING}, str numerics"
     backward = f"(Tensor grad, {call}, Tensor output, Tensor logsumexp)"
 
-    def register(suffix: str, schema: str, meaning: Any, fake: Any) -> Any:
+    def register(suffix: str, schema: str, implementation: Any, fake: Any) -> Any:
         operator = torch.library.custom_op(
-            f"heal::{name}{suffix}", meaning, mutates_args=(), schema=schema
+            f"heal::{name}{suffix}", implementation, mutates_args=(), schema=schema
         )
         operator.register_fake(fake)
         return operator

@@ -1,4 +1,4 @@
-"""Pinned functions of two tensors: `heal::add`, `sub`, `mul`, `div`, `pow`. Imports `reduce`.
+"""Bit-reproducible functions of two: `heal::add`, `sub`, `mul`, `div`, `pow`. Imports `reduce`.
 
 FP16, BF16 or FP32 in any mixture and any broadcast, FP32 out. A sum, difference or product is one
 IEEE FP32 operation, whose contraction the compile settings forbid. A quotient is rounded from FP64
@@ -26,11 +26,11 @@ Gradients = tuple[Tensor, Tensor]
 
 
 def _fp32(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    def meaning(a: Tensor, b: Tensor) -> Tensor:
+    def compute(a: Tensor, b: Tensor) -> Tensor:
         a, b = (fp64.checked(x).to(torch.float32) for x in (a, b))
         return fp64.canonical(operation(a, b))
 
-    return meaning
+    return compute
 
 
 def _div(a: Tensor, b: Tensor) -> Tensor:

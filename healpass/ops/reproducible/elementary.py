@@ -1,4 +1,4 @@
-"""Pinned functions of one tensor: `heal::exp`, `heal::silu`, `heal::rsqrt` ... Imports `fp64`.
+"""Bit-reproducible functions of one tensor: `heal::exp`, `heal::silu` ... Imports `fp64`.
 
 FP16, BF16 or FP32 in, FP32 out, the same bits on every device and from every compiler: FP64
 sequences of IEEE operations (`reproducible.fp64`) with one rounding. Error: at most (1/2 + 2^-5)

@@ -1,4 +1,4 @@
-"""Coefficients of pinned functions, made by `arithmetic.approximations`: do not edit.
+"""Coefficients of functions, made by `arithmetic.approximations`: do not edit.
 
 Highest power first. The comment at each says what is approximated, where, and how far off it is.
 """

@@ -1,4 +1,4 @@
-"""Pinned norms: `heal::rms_norm` and `heal::layer_norm`. Imports `reduce`.
+"""Bit-reproducible norms: `heal::rms_norm` and `heal::layer_norm`. Imports `reduce`.
 
 Everything between the FP32 (or 16-bit) operands and the FP32 result is FP64, the sums are exact
 integers (`reproducible.reduce`), and the result is rounded once: it is within (1/2 + 2^-10) ulp of

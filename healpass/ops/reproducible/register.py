@@ -1,8 +1,8 @@
-"""How an operator of pinned arithmetic is registered: one function, three uses. Imports torch.
+"""How a bit-reproducible operator is registered: one function, three uses. Imports torch.
 
-The function is the operator's meaning in eager code, and its decomposition for a compiler, which
-traces it and fuses it with its neighbours. Both give the same bits, because the function is a
-sequence of operations that have one right result each.
+The function is the operator's reference implementation in eager code, and its decomposition for a
+compiler, which traces it and fuses it with its neighbours. Both give the same bits, because the
+function is a sequence of operations that have one right result each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DECOMPOSITIONS: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(_DECO
 
 def register(
     schema: str,
-    meaning: Callable[..., Any],
+    implementation: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     save: Callable[..., Any] | None = None,
@@ -31,7 +31,7 @@ def register(
 
     Args:
         schema: `name(Tensor input, ...) -> Tensor`.
-        meaning: Traceable; returns new tensors.
+        implementation: Traceable; returns new tensors.
         fake: The same on fake tensors, by cheaper means: shapes, strides and dtypes.
         backward: `(ctx, *grads) -> gradients`, in terms of `heal::` operators and of plain torch.
         save: `(ctx, inputs, output)`, what `backward` needs.
@@ -39,21 +39,23 @@ def register(
     Returns:
         The operator, as `torch.ops.heal.name.default`.
     """
-    operator = register_opaque(schema, meaning, fake, backward, save)
-    _DECOMPOSITIONS[operator] = meaning
+    operator = register_opaque(schema, implementation, fake, backward, save)
+    _DECOMPOSITIONS[operator] = implementation
     return operator
 
 
 def register_opaque(
     schema: str,
-    meaning: Callable[..., Any],
+    implementation: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     save: Callable[..., Any] | None = None,
 ) -> OpOverload:
-    """Register `heal::name` that a compiler calls as it is: its meaning looks at data."""
+    """Register `heal::name` that a compiler calls as it is: its reference looks at data."""
     name, rest = schema.split("(", 1)
-    custom = torch.library.custom_op(f"heal::{name}", meaning, mutates_args=(), schema=f"({rest}")
+    custom = torch.library.custom_op(
+        f"heal::{name}", implementation, mutates_args=(), schema=f"({rest}"
+    )
     custom.register_fake(fake)
     if backward is not None:
         custom.register_autograd(backward, setup_context=save)

@@ -1,4 +1,4 @@
-"""Pinned softmax and cross entropy: `heal::softmax`, `log_softmax`, `cross_entropy`.
+"""Bit-reproducible softmax and cross entropy: `heal::softmax`, `log_softmax`, `cross_entropy`.
 
 The maximum is exact in any order; exp(x - max) is FP64 (`reproducible.fp64`); the denominator is
 the exact sum of those numbers in units of 2^-40, so it does not depend on how many hidden keys or
