@@ -26,12 +26,12 @@ ROOT = Path(__file__).parents[1]
 WINDOW = 250
 #: Name -> dtype of the weights, options of the backend.
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "FP32": (torch.float32, {"precision": "fp32"}),
+    "FP32": (torch.float32, {"precision": "traced"}),
     "BF16": (torch.bfloat16, {"precision": "bf16"}),
     "exact, INT16, 5 products": (torch.bfloat16, {"precision": "exact"}),
     "exact, INT24, 8 products": (
         torch.bfloat16,
-        {"precision": "exact", "kv": "int24", "exact_products": 8},
+        {"precision": "exact", "kv": "int24", "exact_accuracy": "high"},
     ),
 }
 

@@ -17,8 +17,9 @@ Two products per layer; chains of four hardware additions, added in FP32
 (`healpass.arithmetic.promotion`). No GPU is needed.
 
 `--forward` times what a user runs instead, `torch.compile(model, backend="heal", options=
-{"simulate": ...})` on the BF16 model: the first pass, which compiles, and the second. Seconds of
-the processor stand beside those of the clock, for a machine that is busy with other things.
+{"debug": {"simulate": ...}})` on the BF16 model: the first pass, which compiles, and the second.
+Seconds of the processor stand beside those of the clock, for a machine that is busy with other
+things.
 """
 
 import argparse
@@ -167,7 +168,9 @@ def forward_times(
     for heading in ("simulate", "first pass", "second pass", "second, processor"):
         table.add_column(heading, justify="left" if heading == "simulate" else "right")
     for generation in generations:
-        compiled = torch.compile(model, backend="heal", options={"simulate": generation})
+        compiled = torch.compile(
+            model, backend="heal", options={"debug": {"simulate": generation}}
+        )
         seconds = []
         for _ in track(range(2), generation, console=console, transient=True):
             clock, processor = time.perf_counter(), time.process_time()

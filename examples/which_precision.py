@@ -26,15 +26,15 @@ from healpass.integrations import smollm2
 TEXT = Path(__file__).parents[1] / "LICENSE"
 #: Name -> dtype of the weights, options of the backend.
 CHOICES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "bf16, as the model is": (torch.bfloat16, {"precision": "bf16"}),
-    "fp32, weights upcast": (torch.float32, {"precision": "fp32"}),
+    "bf16, as the model is": (torch.bfloat16, {"precision": "traced"}),
+    "fp32, weights upcast": (torch.float32, {"precision": "traced"}),
     "layercast": (torch.bfloat16, {"precision": "layercast"}),
     "heal": (torch.bfloat16, {"precision": "heal"}),
     "heal, kv=int24": (torch.bfloat16, {"precision": "heal", "kv": "int24"}),
     "exact": (torch.bfloat16, {"precision": "exact"}),
-    "exact, kv=int24, exact_products=8": (
+    "exact, kv=int24, exact_accuracy=high": (
         torch.bfloat16,
-        {"precision": "exact", "kv": "int24", "exact_products": 8},
+        {"precision": "exact", "kv": "int24", "exact_accuracy": "high"},
     ),
 }
 

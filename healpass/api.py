@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,33 +19,40 @@ from healpass.graph.passes import prepack
 from healpass.graph.pipeline import rewrite
 from healpass.report import HealReport
 
+Options = HealConfig | Mapping[str, Any] | None
+
 
 def explain(
-    model: Any,
-    *args: Any,
-    config: HealConfig | None = None,
-    observe: bool = False,
-    **kwargs: Any,
-) -> HealReport:
-    """Say what `backend="heal"` does to a model on these inputs, without compiling it.
+    model: Any, config: Options = None, /, *, observe: bool = False, **options: Any
+) -> Callable[..., HealReport]:
+    """Say what `backend="heal"` does to a model, without compiling it.
 
-    The model is captured as `torch.compile` captures it, rewritten, and run once with plain torch.
+    `healpass.explain(model, precision="exact")(inputs)`: the model is captured as `torch.compile`
+    captures it, rewritten, and run once with plain torch.
 
     Args:
         model: A module or a function.
-        *args: What it is called with.
-        config: The options to explain; the default ones if None.
+        config: The options to explain: a `HealConfig` or a mapping of its fields.
         observe: Compare the rewritten nodes with FP64 on the given inputs, and propagate all
             errors to the outputs. Takes the memory of the model and of its activations in FP64,
             as training would, and some ten times the time of a forward pass.
-        **kwargs: What it is called with.
+        **options: The fields of `HealConfig` by name.
 
     Returns:
-        Every matmul and SDPA node, rewritten or kept and why, with the user's source line and the
-        error bound, and every kernel boundary that is still 16-bit.
+        A function that takes what the model is called with, and returns the report: every matmul
+        and SDPA node, rewritten or kept and why, with the user's source line and the error bound,
+        and every kernel boundary that is still 16-bit.
+
+    Raises:
+        ConfigError: An option is unknown or has a wrong value.
     """
     check_torch(torch.__version__)
-    config = config or HealConfig()
+    return partial(_explain, model, HealConfig.read(config, **options), observe)
+
+
+def _explain(
+    model: Any, config: HealConfig, observe: bool, /, *args: Any, **kwargs: Any
+) -> HealReport:
     report = HealReport(dataclasses.asdict(config))
 
     def look(graph_module: GraphModule, example_inputs: list[Any]) -> Any:
@@ -88,13 +96,14 @@ class RewritePass:
         return CacheKey(self.config.key()).uuid()
 
 
-def inductor_options(**options: Any) -> dict[str, Any]:
+def inductor_options(config: Options = None, /, **options: Any) -> dict[str, Any]:
     """The second door: options that make plain `torch.compile(model, options=...)` do the same.
 
     For tools that accept no backend name but Inductor's. The result holds Inductor settings only.
 
     Args:
-        **options: The fields of `HealConfig`.
+        config: A `HealConfig` or a mapping of its fields.
+        **options: The fields of `HealConfig` by name.
 
     Returns:
         A dict for `torch.compile(model, options=...)`.
@@ -105,7 +114,7 @@ def inductor_options(**options: Any) -> dict[str, Any]:
     from healpass import lowering
 
     check_torch(torch.__version__)
-    config = HealConfig.from_options(options, None)
+    config = HealConfig.read(config, **options)
     if config.prepack:
         raise ConfigError(
             "prepack=True needs backend='heal': it changes the inputs of the compiled graph, "

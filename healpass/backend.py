@@ -45,7 +45,7 @@ def heal_backend(
     example_inputs: list[Any],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: HealConfig | Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with reproducible numerics: the target of `backend="heal"`.
 
@@ -65,7 +65,7 @@ def heal_backend(
         StrictError: `strict=True` and a node cannot be rewritten.
     """
     check_torch(torch.__version__)
-    config = HealConfig.from_options(options, mode)
+    config = HealConfig.read(options, mode=mode)
     report = rewrite(graph_module, config, outermost=watch.is_outermost())
     watch.note(report)
     inputs = prepack.example_inputs(graph_module, example_inputs)
@@ -92,7 +92,7 @@ def _finish(config: HealConfig, graph: Graph) -> None:
 
     from healpass import lowering
 
-    if OUTLINE not in config.disable:
+    if OUTLINE not in config.debug.disable:
         outline_repeats(graph)
     if config.precision == "exact":
         decompose_operators(graph, select_decomp_table() | lowering.decompositions())

@@ -61,7 +61,12 @@ def env(as_json: AsJson = False) -> None:
 @app.command()
 def explain(
     model: Model,
-    precision: Annotated[str, typer.Option(help="heal or layercast.")] = "heal",
+    precision: Annotated[str, typer.Option(help="heal, layercast, exact or traced.")] = "heal",
+    kv: Annotated[str | None, typer.Option(help="int16, int24 or fp32.")] = None,
+    simulate: Annotated[str | None, typer.Option(help="v100, a100, h100 or b200.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a matmul or an attention is kept.")
+    ] = False,
     prompt: Annotated[
         str, typer.Option(help="The text the model is run on.")
     ] = "The capital of France is",
@@ -74,10 +79,12 @@ def explain(
     from healpass import HealConfig
     from healpass import explain as explain_model
 
-    config = HealConfig.from_options({"precision": precision}, None)
+    config = HealConfig.read(
+        precision=precision, kv=kv, strict=strict, debug={"simulate": simulate or None}
+    )
     network, tokenizer = _load(model)
     inputs = tokenizer(prompt, return_tensors="pt")
-    report = explain_model(network, **inputs, config=config, observe=observe, use_cache=False)
+    report = explain_model(network, config, observe=observe)(**inputs, use_cache=False)
     if as_json:
         typer.echo(report.to_json())
     elif sys.stdout.isatty():
@@ -178,7 +185,7 @@ def fingerprint(
     ] = "The capital of France is",
     precision: Annotated[str, typer.Option(help="exact has one digest everywhere.")] = "exact",
     kv: Annotated[str | None, typer.Option(help="int16 or int24.")] = None,
-    exact_products: Annotated[int, typer.Option(help="3, 5, 6 or 8.")] = 5,
+    accuracy: Annotated[str, typer.Option(help="low, default or high.")] = "default",
     expect: Annotated[
         str | None, typer.Option(help="A digest: exit status 1 if another one is found.")
     ] = None,
@@ -190,8 +197,7 @@ def fingerprint(
     from healpass.fingerprint import fingerprint as find
 
     wanted = None if expect is None else check_expected(expect)
-    options = {"precision": precision, "kv": kv, "exact_products": exact_products}
-    config = HealConfig.from_options(options | {"outputs": "fp32"}, None)
+    config = HealConfig.read(precision=precision, kv=kv, exact_accuracy=accuracy, outputs="fp32")
     network, tokenizer = _load(model)
     found = find(network, tokenizer(prompt, return_tensors="pt")["input_ids"], config)
     typer.echo(found.to_json() if as_json else str(found))

@@ -130,12 +130,7 @@ def fingerprint(model: nn.Module, tokens: Tensor, config: HealConfig) -> Fingerp
         tokens: INT64.
         config: The options of the compile.
     """
-    defaults = HealConfig()
-    options = {
-        option.name: getattr(config, option.name)
-        for option in dataclasses.fields(config)
-        if getattr(config, option.name) != getattr(defaults, option.name)
-    }
+    options = config.changed()
     compiled = torch.compile(model, backend="heal", options=options)
     with torch.no_grad():
         logits = compiled(input_ids=tokens, use_cache=False).logits

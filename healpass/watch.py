@@ -157,7 +157,7 @@ def config_of(callback: Any) -> HealConfig | None:
     if name != ("healpass.backend", "heal_backend"):
         return getattr(backend, "heal_config", None)
     try:
-        return HealConfig.from_options(given.get("options"), given.get("mode"))
+        return HealConfig.read(given.get("options"), mode=given.get("mode"))
     except ConfigError:
         return None  # the backend raises it, where torch names the backend in the message
 

@@ -135,10 +135,10 @@ def bound_of(operator: Node, config: HealConfig) -> str:
     if not isinstance(terms, int):
         return f"{terms} u S"  # a symbolic K: FP32 arithmetic's gamma to first order
     if config.precision == "exact":
-        return bound_text(config.exact_products, value(right).dtype)
+        return bound_text(config.digit_products, value(right).dtype)
     served = isinstance(right, Node) and is_parameter(right)
     fmt = _SHORT[value(right).dtype] if served else "fp32"
-    return matmul_bound(config.precision, terms, right=fmt, rule=config.simulate).text
+    return matmul_bound(config.precision, terms, right=fmt, rule=config.debug.simulate).text
 
 
 def check_m_invariant(config: HealConfig, operands: list[Tensor]) -> None:
@@ -148,9 +148,9 @@ def check_m_invariant(config: HealConfig, operands: list[Tensor]) -> None:
         UnavailableError: `m_invariant` is set, nothing is simulated, and an operand is on CPU.
     """
     on_cpu = any(operand.device.type == "cpu" for operand in operands)
-    if config.m_invariant and not config.simulate and on_cpu:
+    if config.m_invariant and not config.debug.simulate and on_cpu:
         raise UnavailableError(
             "m_invariant=True needs CUDA tensors, but a matmul of this graph is on cpu. The CPU's "
             "FP32 matmul is torch's own, whose order of summation follows the number of rows.\n"
-            "Leave m_invariant out, or add simulate='h100', which adds in one order."
+            "Leave m_invariant out, or add debug={'simulate': 'h100'}, which adds in one order."
         )

@@ -55,7 +55,7 @@ def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, 
     Returns:
         What the graph returns.
     """
-    arithmetic = Arithmetic(config.precision, config.simulate)
+    arithmetic = Arithmetic(config.precision, config.debug.simulate)
     with torch.no_grad():
         measured = Measured(graph_module, arithmetic)
         result = measured.run(*args)

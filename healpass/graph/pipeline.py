@@ -90,16 +90,16 @@ def rewrite(
         What was rewritten, what was kept, and where 16 bits remain.
 
     Raises:
-        ConfigError: `config.disable` names no pass.
+        ConfigError: `config.debug.disable` names no pass.
         UnavailableError: `config.m_invariant` is set, and a matmul is on CPU.
         StrictError: A node had to be kept, and `config.strict` is set.
         GraphCheckError: A pass broke the graph (a bug of healpass).
     """
-    _check_names(config.disable)
+    _check_names(config.debug.disable)
     context = Context(config, _fake_mode(graph_module), outermost)
     if not config.rewrites or context.fake_mode is None:
         return context.report
-    skipped = (*config.disable, *_unsafe_passes(graph_module, config.disable))
+    skipped = (*config.debug.disable, *_unsafe_passes(graph_module, config.debug.disable))
     chosen = {name: run for name, run in PASSES.items() if name not in skipped}
     for name, run in chosen.items():
         _run(name, run, graph_module, context, complete=name == "promote")
@@ -129,7 +129,7 @@ def _run(
     count = run(graph_module, context)
     if count:
         graph_module.recompile()
-        whole = complete and not set(context.config.disable) & PASSES.keys()
+        whole = complete and not set(context.config.debug.disable) & PASSES.keys()
         verify(graph_module, context, name, whole)
     seconds = time.perf_counter() - start
     context.report.passes.append({"name": name, "changed": count, "seconds": seconds})

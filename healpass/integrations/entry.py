@@ -21,6 +21,7 @@ fragments it keeps the traced dtypes, for the fragment that reads them was trace
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -31,6 +32,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
 
 from healpass import watch
+from healpass.config import HealConfig
 
 #: The name of the entry that is the module's call.
 CALL = "__call__"
@@ -63,7 +65,7 @@ class Entry:
         self,
         owner: nn.Module,
         name: str,
-        config: dict[str, Any],
+        config: HealConfig,
         border: Any = None,
     ) -> None:
         self.owner, self.name, self.config, self.border = owner, name, config, border
@@ -119,7 +121,7 @@ class Entry:
             vars(self.owner).update(self.previous)
 
     def _function(self, inner: bool) -> Callable[..., Any]:
-        config = self.config | ({"outputs": "traced"} if inner else {})
+        config = dataclasses.replace(self.config, outputs="traced") if inner else self.config
         key = (inner, parameter_dtype(self.owner))
         if key not in self.compiled:
             self.compiled[key] = compile_entry(_framed(self, key[1]), config)
@@ -148,10 +150,10 @@ class Entry:
 
 
 @torch.compiler.disable  # Dynamo, at work around an entry in fragments, has no business in here
-def compile_entry(function: Callable[..., Any], config: dict[str, Any]) -> Callable[..., Any]:
+def compile_entry(function: Callable[..., Any], config: HealConfig) -> Callable[..., Any]:
     """Compile the frame of one entry, with a limit of graphs and a record of its own."""
     compiled: Callable[..., Any] = torch.compile(
-        function, backend="heal", dynamic=True, options=config, **watch.compile_limits()
+        function, backend="heal", dynamic=True, options=config.changed(), **watch.compile_limits()
     )
     watch.attach(watch.context_of(compiled))
     return compiled

@@ -46,7 +46,7 @@ class HealHFLM(HFLM):
 
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in OPTIONS & arguments.keys()}
-        HealConfig.from_options(options, None)  # before a model is loaded
+        HealConfig.read(options)  # before a model is loaded
         super().__init__(pretrained=pretrained, **arguments)
         heal_model(self.model, **options)
 

@@ -17,14 +17,14 @@ import inspect
 import operator
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, missing_extra
-from healpass.integrations.transformers import heal_model
+from healpass.integrations.transformers import heal_model, options_of
 
 try:
     from transformers import TrainerCallback
@@ -47,7 +47,8 @@ class HealCallback(TrainerCallback):
     autocast (`bf16=True`) and PEFT adapters work as they do without it.
 
     Args:
-        **config: Fields of `healpass.HealConfig`, as for `heal_model`.
+        config: A `healpass.HealConfig` or a mapping of its fields, as for `heal_model`.
+        **options: The fields by name.
 
     Raises:
         ConfigError: An option is wrong; or, when a Trainer is made, its arguments ask for another
@@ -56,9 +57,10 @@ class HealCallback(TrainerCallback):
             TRL's fused head. Without it, that is a warning.
     """
 
-    def __init__(self, **config: Any) -> None:
-        self.options = HealConfig.from_options(config, None)
-        self.config = config
+    def __init__(
+        self, config: HealConfig | Mapping[str, Any] | None = None, /, **options: Any
+    ) -> None:
+        self.options = options_of(config, options)
         self._healed: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -78,7 +80,7 @@ class HealCallback(TrainerCallback):
         _refuse_other_compilers(args)
         _refuse_tf32()
         if self._healed is not model:
-            self._healed = heal_model(model, **self.config)
+            self._healed = heal_model(model, self.options)
 
     def _check_head(self, model: Any) -> None:
         if not self.options.rewrites or not _has_fused_head(model):

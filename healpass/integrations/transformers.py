@@ -15,8 +15,10 @@ with it only the decode step, and only on accelerators: the prefill stays uncomp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from healpass.config import HealConfig
@@ -69,7 +71,17 @@ class Healed:
         register()
 
 
-def heal_model(model: Any, **config: Any) -> Any:
+def options_of(
+    config: HealConfig | Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> HealConfig:
+    """What `heal_model` is asked for; a model's results are FP32 unless `outputs` is given."""
+    found = HealConfig.read(config, **options)
+    return found if found.outputs else dataclasses.replace(found, outputs="fp32")
+
+
+def heal_model(
+    model: Any, config: HealConfig | Mapping[str, Any] | None = None, /, **options: Any
+) -> Any:
     """Compile a transformers model with HEAL, in place: arithmetic, attention, mask and cache.
 
     The model stays the object it was (a `PreTrainedModel`, so Trainer, PEFT and evaluation
@@ -82,8 +94,9 @@ def heal_model(model: Any, **config: Any) -> Any:
     Args:
         model: A `PreTrainedModel`; or a `PeftModel` or a `SentenceTransformer` around one; not the
             result of `torch.compile`.
-        **config: Fields of `healpass.HealConfig`, as `precision="layercast"`; `outputs` is
-            `"fp32"` by default. `kv` decides the cache's format too: None is INT16 with
+        config: A `healpass.HealConfig` or a mapping of its fields.
+        **options: The fields by name, as `precision="layercast"`; `outputs` is `"fp32"` unless
+            it is given. `kv` decides the cache's format too: None is INT16 with
             `precision="heal"`, FP32 with `layercast`.
 
     Returns:
@@ -92,19 +105,18 @@ def heal_model(model: Any, **config: Any) -> Any:
     Raises:
         ConfigError: The model is of another kind, or an option is wrong.
     """
-    config = {"outputs": "fp32"} | config
-    options = HealConfig.from_options(config, None)
+    wanted = options_of(config, options)
     bases, tuners = _roots(model)
     unheal_model(model)
     for base in bases:
         record = Healed()
         vars(base)[RECORD] = record
-        _compile(record, base, config, options)
-        if options.rewrites:
+        _compile(record, base, wanted)
+        if wanted.rewrites:
             _set_attention(record, base)
-            _hook_generation(record, base, options)
+            _hook_generation(record, base, wanted)
     for name, tuner in tuners:
-        vars(bases[0])[RECORD].entries[name] = Entry(tuner, CALL, config)
+        vars(bases[0])[RECORD].entries[name] = Entry(tuner, CALL, wanted)
     return model
 
 
@@ -145,17 +157,17 @@ def entries(model: Any) -> list[str]:
     return [name for record in records if record for name in record.entries]
 
 
-def _compile(record: Healed, base: Any, config: dict[str, Any], options: HealConfig) -> None:
+def _compile(record: Healed, base: Any, options: HealConfig) -> None:
     """Make the entries of a model; nothing is compiled before they are used."""
     for name, module in modules_of(base):
         models = options.rewrites and isinstance(module, PreTrainedModel)
         label = name or type(base).__name__
         record.entries[label] = Entry(
-            module, CALL, config, CallBorder(options) if models else None
+            module, CALL, options, CallBorder(options) if models else None
         )
         for method in methods_of(type(module)):
             path = f"{name}.{method}" if name else method
-            record.entries[path] = Entry(module, method, config, Border() if models else None)
+            record.entries[path] = Entry(module, method, options, Border() if models else None)
 
 
 def _set_attention(record: Healed, base: Any) -> None:

@@ -51,7 +51,7 @@ def test_logits_do_not_depend_on_who_adds(family):
     first = plain(**inputs).logits
     assert set(plain.kept) == KEPT.get(family.name, set())
     torch._dynamo.reset()
-    again = rewritten(model, simulate="h100", order=3)(**inputs).logits
+    again = rewritten(model, debug={"simulate": "h100", "order": 3})(**inputs).logits
     assert differing(again, first) == 0
 
 
@@ -135,7 +135,7 @@ def test_heal_has_other_bits_in_another_order():
     results = []
     for rule in ("a100", "h100"):
         torch._dynamo.reset()
-        config = healpass.HealConfig(outputs="fp32", simulate=rule)
+        config = healpass.HealConfig(outputs="fp32", debug={"simulate": rule})
         results.append(Rewritten(model, config)(**inputs).logits)
     assert differing(*results) > 0
 
@@ -145,7 +145,7 @@ def test_without_the_pass_bits_differ():
     model, inputs = tiny("llama")
     first = rewritten(model)(**inputs).logits
     torch._dynamo.reset()
-    assert differing(rewritten(model, disable=("exact",))(**inputs).logits, first) > 0
+    assert differing(rewritten(model, debug={"disable": ("exact",)})(**inputs).logits, first) > 0
 
 
 # -------------------------------------------------------------------------- chunks and decoding
@@ -276,7 +276,12 @@ def test_smollm2_under_a_generations_rule_in_another_order(smol):
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"][:, :4]
     first = rewritten(model)(input_ids=ids).logits
     torch._dynamo.reset()
-    assert differing(rewritten(model, simulate="a100", order=1)(input_ids=ids).logits, first) == 0
+    assert (
+        differing(
+            rewritten(model, debug={"simulate": "a100", "order": 1})(input_ids=ids).logits, first
+        )
+        == 0
+    )
 
 
 @pytest.mark.model
@@ -342,4 +347,4 @@ def test_a_training_step_has_the_same_gradients_under_every_rule():
 
     first = gradients()
     for rule in ("v100", "a100", "b200"):
-        assert differing(gradients(simulate=rule, order=2), first) == 0
+        assert differing(gradients(debug={"simulate": rule, "order": 2}), first) == 0

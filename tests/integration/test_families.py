@@ -29,7 +29,7 @@ def test_every_matmul_is_rewritten_or_listed(family: Family):
     """What a family keeps stands, with its reason, in tests/golden/kept_nodes.expected."""
     model, _ = family.pair(0, BF16)
     with torch.no_grad():
-        report = healpass.explain(model, **family.inputs(BF16))
+        report = healpass.explain(model)(**family.inputs(BF16))
     assert len(report.nodes) >= 10
     found = sorted({f"{family.name}: {node.op}: {node.reason}" for node in report.kept})
     expected = [

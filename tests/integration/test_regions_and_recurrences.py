@@ -210,7 +210,7 @@ def test_the_passes_take_models_with_a_recurrence(name, precision):
 
     with torch.no_grad(), torch._dynamo.config.patch(assume_static_by_default=False):
         expected, plain = wide(IDS).logits, model(IDS).logits
-        explain(call, IDS, config=config)
+        explain(call, config)(IDS)
     error, rounded = (float((x.float() - expected).norm()) for x in (*found, plain))
     print(f"error {error:.1e}, in BF16 {rounded:.1e}")
     assert error <= rounded / 4

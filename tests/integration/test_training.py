@@ -116,7 +116,7 @@ def tiny_parameters_after(rule=None):
     model = make_llama(torch.float32).train()
     register()
     model.set_attn_implementation("heal")
-    simulated = {} if rule is None else {"simulate": rule, "order": 1}
+    simulated = {} if rule is None else {"debug": {"simulate": rule, "order": 1}}
     config = HealConfig(precision="exact", outputs="fp32", **simulated)
     call = Rewritten(model, config, aot=True)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-3, momentum=0.9)
@@ -136,5 +136,5 @@ def test_two_exact_steps_of_a_tiny_model_have_one_result_under_every_gpus_rule()
 @pytest.mark.parametrize("rule", ["v100", "a100", "h100", "b200"])
 def test_two_exact_steps_of_smollm2_have_one_result_under_a_gpus_rule(start, rule):
     first = parameters_after(start, rows=1, length=4)
-    other = parameters_after(start, rows=1, length=4, simulate=rule, order=1)
+    other = parameters_after(start, rows=1, length=4, debug={"simulate": rule, "order": 1})
     assert differing(other, first) == 0

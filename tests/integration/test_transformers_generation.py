@@ -224,7 +224,7 @@ def state(model):
     ], model.config._attn_implementation
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "exact"}, {"precision": "bf16"}])
+@pytest.mark.parametrize("options", [{}, {"precision": "exact"}, {"precision": "traced"}])
 def test_a_model_that_is_unhealed_is_what_it_was(llama, options):
     before = state(llama)
     expected = llama.generate(IDS, **GREEDY, return_dict_in_generate=True, output_logits=True)
@@ -243,7 +243,7 @@ def test_the_last_of_two_precisions_counts(llama):
     plain = copy.deepcopy(llama)
     with interpreted():
         heal_model(llama, precision="layercast")
-        heal_model(llama, precision="bf16")
+        heal_model(llama, precision="traced")
         assert llama.config._attn_implementation == plain.config._attn_implementation
         assert "_prepare_cache_for_generation" not in vars(llama)
         found = llama(IDS, use_cache=True)

@@ -186,7 +186,7 @@ def test_a_layer_type_without_keys_and_values_is_warned_of(llama):
 
 
 def test_a_baseline_keeps_the_cache_of_transformers(llama):
-    assert not isinstance(make_cache(heal_model(llama, precision="bf16")), HealCache)
+    assert not isinstance(make_cache(heal_model(llama, precision="traced")), HealCache)
 
 
 def test_the_classes_of_transformers_stay_as_they_are(llama):

@@ -128,7 +128,7 @@ def test_strict_refuses_the_fused_head(supervised):
 @pytest.mark.parametrize("way", ["head taken off", "no precision"])
 def test_nothing_is_said_where_the_head_does_no_harm(supervised, way):
     """The inverse: without TRL's head, or where nothing was promised."""
-    trainer = supervised(**{"precision": "fp32", "kv": None} if way == "no precision" else {})
+    trainer = supervised(**{"precision": "traced", "kv": None} if way == "no precision" else {})
     if way == "head taken off":
         del trainer.model.forward
     with warnings.catch_warnings():

@@ -174,8 +174,8 @@ def test_plain_bf16_is_outside_the_bound_and_fp32_within(program):
 
 
 FAULTS = {
-    "a graph that is left as traced": HealConfig(precision="bf16"),
-    "activations that are not promoted": HealConfig(disable=("promote",)),
+    "a graph that is left as traced": HealConfig(precision="traced"),
+    "activations that are not promoted": HealConfig(debug={"disable": ("promote",)}),
 }
 CHAINS = ("gated_mlp", "self_attention_block", "rms_norm_by_hand", "preference_loss")
 

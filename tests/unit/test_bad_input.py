@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from healpass import HealConfig, inductor_options
 from healpass.backend import check_torch
 from healpass.errors import ConfigError, StrictError, UnavailableError, UnsupportedTorchError
-from healpass.graph.context import device_reason
+from healpass.graph.eligibility import device_reason
 from healpass.graph.pipeline import rewrite
 from tests.support.against_torch import integers, same_bits
 from tests.support.rewriting import Rewritten
@@ -35,7 +35,7 @@ def reason_of(options, mode=None):
         ({"precision": "hael"}, ConfigError, "Did you mean 'heal'?"),
         ({"strict": "yes"}, ConfigError, "True or False is needed"),
         ({"max_autotune": True}, ConfigError, "Inductor's own options are not accepted"),
-        ({"disable": ("promot",)}, ConfigError, "Did you mean 'promote'?"),
+        ({"debug": {"disable": ("promot",)}}, ConfigError, "Did you mean 'promote'?"),
         ({"m_invariant": True}, UnavailableError, "needs CUDA tensors"),
     ],
 )

@@ -157,8 +157,8 @@ def test_decode_makes_no_fp32_copy_of_the_cache(kv):
 
 def test_the_report_names_the_bound():
     with torch.no_grad():
-        report = healpass.explain(
-            torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(1, 4, 16)
+        report = healpass.explain(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))(
+            torch.randn(1, 4, 16)
         )
     (node,) = [node for node in report.nodes if node.heal_op == "heal::sdpa"]
     assert "2^-15.9 max|v|" in node.bound

@@ -7,10 +7,11 @@ import json
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from healpass import HealConfig, HealError
+from healpass import Debug, HealConfig, HealError
 from healpass.config import CHOICES
 from healpass.errors import ConfigError, suggestion
 
@@ -29,7 +30,7 @@ VALID = {
 def test_a_misspelled_option_suggests_the_nearest_name(name, letter, position):
     wrong = name[: position % len(name)] + letter + name[position % len(name) :]
     with pytest.raises(ConfigError) as caught:
-        HealConfig.from_options({wrong: 1}, None)
+        HealConfig.read({wrong: 1})
     first = str(caught.value).split("\n")[0]
     assert repr(wrong) in first
     assert "Did you mean" in first
@@ -41,13 +42,13 @@ def test_an_unknown_option_is_an_error_and_nothing_else(name, value):
     if name in FIELDS:
         return
     with pytest.raises(ConfigError, match="unknown option"):
-        HealConfig.from_options({name: value}, None)
+        HealConfig.read({name: value})
 
 
 @pytest.mark.parametrize("name", ["max_autotune", "epilogue_fusion", "triton.cudagraphs"])
 def test_inductors_own_options_are_refused_with_the_reason(name):
     with pytest.raises(ConfigError, match="Inductor's own options are not accepted"):
-        HealConfig.from_options({name: True}, None)
+        HealConfig.read({name: True})
 
 
 SCALARS = (st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
@@ -68,8 +69,6 @@ def test_any_value_is_accepted_in_its_domain_or_refused_by_name(name, value):
     elif name in CHOICES:
         assert accepted in CHOICES[name]
         assert not isinstance(accepted, bool)
-    elif name == "disable":
-        assert all(isinstance(part, str) for part in accepted)
     else:
         assert type(accepted) is type(FIELDS[name].default)
 
@@ -84,32 +83,44 @@ def test_any_value_is_accepted_in_its_domain_or_refused_by_name(name, value):
         ({"kv": "int8"}, "is not one of"),
         ({"strict": 1}, "True or False is needed"),
         ({"strict": "yes"}, "True or False is needed"),
-        ({"order": True}, "a whole number is needed"),
-        ({"order": 1.0}, "a whole number is needed"),
-        ({"disable": 3}, "disable"),
-        ({"disable": ("promote", 3)}, "disable"),
-        ({"disable": "promote"}, "a tuple of pass names is needed"),
-        ({"disable": {"promote"}}, "a tuple of pass names is needed"),
+        ({"debug": {"order": True}}, "a whole number is needed"),
+        ({"debug": {"order": 1.0}}, "a whole number is needed"),
+        ({"debug": {"disable": 3}}, "disable"),
+        ({"debug": {"disable": ("promote", 3)}}, "disable"),
+        ({"debug": {"disable": "promote"}}, "a tuple of pass names is needed"),
+        ({"debug": {"disable": {"promote"}}}, "a tuple of pass names is needed"),
         ({"mode": "fast"}, "is not one of"),
+        ({"debug": {"simulat": "h100"}}, "Did you mean 'simulate'"),
+        ({"debug": {"simulate": "h200"}}, "is not one of"),
+        ({"debug": {"order": -1}}, "a seed of 0 or more is needed"),
+        ({"debug": "h100"}, "a dict is needed"),
+        ({"simulate": "h100"}, "one of the debug options"),
+        ({"precision": "bf16"}, "Use 'traced'"),
+        ({"precision": "exact", "exact_accuracy": "highest"}, "Did you mean 'high'"),
+        ({"exact_accuracy": "high"}, "needs precision='exact'"),
+        ({"precision": "exact", "exact_accuracy": "high", "exact_products": 5}, "say the same"),
     ],
 )
 def test_a_wrong_value_says_what_is_needed(options, message):
     with pytest.raises(ConfigError, match=message):
-        HealConfig.from_options(options, None)
+        HealConfig.read(options)
 
 
 def test_the_passes_to_disable_become_a_tuple():
-    assert HealConfig(disable=["promote", "matmul"]).disable == ("promote", "matmul")
+    assert HealConfig(debug={"disable": ["promote", "matmul"]}).debug.disable == (
+        "promote",
+        "matmul",
+    )
 
 
 def test_the_mode_may_come_from_torch_or_from_the_options_but_must_agree():
-    assert HealConfig.from_options({}, "max-autotune").mode == "max-autotune"
-    assert HealConfig.from_options({"mode": "lite"}, None).mode == "lite"
-    assert HealConfig.from_options({"mode": "lite"}, "lite").mode == "lite"
+    assert HealConfig.read({}, mode="max-autotune").mode == "max-autotune"
+    assert HealConfig.read({"mode": "lite"}, mode=None).mode == "lite"
+    assert HealConfig.read({"mode": "lite"}, mode="lite").mode == "lite"
     with pytest.raises(ConfigError, match="contradict each other"):
-        HealConfig.from_options({"mode": "lite"}, "default")
+        HealConfig.read({"mode": "lite"}, mode="default")
     with pytest.raises(ConfigError, match="is not one of"):
-        HealConfig.from_options(None, "faster")
+        HealConfig.read(None, mode="faster")
 
 
 def test_a_configuration_is_frozen_hashable_and_survives_pickling():
@@ -134,7 +145,7 @@ def test_the_key_does_not_depend_on_the_order_of_the_options():
 
 def test_only_the_baselines_leave_the_graph_alone():
     assert all(HealConfig(precision=p).rewrites for p in ("heal", "layercast", "exact"))
-    assert not any(HealConfig(precision=p).rewrites for p in ("fp32", "fp16", "bf16"))
+    assert not HealConfig(precision="traced").rewrites
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))
@@ -155,3 +166,38 @@ def test_a_suggestion_is_one_of_the_known_names(name, known):
 )
 def test_the_format_of_attention_follows_the_precision_unless_it_is_given(options, found):
     assert HealConfig(**options).attention_format == found
+
+
+@pytest.mark.parametrize(("accuracy", "products"), [("low", 3), ("default", 5), ("high", 8)])
+def test_accuracy_of_exact_by_name_or_by_number(accuracy, products):
+    named = HealConfig(precision="exact", exact_accuracy=accuracy)
+    numbered = HealConfig(precision="exact", exact_products=products)
+    assert named.numerics == numbered.numerics == f"exact{products}"
+
+
+WAYS = {
+    "keywords": lambda **fields: HealConfig.read(**fields),
+    "mapping": lambda **fields: HealConfig.read(fields),
+    "HealConfig": lambda **fields: HealConfig.read(HealConfig(**fields)),
+    "both": lambda precision, **rest: HealConfig.read({"precision": precision}, **rest),
+    "what it changed": lambda **fields: HealConfig.read(HealConfig(**fields).changed()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_give_options_means_the_same(way):
+    fields = {"precision": "exact", "kv": "int24", "debug": {"simulate": "h100", "order": 2}}
+    found = WAYS[way](**fields)
+    assert found == HealConfig(**fields)
+    assert found.debug == Debug(simulate="h100", order=2)
+    assert json.loads(json.dumps(found.changed())) == fields | {
+        "debug": {"simulate": "h100", "order": 2, "disable": []}
+    }
+
+
+def test_what_is_no_set_of_options_is_refused_with_the_way_to_call():
+    with pytest.raises(ConfigError, match="second brackets"):
+        HealConfig.read(torch.ones(2))
+    with pytest.raises(ConfigError, match="contradict each other"):
+        HealConfig.read({"kv": "int16"}, kv="int24")
+    assert HealConfig.read(HealConfig(kv="int16"), kv="int24").kv == "int24"

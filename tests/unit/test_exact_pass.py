@@ -201,7 +201,7 @@ def test_the_callers_memory_is_written_and_not_replaced():
 def test_options():
     assert HealConfig(precision="exact").numerics == "exact5"
     assert HealConfig(precision="exact", exact_products=8).numerics == "exact8"
-    simulated = HealConfig(precision="exact", simulate="a100", order=3)
+    simulated = HealConfig(precision="exact", debug={"simulate": "a100", "order": 3})
     assert simulated.numerics == "exact5:a100:3"
     with pytest.raises(ConfigError, match="kv='fp32' contradicts precision='exact'"):
         HealConfig(precision="exact", kv="fp32")
@@ -342,6 +342,8 @@ def test_attention_with_a_window_a_cap_and_sinks_is_rewritten():
 
     rewritten = Rewritten(function, CONFIG)
     torch._dynamo.reset()
-    again = Rewritten(function, HealConfig(precision="exact", outputs="fp32", simulate="h100"))
+    again = Rewritten(
+        function, HealConfig(precision="exact", outputs="fp32", debug={"simulate": "h100"})
+    )
     assert differing(again(q, sinks), rewritten(q, sinks)) == 0
     assert rewritten.kept == {}

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import healpass
-from healpass import HealConfig
 from healpass.graph.pipeline import PASSES
 from healpass.report import SCHEMA, Boundary, GraphReport, HealReport, NodeRecord
 from tests.support.against_torch import random
@@ -47,7 +46,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def report() -> HealReport:
     torch._dynamo.reset()
-    return healpass.explain(Model(), X)
+    return healpass.explain(Model())(X)
 
 
 def test_every_matmul_is_recorded_with_its_fate(report):
@@ -69,7 +68,7 @@ def test_a_record_leads_back_to_the_users_source(report):
 
 def test_outputs_and_what_crosses_a_graph_break_are_listed_as_16_bit_boundaries(report):
     assert [(b.kind, b.dtype) for b in report.boundaries] == [("graph break", "bfloat16")]
-    found = healpass.explain(Layer(), X)
+    found = healpass.explain(Layer())(X)
     assert [(b.kind, b.dtype) for b in found.boundaries] == [("graph output", "bfloat16")]
 
 
@@ -77,7 +76,7 @@ def test_explaining_changes_nothing(report):
     torch.manual_seed(0)
     model = Model()
     before = [p.clone() for p in model.parameters()]
-    healpass.explain(model, X)
+    healpass.explain(model)(X)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert torch._dynamo.eval_frame is not None
     assert model(X)[0].dtype == BF16
@@ -107,24 +106,23 @@ def test_printing_goes_to_a_file(report):
 
 
 def test_options_and_keyword_arguments_are_taken():
-    found = healpass.explain(
-        lambda x, *, w: x @ w, X, config=HealConfig(precision="layercast", outputs="fp32"), w=X.t()
-    )
+    config = {"precision": "layercast", "outputs": "fp32"}
+    found = healpass.explain(lambda x, *, config: x @ config, config)(X, config=X.t())
     assert found.config["precision"] == "layercast"
     assert [node.op for node in found.nodes] == ["matmul"]
     assert not found.boundaries
 
 
 def test_a_baseline_and_a_model_without_matmuls_give_an_empty_report():
-    assert healpass.explain(Model(), X, config=HealConfig(precision="bf16")).nodes == []
-    empty = healpass.explain(lambda x: x + 1, X)
+    assert healpass.explain(Model(), precision="traced")(X).nodes == []
+    empty = healpass.explain(lambda x: x + 1)(X)
     assert "0 of 0" in str(empty)
-    assert "none" in healpass.explain(lambda x: x.float() + 1, X)._repr_html_()
+    assert "none" in healpass.explain(lambda x: x.float() + 1)(X)._repr_html_()
 
 
 def test_an_error_of_the_model_reaches_the_user():
     with pytest.raises(RuntimeError, match="reduction dim"):
-        healpass.explain(lambda x: x @ x, X)
+        healpass.explain(lambda x: x @ x)(X)
 
 
 HOSTILE = "<script>alert('&\"')</script>[bold]\x1b[31m"
@@ -155,7 +153,7 @@ def test_text_and_json_keep_hostile_names_as_text():
 
 def test_the_log_says_what_was_rewritten(caplog):
     with caplog.at_level(logging.DEBUG, logger="healpass"):
-        healpass.explain(lambda x: x @ x.t(), X)
+        healpass.explain(lambda x: x @ x.t())(X)
     assert "heal: 1 of 1 matmul and SDPA nodes rewritten" in caplog.text
     assert "pass promote changed" in caplog.text
 
@@ -176,7 +174,7 @@ def test_each_pass_leaves_the_graph_before_and_after_for_tlparse(monkeypatch):
             kept[metadata_fn()["name"]] = payload_fn()
 
     monkeypatch.setattr("healpass.graph.pipeline.torch._logging.trace_structured", record)
-    healpass.explain(lambda x: (x @ x.t()).relu(), X)
+    healpass.explain(lambda x: (x @ x.t()).relu())(X)
     assert "torch.ops.heal" not in kept["heal_before_matmul"]
     assert "torch.ops.heal.matmul" in kept["heal_after_matmul"]
     assert [n for n in kept if n.startswith("heal_after")] == [

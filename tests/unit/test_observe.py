@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 def explained(function, *args, config=CONFIG, **kwargs):
-    return healpass.explain(function, *args, config=config, observe=True, **kwargs)
+    return healpass.explain(function, config, observe=True)(*args, **kwargs)
 
 
 X = random(2, 5, 32).to(BF16)
@@ -59,7 +59,7 @@ def test_every_node_and_output_is_within_its_bound():
 
 @pytest.mark.parametrize("simulate", ["v100", "a100", "h100"])
 def test_simulated_hardware_is_held_to_its_own_bound(simulate):
-    config = HealConfig(outputs="fp32", kv="fp32", simulate=simulate)
+    config = HealConfig(outputs="fp32", kv="fp32", debug={"simulate": simulate})
     report = explained(lambda x, w: F.linear(x, w), X.float(), random(7, 32), config=config)
     assert 0 < report.nodes[0].observed <= 1
     assert 0 < report.outputs[0].observed <= 1
@@ -209,7 +209,7 @@ def test_what_cannot_be_followed_gets_no_number(function, word):
 
 
 def test_16_bit_arithmetic_gets_no_number():
-    config = HealConfig(precision="bf16")
+    config = HealConfig(precision="traced")
     report = explained(lambda x, w: F.silu(x @ w) + 3, X4.bfloat16(), W4.bfloat16(), config=config)
     assert "runs in 16 bits" in report.outputs[0].reason
 
@@ -222,7 +222,7 @@ def test_an_error_does_not_end_at_a_detach():
 def test_a_widened_operand_is_bounded_as_the_operator_takes_it():
     """BF16 made FP32 is split under a row scale, where tiny elements are lost."""
     x, w = torch.tensor([[1.0, 2.0**-60]]).bfloat16(), torch.tensor([[0.0], [1.0]]).bfloat16()
-    config = HealConfig(simulate="a100", outputs="fp32")
+    config = HealConfig(outputs="fp32", debug={"simulate": "a100"})
     (output,) = explained(lambda x, w: x.float() @ w.float(), x, w, config=config).outputs
     assert output.observed <= 1
 
@@ -272,6 +272,6 @@ def test_the_report_shows_what_was_observed():
     assert "proved" in text
     data = json.loads(report.to_json())
     assert data["graphs"][0]["outputs"][0]["observed"] == report.outputs[0].observed
-    plain = healpass.explain(Block(), X, config=CONFIG)
+    plain = healpass.explain(Block(), CONFIG)(X)
     assert plain.outputs == []
     assert all(node.observed is None for node in plain.nodes)

@@ -88,7 +88,9 @@ def test_layers_are_compiled_once_and_exact_gives_the_same_bits():
             return network(ids, use_cache=False).logits
 
     ours, code = code_of(logits, tokens(), precision="exact")
-    plain, written_out = code_of(logits, tokens(), precision="exact", disable=("outline",))
+    plain, written_out = code_of(
+        logits, tokens(), precision="exact", debug={"disable": ("outline",)}
+    )
     assert sum(calls(code)) >= LAYERS - 2, "the first and the last may differ from the rest"
     assert calls(written_out) == []
     assert len("".join(code)) < len("".join(written_out))
@@ -126,7 +128,7 @@ def test_lengths_may_be_symbols():
 
     def run(*disable: str) -> list[Tensor]:
         torch._dynamo.reset()
-        options = {"precision": "exact", "disable": disable}
+        options = {"precision": "exact", "debug": {"disable": disable}}
         compiled = torch.compile(network, backend="heal", dynamic=True, options=options)
         with torch.no_grad(), fresh_cache():
             first, code = run_and_get_code(compiled, torch.ones(5, 8))
@@ -152,7 +154,7 @@ def gradients(network: Any, inputs: Tensor, **options: Any) -> tuple[list[Tensor
 def assert_same_steps(network: Any, inputs: Tensor) -> None:
     """Compare a training step with layers outlined and without."""
     (ours, code), (plain, _) = (
-        gradients(network, inputs, precision="exact", disable=disable)
+        gradients(network, inputs, precision="exact", debug={"disable": disable})
         for disable in ((), ("outline",))
     )
     assert len(calls(code)) >= 2, "the forward's and the backward's"
@@ -188,7 +190,7 @@ def test_a_static_cache_is_written_in_place_outside():
             return network(ids, past_key_values=cache, cache_position=position).logits
 
         step(tokens(1, 4), torch.arange(4))  # eagerly
-        logits, code = code_of(step, tokens(1, 1), torch.tensor([4]), disable=disable)
+        logits, code = code_of(step, tokens(1, 1), torch.tensor([4]), debug={"disable": disable})
         states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
         return [logits, *states], code
 
@@ -323,7 +325,7 @@ def test_the_pass_is_the_backends():
     graph = repeated_graph()
     patches["post_grad_custom_post_pass"](graph)
     assert graph.find_nodes(op="get_attr")
-    off = healpass.backend.inductor_patches(healpass.HealConfig(disable=("outline",)))
+    off = healpass.backend.inductor_patches(healpass.HealConfig(debug={"disable": ("outline",)}))
     graph = repeated_graph()
     off["post_grad_custom_post_pass"](graph)
     assert not graph.find_nodes(op="get_attr")

@@ -142,7 +142,7 @@ def test_without_the_option_nothing_is_packed():
 
 def test_explain_shows_a_packed_model():
     with pytest.warns(prepack.PrepackWarning):
-        report = explain(linear(8, 8), rows(3, 8), config=HealConfig(prepack=True))
+        report = explain(linear(8, 8), prepack=True)(rows(3, 8))
     changed = {p["name"]: p["changed"] for graph in report.graphs for p in graph.passes}
     assert changed["prepack"] == 1
 

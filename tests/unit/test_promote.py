@@ -398,7 +398,7 @@ def test_casts_of_activations_go():
 
 def test_a_pass_that_leaves_one_rounding_is_caught():
     """The inverse: with `promote` off the same comparison fails."""
-    error, budget = casts_error(HealConfig(outputs="fp32", disable=("promote",)))
+    error, budget = casts_error(HealConfig(outputs="fp32", debug={"disable": ("promote",)}))
     assert error > budget
 
 

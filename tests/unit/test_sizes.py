@@ -71,7 +71,7 @@ def test_what_the_user_marked_stands_for_itself(graphs):
 
 
 def test_the_pass_can_be_switched_off(graphs):
-    options = {"disable": ("sizes",)}
+    options = {"debug": {"disable": ("sizes",)}}
     compiled = torch.compile(both, backend="heal", dynamic=True, options=options)
     compiled(changing(3, 7, 5), changing(3, 7, 5))
     assert graphs[0][0] != graphs[0][1]
@@ -84,7 +84,7 @@ def decoded(precision, rows, *disable):
     model = make_llama(num_hidden_layers=4)
     ids = torch.arange(11 * rows).reshape(rows, 11)
     torch._dynamo.reset()
-    options = {"precision": precision, "disable": disable}
+    options = {"precision": precision, "debug": {"disable": disable}}
     compiled = torch.compile(model.forward, backend="heal", dynamic=True, options=options)
     cache = HealCache(config=model.config)
     with torch.no_grad(), fresh_cache():

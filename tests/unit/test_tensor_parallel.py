@@ -90,7 +90,9 @@ def test_another_arrangement_is_left_to_dtensor_and_listed(styles):
 
 
 def test_the_pass_can_be_left_out():
-    call, _ = rewritten(ColwiseParallel(), RowwiseParallel(), disable=("tensor_parallel",))
+    call, _ = rewritten(
+        ColwiseParallel(), RowwiseParallel(), debug={"disable": ("tensor_parallel",)}
+    )
     assert [heal_op for _, heal_op in operators(call)] == [None, None]
 
 

@@ -89,7 +89,7 @@ def bound_of_attention(operator: Node, config: HealConfig) -> str:
     if config.precision == "exact":
         return bound_text(kv)
     sizes = (query.shape[-1], key.shape[-2])
-    return describe_attention(config.precision, *sizes, kv, config.simulate)
+    return describe_attention(config.precision, *sizes, kv, config.debug.simulate)
 
 
 def _why_not_mask(attn_mask: Any) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from healpass import HealConfig
+from healpass import Debug, HealConfig
 from healpass.errors import StudyError, suggestion
 
 Side = Literal["left", "right"]
@@ -107,10 +107,10 @@ class Configuration:
 
     def heal_options(self) -> dict[str, Any]:
         """The options of `backend="heal"`; a baseline has no simulation or order there."""
-        options: dict[str, Any] = {"precision": self.precision}
-        if not self.is_baseline:
-            options |= {"simulate": self.gpu, "order": self.order, "kv": self.kv}
-        return options
+        if self.is_baseline:
+            return {"precision": "traced"}
+        debug = Debug(simulate=self.gpu, order=self.order)  # type: ignore[arg-type]
+        return {"precision": self.precision, "kv": self.kv, "debug": debug}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class NodeByNode:
 
 def _way(configuration: Configuration) -> tuple[Any, ...]:
     """What a rewritten graph depends on."""
-    return tuple(configuration.heal_options().items())
+    return (configuration.precision, *configuration.heal_options().items())
 
 
 def _rewritten(graph_module: GraphModule, configuration: Configuration) -> GraphModule:
