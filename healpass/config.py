@@ -230,8 +230,9 @@ def _check_known(cls: type, names: Sequence[str]) -> None:
                 f"option {name!r} is one of the debug options. Write debug={{{name!r}: ...}}."
             )
         if name not in known:
+            kind = "debug option" if cls is Debug else "option"
             raise ConfigError(
-                f"unknown option {name!r} for backend='heal'.{suggestion(str(name), known)}\n"
+                f"unknown {kind} {name!r} for backend='heal'.{suggestion(str(name), known)}\n"
                 f"Known options: {', '.join(known)}. Inductor's own options are not accepted "
                 "here, because some of them change results."
             )

@@ -16,7 +16,7 @@ SOURCES = sorted([*ROOT.glob("healpass/**/*.py"), *ROOT.glob("lowering/**/*.py")
 
 #: What `healpass.__all__` offers: all that the study may use, as anybody else's code may.
 PUBLIC = {
-    *("HealConfig", "HealError", "HealReport", "Status"),
+    *("Debug", "HealConfig", "HealError", "HealReport", "Status"),
     *("explain", "inductor_options", "status"),
 }
 
