@@ -31,9 +31,10 @@ Lowering = Callable[..., Any]
 @cache
 def register() -> None:
     """Register lowerings and decompositions with Inductor, once: for `heal::` operators only."""
-    from healpass.lowering import cpu, cuda, quantize
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
+
+    from healpass.lowering import cpu, cuda, quantize
 
     modules = {
         "cpu": (cpu.products, cpu.attention, cpu.attention_gradients, quantize),

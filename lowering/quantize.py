@@ -12,6 +12,11 @@ import math
 from typing import Any
 
 import torch
+from sympy import Eq
+from torch._inductor.lowering import to_dtype
+
+from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX
+from healpass.arithmetic.formats import FP32
 from healpass.lowering.compat import is_true
 from healpass.lowering.expressions import (
     add,
@@ -29,11 +34,6 @@ from healpass.lowering.expressions import (
     view,
     where,
 )
-from sympy import Eq
-from torch._inductor.lowering import to_dtype
-
-from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX
-from healpass.arithmetic.formats import FP32
 from healpass.ops.attention.quantize import FORMATS
 
 _IOTA = {"start": 0, "step": 1, "dtype": torch.int64, "requires_grad": False}

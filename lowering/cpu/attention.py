@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from healpass.lowering import compat
-from healpass.lowering.cpu.flash import attend_one
-from healpass.lowering.expressions import aten, call, is_static
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.utils import parallel_num_threads
 
 from healpass.arithmetic.digits import BASE_BITS
+from healpass.lowering import compat
+from healpass.lowering.cpu.flash import attend_one
+from healpass.lowering.expressions import aten, call, is_static
 from healpass.ops.attention.scoring import Scoring
 
 #: Rows and keys of a block. Tuning: 96 KiB of scores.

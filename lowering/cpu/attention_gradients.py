@@ -10,10 +10,10 @@ import math
 from typing import Any
 
 import torch
+
 from healpass.lowering.cpu.flash import fits_flash, float_mask, groups_of, repeat_heads
 from healpass.lowering.expressions import aten, call, equals, fp32, view, where
 from healpass.lowering.quantize import lower_dequantize
-
 from healpass.ops.attention.scoring import Scoring
 
 

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+
 from healpass.lowering.expressions import (
     aten,
     call,
@@ -21,7 +22,6 @@ from healpass.lowering.expressions import (
     view,
     where,
 )
-
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.ieee import is_ieee
 

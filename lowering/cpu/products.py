@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsqueeze
 
+from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsqueeze
 from healpass.ops.products.ieee import is_ieee
 
 #: Up to here rows are summed one by one; above, a GEMM is used. Tuning: it decides no bound.

@@ -25,14 +25,14 @@ from typing import Any
 
 import sympy
 import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+
 from healpass.lowering import compat
 from healpass.lowering.cuda import kernels, selfcheck
 from healpass.lowering.cuda.matmul import chain_k
 from healpass.lowering.cuda.matmul import check as check_device
 from healpass.lowering.cuda.tiles import AttentionTile, attention_tiles
-from torch._inductor import ir
-from torch._inductor.lowering import empty_strided, lowerings, to_dtype
-
 from healpass.ops.products.numerics import Numerics
 
 #: Numerics: a key head with at most so many rows is decoded.
@@ -41,6 +41,7 @@ DECODE_ROWS = 16
 CHUNK = 256
 #: The largest head size that the kernels take.
 LARGEST_HEAD = 256
+NAMES = ("attention", "attention_merge")
 #: Numerics: the smallest depth of an INT8 and of an FP16 tensor-core product.
 SMALLEST_E, SMALLEST_V = 32, 16
 #: Tuning of the merge: chunks whose parts are on the way at once.
@@ -283,7 +284,7 @@ def _lower(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox] | Non
         return _nothing(problem)
     if is_single(problem.output_size):
         return None
-    if any(selfcheck.broken(name, problem.device) for name in ("attention", "attention_merge")):
+    if not selfcheck.usable(NAMES, problem.device, "an attention"):
         return None
     return _decode(problem) if problem.decodes else _prefill(problem)
 
@@ -304,6 +305,7 @@ def check(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> str | None
     """Why the templates cannot take operands of these head sizes and this device, or None."""
     reason = check_device(query)
     if reason is not None:
+        selfcheck.refuse_if_strict("an attention", reason)
         return reason
     sizes = [x.get_size()[-1] for x in (query, value)]
     if not all(compat.is_static(size) and 0 < int(size) <= LARGEST_HEAD for size in sizes):

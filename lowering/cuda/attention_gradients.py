@@ -11,6 +11,8 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch._inductor import ir
+
 from healpass.lowering import compat
 from healpass.lowering.cuda import selfcheck
 from healpass.lowering.cuda.attention import (
@@ -21,7 +23,6 @@ from healpass.lowering.cuda.attention import (
     select,
 )
 from healpass.lowering.cuda.tiles import attention_backward_tiles
-from torch._inductor import ir
 
 Gradients = tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]
 NAMES = ("attention_backward_query", "attention_backward_key")
@@ -49,7 +50,7 @@ def _lower(
     results = [list(states.size) for states in (problem.query, problem.key)]
     if problem.empty or any(map(is_single, results)):
         return None
-    if any(selfcheck.broken(name, problem.device) for name in NAMES):
+    if not selfcheck.usable(NAMES, problem.device, "the gradient of an attention"):
         return None
     return _kernels(problem, *compat.realize_inputs(grad, output, logsumexp))
 

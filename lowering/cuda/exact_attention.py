@@ -16,6 +16,11 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided
+
+from healpass.arithmetic.int16 import round_trip
 from healpass.lowering import compat
 from healpass.lowering.cuda import selfcheck
 from healpass.lowering.cuda.attention import (
@@ -28,11 +33,6 @@ from healpass.lowering.cuda.attention import (
 )
 from healpass.lowering.cuda.exact_matmul import capability, has_kernels, terms
 from healpass.lowering.cuda.exact_tiles import exact_attention_tiles, prefers_half
-from torch import Tensor
-from torch._inductor import ir
-from torch._inductor.lowering import empty_strided
-
-from healpass.arithmetic.int16 import round_trip
 from healpass.ops.attention.exact import FORMATS, MOST_KEYS, P_DIGITS, planes, scaled_scores
 from healpass.ops.attention.exact_chunks import attention_in_parts, heads_per_key
 from healpass.ops.attention.exact_sdpa import attend_gradients

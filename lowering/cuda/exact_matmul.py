@@ -19,10 +19,6 @@ from typing import Any
 
 import sympy
 import torch
-from healpass.lowering import compat
-from healpass.lowering.cuda import kernels, selfcheck
-from healpass.lowering.cuda.exact_tiles import ExactTile, exact_tiles, prefers_half
-from healpass.lowering.cuda.matmul import LOWEST_CAPABILITY, TMA_CAPABILITY
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings
@@ -33,6 +29,10 @@ from healpass.arithmetic.digits import (
     INT32_ACCUMULATOR,
     exact_terms,
 )
+from healpass.lowering import compat
+from healpass.lowering.cuda import kernels, selfcheck
+from healpass.lowering.cuda.exact_tiles import ExactTile, exact_tiles, prefers_half
+from healpass.lowering.cuda.matmul import LOWEST_CAPABILITY, TMA_CAPABILITY
 from healpass.ops.products.digits import (
     by_digits,
     digit_sums,

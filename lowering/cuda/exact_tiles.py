@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from healpass.lowering.cuda.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY, AttentionTile
-
 from healpass.ops.products.exact import Scheme
 
 

@@ -10,11 +10,11 @@ import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from healpass.lowering import compat
-from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
 from torch._inductor import config, ir
 
 from healpass.cache_key import compile_options
+from healpass.lowering import compat
+from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
 
 #: CUDA's limit of blocks along the second and third grid axis.
 MAX_GRID_Y = 65535

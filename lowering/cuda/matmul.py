@@ -22,6 +22,12 @@ from typing import Any
 
 import sympy
 import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.virtualized import ops
+
+from healpass.arithmetic.bounds import HARDWARE
+from healpass.arithmetic.promotion import TILE_K
 from healpass.lowering import compat
 from healpass.lowering.cuda import kernels, selfcheck
 from healpass.lowering.cuda.operands import Operand, as_pieces, as_stored
@@ -32,14 +38,6 @@ from healpass.lowering.cuda.tiles import (
     invariant_tiles,
     layercast_tiles,
 )
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings
-from torch._inductor.virtualized import ops
-
-from healpass.arithmetic.bounds import HARDWARE
-from healpass.arithmetic.promotion import TILE_K
-from healpass.cache_key import compile_options
-from healpass.errors import StrictError
 from healpass.ops.products.numerics import Numerics
 
 #: Numerics: depth of a K tile, the chains of which are summed before the accumulator rounds.
@@ -134,7 +132,7 @@ def lower(
     """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's reference shall run."""
     reason = check(a)
     if reason is not None:
-        _refuse_if_strict(reason)
+        selfcheck.refuse_if_strict("a matmul", reason)
         warnings.warn(
             f"a matmul runs without a template: {reason}.", selfcheck.TemplateWarning, stacklevel=2
         )
@@ -175,19 +173,10 @@ def check(a: ir.TensorBox) -> str | None:
     return None
 
 
-def _refuse_if_strict(reason: str) -> None:
-    if compile_options().get("strict"):
-        raise StrictError(
-            f"strict=True, but a matmul cannot run through its template: {reason}.\n"
-            "Leave strict out to run it through torch's own FP32 kernels: correct, but slower."
-        )
-
-
 def lower_matmul(problem: MatmulProblem) -> ir.TensorBox | None:
     """Lower one product; None if its template failed its own check on this GPU."""
     name = family(problem)
-    if selfcheck.broken(name, problem.device):
-        _refuse_if_strict(f"the template {name!r} failed its check on this GPU")
+    if not selfcheck.usable((name,), problem.device, "a matmul"):
         return None
     if name in ("decode", "invariant"):
         return _lower_decode(problem)

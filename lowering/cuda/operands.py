@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from healpass.lowering.compat import fits_descriptor, realize_inputs
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.virtualized import V, ops
+
+from healpass.lowering.compat import fits_descriptor, realize_inputs
 
 #: The largest element of a scaled row lies in [2^14, 2^15): FP16 overflows at 2^16.
 TOP_EXPONENT = 14

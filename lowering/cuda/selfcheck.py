@@ -17,16 +17,17 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from healpass.lowering.cuda import kernels, selfcheck_attention, selfcheck_exact
 from torch import Tensor
 
-from healpass.errors import DeviceCheckError
+from healpass.cache_key import compile_options
+from healpass.errors import DeviceCheckError, StrictError
+from healpass.lowering.cuda import kernels, selfcheck_attention, selfcheck_exact
 
 #: Multiplies two matrices (or batches) with the given `numerics`.
 Multiply = Callable[[Tensor, Tensor, str], Tensor]
@@ -119,6 +120,36 @@ def broken(template: str, device: torch.device) -> bool:
     if reason is not None:
         _warn_once(template, torch.cuda.get_device_name(index), reason)
     return reason is not None
+
+
+def usable(templates: Iterable[str], device: torch.device, what: str) -> bool:
+    """Whether all templates of an operator gave right results on this GPU.
+
+    Args:
+        templates: Their names.
+        device: The GPU.
+        what: The operator, for the error.
+
+    Raises:
+        StrictError: One did not, and the compile was asked to be strict.
+    """
+    found = [name for name in templates if broken(name, device)]
+    for name in found:
+        refuse_if_strict(what, f"the template {name!r} failed its check on this GPU")
+    return not found
+
+
+def refuse_if_strict(what: str, reason: str) -> None:
+    """Raise if the compile that is under way was asked to be strict.
+
+    Raises:
+        StrictError: It was.
+    """
+    if compile_options().get("strict"):
+        raise StrictError(
+            f"strict=True, but {what} cannot run through its template: {reason}.\n"
+            "Leave strict out to run it through torch's own FP32 kernels: correct, but slower."
+        )
 
 
 def require(template: str, device: torch.device) -> None:

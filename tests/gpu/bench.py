@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import triton
-from healpass.lowering.cuda import selfcheck
 from torch import Tensor
 
 from healpass.bench.products import PRODUCTS
+from healpass.lowering.cuda import selfcheck
 
 #: (out, in) features: q, k and v; output; gate and up; down.
 MODELS = {

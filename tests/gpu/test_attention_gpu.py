@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from healpass.lowering.cuda import attention, attention_gradients
-from healpass.lowering.cuda.tiles import AttentionTile
 from torch import Tensor
 
 from healpass import lowering
+from healpass.lowering.cuda import attention, attention_gradients
+from healpass.lowering.cuda.tiles import AttentionTile
 from healpass.ops.attention.scoring import Scoring
 from tests.support.attention_runs import (
     FAMILIES,

@@ -7,11 +7,11 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
-from healpass.lowering.cuda import exact_matmul, selfcheck_exact
-from healpass.lowering.cuda.exact_tiles import ExactTile
 from torch import Tensor, nn
 
 from healpass import HealConfig
+from healpass.lowering.cuda import exact_matmul, selfcheck_exact
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from tests.support.fake_cuda import always
 from tests.support.rewriting import Rewritten
 

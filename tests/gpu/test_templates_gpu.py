@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering.cuda import matmul, selfcheck
-from healpass.lowering.cuda.tiles import Tile
 from torch import Tensor
 
+from healpass.lowering.cuda import matmul, selfcheck
+from healpass.lowering.cuda.tiles import Tile
 from tests.support.template_bounds import template_bound
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

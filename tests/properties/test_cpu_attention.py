@@ -9,10 +9,8 @@ import functools
 import math
 import re
 
-import healpass.lowering as lowering
 import pytest
 import torch
-from healpass.lowering.cpu.attention import BLOCK_N
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bounds_integer_attention import (
@@ -22,6 +20,8 @@ from test_bounds_integer_attention import (
 )
 from torch._inductor.utils import run_and_get_code
 
+import healpass.lowering as lowering
+from healpass.lowering.cpu.attention import BLOCK_N
 from healpass.ops.attention.scoring import Scoring
 
 #: kv, mask, window, softcap, sinks, dropout_p: together, every branch of the kernel.

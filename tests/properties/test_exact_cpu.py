@@ -8,13 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-from healpass.lowering.cpu import exact
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
+from healpass.lowering.cpu import exact
 from healpass.ops.attention.exact import FORMATS, P_BITS
 from healpass.ops.products.exact import SCHEMES
 from tests.support.bits import any_floats, compiled, differing

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from healpass.lowering.cuda import attention, attention_gradients
-from healpass.lowering.cuda.tiles import AttentionTile
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +21,8 @@ from healpass.arithmetic.attention_bounds import (
     attention_bound,
     attention_magnitudes,
 )
+from healpass.lowering.cuda import attention, attention_gradients
+from healpass.lowering.cuda.tiles import AttentionTile
 from healpass.ops.attention.scoring import Scoring
 from tests.support import interpreter
 from tests.support.attention_bounds import Digits

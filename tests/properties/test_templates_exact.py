@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from healpass.lowering.cuda import exact_matmul
-from healpass.lowering.cuda.exact_tiles import ExactTile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.arithmetic.digits import DIGIT_MAX, FP32_ACCUMULATOR, INT32_ACCUMULATOR
 from healpass.backend import PINNED_SETTINGS
+from healpass.lowering.cuda import exact_matmul
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from healpass.ops.products.exact import SCHEMES
 from healpass.ops.products.exact import exact_matmul as reference
 from healpass.ops.products.numerics import Numerics

@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from healpass.lowering.cuda import exact_attention
-from healpass.lowering.cuda.tiles import AttentionTile
 from torch import Tensor
 
+from healpass.lowering.cuda import exact_attention
+from healpass.lowering.cuda.tiles import AttentionTile
 from healpass.ops.attention.exact import planes
 from healpass.ops.attention.exact_chunks import attention_in_parts
 from tests.support.bits import differing

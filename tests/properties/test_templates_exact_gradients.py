@@ -10,13 +10,13 @@ import math
 
 import pytest
 import torch
-from healpass.lowering.cuda import exact_matmul
-from healpass.lowering.cuda.exact_tiles import ExactTile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.arithmetic.digits import BASE_BITS
+from healpass.lowering.cuda import exact_matmul
+from healpass.lowering.cuda.exact_tiles import ExactTile
 from tests.support import interpreter
 from tests.support.bits import differing
 from tests.support.exact_gpu import Attended, run, source

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering.cuda import exact_matmul
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.backend import PINNED_SETTINGS
+from healpass.lowering.cuda import exact_matmul
 from healpass.ops.products.digits import groups_by_digits
 from tests.support import interpreter
 from tests.support.bits import differing

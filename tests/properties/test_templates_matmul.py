@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering.cuda import matmul, operands
-from healpass.lowering.cuda.tiles import Tile
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.arithmetic.pieces import split_fp16
+from healpass.lowering.cuda import matmul, operands
+from healpass.lowering.cuda.tiles import Tile
 from tests.support import interpreter
 from tests.support.fake_cuda import always, generated_source
 from tests.support.matmul_runs import (

@@ -29,10 +29,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from healpass.lowering.cuda.attention import CHUNK, DECODE_ROWS, SMALLEST_E, keys_per_block
-from healpass.lowering.cuda.matmul import chain_k
 from torch import Tensor
 
+from healpass.lowering.cuda.attention import CHUNK, DECODE_ROWS, SMALLEST_E, keys_per_block
+from healpass.lowering.cuda.matmul import chain_k
 from healpass.ops.attention.quantize import integers
 from healpass.ops.attention.scoring import Scoring
 

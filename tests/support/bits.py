@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from healpass.lowering.cpu import exact as exact_cpu
 from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
 
 from healpass.backend import PINNED_SETTINGS
+from healpass.lowering.cpu import exact as exact_cpu
 from healpass.ops.reproducible import fp64
 from healpass.ops.reproducible.register import DECOMPOSITIONS
 from tests.support.against_torch import flat

@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from healpass.lowering.cuda import selfcheck
 from torch._inductor import codecache, config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.graph import GraphLowering
@@ -25,6 +24,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 
 from healpass import lowering
+from healpass.lowering.cuda import selfcheck
 
 
 @dataclass(frozen=True)

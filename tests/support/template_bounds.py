@@ -15,10 +15,10 @@ decode family differs: three BF16 pieces by truncation, no scales. Its bound, fo
 from __future__ import annotations
 
 import torch
-from healpass.lowering.cuda.matmul import BF16_PIECES, DECODE_ROWS, decode_chunk
 from torch import Tensor
 
 from healpass.arithmetic.bounds import HARDWARE, matmul_bound, matmul_magnitudes
+from healpass.lowering.cuda.matmul import BF16_PIECES, DECODE_ROWS, decode_chunk
 
 UNIT = 2.0**-24
 SHORTEST_CHAIN = HARDWARE["a100"].promote_every

@@ -6,9 +6,12 @@ import re
 
 import pytest
 import torch
-from healpass.lowering.cuda import attention, attention_gradients, selfcheck, tiles
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
+from healpass.cache_key import CacheKey
+from healpass.config import HealConfig
+from healpass.lowering.cuda import attention, attention_gradients, selfcheck, tiles
 from tests.support.attention_cases import AttentionCase, Scoring
 from tests.support.fake_cuda import Device, Kernel, generated_source, kernels
 
@@ -115,6 +118,25 @@ def test_a_template_that_failed_its_check_is_not_used(name, monkeypatch):
     case = AttentionCase("case", 20, 30, backward="backward" in name)
     source = generated_source(case, case.tensors())
     assert not [kernel for kernel in kernels(source) if kernel.is_template]
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_backward_key"])
+def test_strict_raises_where_a_template_failed_its_check(name, monkeypatch):
+    monkeypatch.setattr(selfcheck, "broken", lambda template, _: template == name)
+    case = AttentionCase("case", 20, 30, backward="backward" in name)
+    strict = CacheKey(HealConfig(strict=True).key())
+    with pytest.raises(InductorError, match=f"'{name}' failed its check on this GPU"):
+        generated_source(case, case.tensors(), post_grad_custom_pre_pass=strict)
+    monkeypatch.setattr(selfcheck, "broken", lambda *_: False)
+    source = generated_source(case, case.tensors(), post_grad_custom_pre_pass=strict)
+    assert [kernel for kernel in kernels(source) if kernel.is_template], "what passed is used"
+
+
+def test_strict_raises_on_an_old_gpu():
+    case = AttentionCase("case", 20, 30)
+    strict = CacheKey(HealConfig(strict=True).key())
+    with pytest.raises(InductorError, match=r"7\.5 is below 8\.0"):
+        generated_source(case, case.tensors(), Device(75), post_grad_custom_pre_pass=strict)
 
 
 def test_autotuning_offers_tiles_and_nothing_else(monkeypatch):

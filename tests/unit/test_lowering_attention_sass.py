@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from healpass.lowering.cuda.tiles import SMALLEST_SHARED_MEMORY
 
+from healpass.lowering.cuda.tiles import SMALLEST_SHARED_MEMORY
 from tests.sass import BLACKWELL_INTEGERS, TENSOR_MEMORY, Report, compiled
 from tests.support.attention_cases import CASES, AttentionCase, Scoring
 from tests.support.fake_cuda import Kernel

@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from healpass.lowering.cuda import matmul, selfcheck, tiles
 from torch import Tensor
 from torch._inductor.exc import InductorError
 
 from healpass import HealConfig
 from healpass.cache_key import CacheKey
+from healpass.lowering.cuda import matmul, selfcheck, tiles
 from tests.support.fake_cuda import Device, always, generated_source, kernels
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

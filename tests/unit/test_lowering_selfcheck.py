@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from healpass.lowering.cuda import kernels, selfcheck
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from healpass.lowering.cuda import kernels, selfcheck_attention
 from healpass.lowering.cuda.selfcheck_attention import AttentionCheck
-
 from tests.support.attention_runs import Change, run, without_products_of
 
 

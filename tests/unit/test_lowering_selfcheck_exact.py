@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from healpass.lowering.cuda import kernels, selfcheck, selfcheck_exact
 
 from healpass.errors import DeviceCheckError
+from healpass.lowering.cuda import kernels, selfcheck, selfcheck_exact
 from tests.support.exact_gpu import source
 from tests.support.fake_cuda import always
 
