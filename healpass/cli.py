@@ -73,6 +73,9 @@ def explain(
     observe: Annotated[
         bool, typer.Option(help="Compare errors with their bounds on the prompt, in FP64.")
     ] = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="With operands, error bounds and source lines.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which matmuls and attentions HEAL rewrites in MODEL, and where 16 bits remain."""
@@ -88,9 +91,9 @@ def explain(
     if as_json:
         typer.echo(report.to_json())
     elif sys.stdout.isatty():
-        report.print()
+        report.print(bounds=bounds)
     else:
-        typer.echo(str(report))
+        typer.echo(report.text(bounds=bounds))
 
 
 @app.command()

@@ -35,6 +35,22 @@ class StrictError(HealError):
     """`strict=True` was asked for, and the graph holds a node that cannot be rewritten."""
 
 
+class OperandError(HealError, ValueError):
+    """An operator got sizes or arguments for which it has no result."""
+
+
+class DtypeError(HealError, TypeError):
+    """An operator got a dtype that it does not take."""
+
+
+class DerivativeError(HealError, RuntimeError):
+    """A derivative was asked for that an operator does not have."""
+
+
+class NoRuleError(HealError, ValueError):
+    """How a function passes errors on is not known, or not for these arguments."""
+
+
 class DeviceCheckError(HealError):
     """An exact kernel gave other bits than its reference in the check on this GPU."""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from healpass.config import HealConfig
-from healpass.errors import ConfigError
+from healpass.errors import ConfigError, DtypeError
 from healpass.numerics_version import NUMERICS_VERSION
 
 HEADER = "healpass logits 1"
@@ -53,11 +53,11 @@ def digest(logits: Tensor) -> str:
     """The SHA-256 of the canonical bits of FP32, BF16 or FP16 `logits`, any shape, as hex.
 
     Raises:
-        TypeError: The dtype is another.
+        DtypeError: The dtype is another.
     """
     layout = _LAYOUTS.get(logits.dtype)
     if layout is None:
-        raise TypeError(
+        raise DtypeError(
             f"a fingerprint of {logits.dtype} is not defined: logits are float32, bfloat16 or "
             "float16. Cast them first."
         )

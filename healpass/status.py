@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from healpass.report import text_table
+from healpass.report_view import text_table
 from healpass.uncompiled import Region, Uncompiled
 from healpass.watch import config_of, context_of, region_of_context
 

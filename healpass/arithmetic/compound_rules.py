@@ -30,6 +30,7 @@ from healpass.arithmetic.error_rules import (
 from healpass.arithmetic.estimate import ELEMENTARY, Analysis, Estimate, U, lifted, within
 from healpass.arithmetic.formats import FP32
 from healpass.arithmetic.int16 import INTEGER_FORMATS
+from healpass.errors import NoRuleError
 
 #: Keys that a flash-style kernel handles between two rescalings of what it has summed, at least.
 KEY_BLOCK = 16
@@ -205,7 +206,7 @@ def sdpa(
     """
     del seed
     if dropout_p:
-        raise ValueError("no error rule for attention with dropout: its result is random.")
+        raise NoRuleError("no error rule for attention with dropout: its result is random.")
     scoring = Scoring(attn_mask, is_causal, **more)
     states = [quantized(run, x, kv or run.how.kv) for x in (query, key, value)]
     if scoring.enable_gqa:

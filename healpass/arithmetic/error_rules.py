@@ -27,6 +27,7 @@ from healpass.arithmetic.estimate import (
 )
 from healpass.arithmetic.formats import FORMATS, FP32, FloatFormat
 from healpass.arithmetic.symbols import matmul_magnitudes
+from healpass.errors import NoRuleError
 
 Rule = Callable[..., Any]
 FORMATS_BY_NAME = {fmt.name: fmt for fmt in FORMATS.values()}
@@ -196,7 +197,7 @@ def power(run: Analysis, x: Estimate, exponent: float) -> Estimate:
         return mul(run, x, x)
     if exponent in (0.5, -0.5):
         return (sqrt if exponent > 0 else rsqrt)(run, x)
-    raise ValueError(
+    raise NoRuleError(
         f"no error rule for pow with exponent {exponent}: rules cover 2, 0.5 and -0.5."
     )
 
@@ -205,10 +206,10 @@ def refuse_in_place(inplace: bool) -> None:
     """Refuse to write into an operand: other names of its memory would not know.
 
     Raises:
-        ValueError: `inplace` is set.
+        NoRuleError: `inplace` is set.
     """
     if inplace:
-        raise ValueError("no error rule for inplace=True: it writes into its operand.")
+        raise NoRuleError("no error rule for inplace=True: it writes into its operand.")
 
 
 def masked_fill(_run: Analysis, x: Estimate, mask: Tensor, value: float) -> Estimate:

@@ -20,6 +20,7 @@ from torch import Tensor
 from healpass.arithmetic.compound_rules import RULES
 from healpass.arithmetic.error_rules import operand, refuse_in_place
 from healpass.arithmetic.estimate import Analysis, Arithmetic, Estimate, exact, lifted
+from healpass.errors import NoRuleError
 
 __all__ = ["Analysis", "Arithmetic", "Estimate", "exact", "propagate"]
 
@@ -38,21 +39,21 @@ def propagate(function: Callable[..., Any], run: Analysis, *args: Any, **kwargs:
         are running bounds; `run.bound` gives smaller ones.
 
     Raises:
-        ValueError: There is no rule for the function, or not for these arguments.
+        NoRuleError: There is no rule for the function, or not for these arguments.
     """
     raw = getattr(function, "__name__", str(function))
     name = raw.strip("_")
     if raw.endswith("_") and not raw.startswith("_"):
-        raise ValueError(f"no error rule for {raw!r}: it writes into its operand.")
+        raise NoRuleError(f"no error rule for {raw!r}: it writes into its operand.")
     if name not in _MOVES and name not in _SAME and name not in RULES:
-        raise ValueError(
+        raise NoRuleError(
             f"no error rule for {name!r}: rules cover {', '.join(sorted((*RULES, *_MOVES)))}."
         )
     try:
         with torch.enable_grad():
             return _apply(function, name, run, args, kwargs)
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"no error rule for {name!r} with these arguments: {error}") from error
+        raise NoRuleError(f"no error rule for {name!r} with these arguments: {error}") from error
 
 
 def _apply(function: Callable[..., Any], name: str, run: Analysis, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ What has no rule (a subgraph, an operator that writes in place, 16-bit arithmeti
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from healpass.arithmetic.digits import join_digits
 from healpass.arithmetic.estimate import lifted
 from healpass.arithmetic.propagate import Analysis, Arithmetic, Estimate, exact, propagate
 from healpass.config import HealConfig
+from healpass.errors import NoRuleError
 from healpass.graph.node_classes import Kind, classify
 from healpass.graph.nodes import heal_name, is_floating, is_half, op_name, tensors, value
 from healpass.graph.operator_names import RANDOM
@@ -60,7 +60,12 @@ def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, 
         measured = Measured(graph_module, arithmetic)
         result = measured.run(*args)
     report.nodes = [
-        replace(record, observed=measured.ratios.get(record.name)) for record in report.nodes
+        replace(
+            record,
+            observed=measured.ratios.get(record.name),
+            unobserved=measured.unknown.get(record.name),
+        )
+        for record in report.nodes
     ]
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         report.outputs += _outputs(graph_module, arithmetic, args, result)
@@ -68,12 +73,16 @@ def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, 
 
 
 class Measured(Interpreter):
-    """Runs a graph; `ratios` holds the worst observed / bound of each rewritten node."""
+    """Runs a graph; of each rewritten node `ratios` holds the worst observed / bound.
+
+    `unknown` holds the reason where there is no rule to compare with.
+    """
 
     def __init__(self, graph_module: GraphModule, arithmetic: Arithmetic) -> None:
         super().__init__(graph_module)
         self.arithmetic = arithmetic
         self.ratios: dict[str, float] = {}
+        self.unknown: dict[str, str] = {}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, and compare it if it is an operator of ours."""
@@ -81,10 +90,13 @@ class Measured(Interpreter):
         name, record = heal_name(n), n.meta.get("heal_record")
         if record is not None and (name in REFERENCE or name == INTEGERS):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            with contextlib.suppress(ValueError):  # dropout and precision="exact" have no rule
+            try:
                 ideal = self.ideal(n, args, kwargs)
-                computed = result[0] if name == INTEGERS else result
-                self.ratios[record] = worst_ratio(computed, ideal.value.detach(), ideal.error)
+            except NoRuleError as error:
+                self.unknown[record] = first_words(error)
+                return result
+            computed = result[0] if name == INTEGERS else result
+            self.ratios[record] = worst_ratio(computed, ideal.value.detach(), ideal.error)
         return result
 
     def ideal(self, n: Node, args: Any, kwargs: Any) -> Estimate:
@@ -126,7 +138,7 @@ class Propagated(Interpreter):
         if function is not None:
             return propagate(function, self.analysis, *_meant(args), **_meant(kwargs))
         if is_half(value(n)) and kind not in (Kind.CAST, Kind.MOVE, Kind.EMBEDDING):
-            raise ValueError(f"{n.target} runs in 16 bits: its roundings have no rule.")
+            raise NoRuleError(f"{n.target} runs in 16 bits: its roundings have no rule.")
         target: Any = getattr(Tensor, str(n.target)) if n.op == "call_method" else n.target
         return propagate(target, self.analysis, *args, **kwargs)
 
@@ -136,7 +148,7 @@ class Propagated(Interpreter):
         if op_name(n) in RANDOM or (
             is_floating(result) and kind not in (Kind.CAST, Kind.FACTORY, Kind.MOVE)
         ):
-            raise ValueError(f"no error rule for {op_name(n)!r} of integers, or at random.")
+            raise NoRuleError(f"no error rule for {op_name(n)!r} of integers, or at random.")
         return lifted(result)
 
 
@@ -152,8 +164,8 @@ def _outputs(
         ideal = _leaves(Propagated(graph_module, analysis).run(*args))
         pairs = [(y, lifted(e)) for y, e in zip(computed, ideal, strict=True) if is_floating(y)]
         return [_output(i, *pair, analysis) for i, pair in enumerate(pairs)]
-    except ValueError as error:  # a function without a rule
-        reason = re.split(r"[:\n]", str(error))[0]
+    except NoRuleError as error:  # a function without a rule
+        reason = first_words(error)
         shapes = [str(list(y.shape)) for y in computed if is_floating(y)]
         return [OutputRecord(i, shape, None, None, None, False, reason)
                 for i, shape in enumerate(shapes)]  # fmt: skip
@@ -176,6 +188,11 @@ def _output(index: int, y: Tensor, ideal: Estimate, analysis: Analysis) -> Outpu
         _largest(expected),
         analysis.first_order,
     )
+
+
+def first_words(error: NoRuleError) -> str:
+    """The reason without its list of known functions."""
+    return re.split(r"[:\n]", str(error))[0]
 
 
 def worst_ratio(y: Tensor, exact_value: Tensor, bound: Tensor) -> float:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.errors import OperandError
 
 heal = torch.ops.heal
 
@@ -74,7 +75,7 @@ class ExactGradients:
         found = torch.tensor(len(self._taken), dtype=torch.int64)
         _all_reduce(found, "SUM", group)
         if int(found) != self.micro_batches:
-            raise ValueError(
+            raise OperandError(
                 f"ExactGradients was made for {self.micro_batches} micro-batches, and the ranks "
                 f"have taken {int(found)}.\nCall take() after the backward of each; the cut into "
                 "micro-batches decides the bits, so it must be the same for every number of ranks."

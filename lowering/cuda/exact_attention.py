@@ -21,6 +21,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
 
 from healpass.arithmetic.int16 import round_trip
+from healpass.errors import OperandError
 from healpass.lowering import compat
 from healpass.lowering.cuda import selfcheck
 from healpass.lowering.cuda.attention import (
@@ -257,13 +258,16 @@ def _knobs(problem: AttentionProblem, chunk: int) -> dict[str, Any]:
     follows. (Seen: without it an FP64 output is rounded to FP32.)
 
     Raises:
-        ValueError: A level of scores may leave its accumulator; heads are too small for that.
+        OperandError: A level of scores may leave its accumulator; heads are too small for that.
     """
     half, keys = prefers_half(capability(problem.device)), problem.key
     knobs = problem.knobs() | {"BLOCK_N": BLOCK_N, "CHUNK": chunk, "HALF": half}
     held = terms(Scheme(problem.query.digits, keys.digits, 0), half=half)
     if int(keys.size[-1]) > held:
-        raise ValueError(f"digit products over a head of {keys.size[-1]} elements exceed {held}")
+        raise OperandError(
+            f"exact attention over heads of {keys.size[-1]} elements: a level of digit products "
+            f"holds {held}.\nUse heads of at most {held} elements, or the CPU."
+        )
     return knobs
 
 

@@ -28,7 +28,8 @@ BELOW = {
     "tensorcore": {"errors", "arithmetic"},
     "ops": {"errors", "arithmetic", "tensorcore"},
     "config": {"errors"},
-    "report": {"arithmetic", "strict_json"},
+    "report_view": set(),
+    "report": {"arithmetic", "report_view", "strict_json"},
     "cache_key": set(),
     "numerics_version": set(),
     "environment": {"errors", "config", "arithmetic", "numerics_version"},
@@ -37,7 +38,7 @@ BELOW = {
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "uncompiled": {"errors", "config"},
     "watch": {"errors", "config", "uncompiled"},
-    "status": {"report", "uncompiled", "watch"},
+    "status": {"report_view", "uncompiled", "watch"},
     "integrations": {"errors", "arithmetic", "ops", "config", "watch"},
     # Beyond the public names: the simulated adders for its baselines, the digits of exact weights
     # (to keep them), HEAL for transformers, and the stamp of the environment. Nothing below

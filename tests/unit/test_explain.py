@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 import healpass
 from healpass.graph.pipeline import PASSES
-from healpass.report import SCHEMA, Boundary, GraphReport, HealReport, NodeRecord
+from healpass.report import GRAPH_BREAK, SCHEMA, Boundary, GraphReport, HealReport, NodeRecord
+from healpass.report_view import CURES
 from tests.support.against_torch import random
 
 BF16 = torch.bfloat16
@@ -118,6 +120,43 @@ def test_a_baseline_and_a_model_without_matmuls_give_an_empty_report():
     empty = healpass.explain(lambda x: x + 1)(X)
     assert "0 of 0" in str(empty)
     assert "none" in healpass.explain(lambda x: x.float() + 1)(X)._repr_html_()
+
+
+def test_the_first_screen_is_a_verdict_in_80_columns(report):
+    lines = str(report).splitlines()
+    assert lines[0].startswith("precision=heal: 3 of 4 matmul and SDPA nodes rewritten")
+    assert "Still rounded to 16 bits: 1 graph break." in str(report)
+    assert "Way out: take what breaks the graph out" in str(report)
+    assert max(map(len, lines)) <= 80
+    assert "8u S" not in str(report), "bounds only on request"
+    assert "test_explain.py" in str(report), "the line of what was kept"
+
+
+def test_bounds_operands_and_lines_come_on_request(report):
+    text = report.text(bounds=True)
+    assert "bf16[3, 8], bf16[8, 8], bf16[8]" in text
+    assert "u S" in text
+    assert re.search(r"test_explain\.py:\d+ in forward", text)
+    out = io.StringIO()
+    report.print(file=out, bounds=True)
+    assert out.getvalue() == text
+
+
+def test_a_cache_and_outputs_of_the_caller_have_one_cure():
+    boundary = [Boundary("x", kind, "bfloat16", "rounded", "a.py:1 in f")
+                for kind in ("cache of the caller", "graph output")]  # fmt: skip
+    text = HealReport({"precision": "heal"}, [GraphReport([], boundary)]).text()
+    assert text.count("Way out:") == 1
+    assert "heal_model(model) cures both" in text
+
+
+def test_every_kind_of_boundary_has_a_cure():
+    """Compared with the kinds that the passes name, in the source itself."""
+    named = set()
+    for path in (Path(healpass.__file__).parent / "graph").rglob("*.py"):
+        named |= set(re.findall(r'"((?:cache|buffer) of the caller|foreign operator|graph \w+)"',
+                                path.read_text()))  # fmt: skip
+    assert named | {GRAPH_BREAK} == set(CURES)
 
 
 def test_an_error_of_the_model_reaches_the_user():

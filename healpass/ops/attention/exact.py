@@ -33,6 +33,7 @@ from torch import Tensor
 
 from healpass.arithmetic.digits import integer_digits
 from healpass.arithmetic.int16 import INT16, INT24, quantize
+from healpass.errors import OperandError
 from healpass.ops.products.exact import Adders, sum_products
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible import fp64
@@ -179,7 +180,7 @@ def _check_budget(query_digits: Tensor, value_digits: Tensor) -> None:
     size, keys = query_digits.shape[-1], value_digits.shape[3]
     most = 1 << MOST_KEYS[value_digits.shape[2]]
     if size > LARGEST_HEAD or keys > most:
-        raise ValueError(
+        raise OperandError(
             f"exact attention over {keys} keys of size {size} may overflow INT64: V of "
             f"{value_digits.shape[2]} digits allows {most} keys, heads may have {LARGEST_HEAD} "
             "elements.\nUse kv='int16', which allows more keys, or a sliding window."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from healpass.arithmetic import int16
 from healpass.arithmetic.digits import BASE_BITS, integer_digits
+from healpass.errors import DtypeError, OperandError, suggestion
 from healpass.ops.library import library
 from healpass.ops.products.matmul import OPERAND_DTYPES
 
@@ -57,9 +58,15 @@ def _(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
 
 def _format(x: Tensor, kv: str) -> int16.IntegerFormat:
     if x.dtype not in OPERAND_DTYPES:
-        raise TypeError(f"heal::quantize got {x.dtype}; it takes float16, bfloat16 and float32.")
+        raise DtypeError(
+            f"heal::quantize got {x.dtype}; it takes float16, bfloat16 and float32.\n"
+            "Cast the tensor to one of them first."
+        )
     if kv not in FORMATS:
-        raise ValueError(f"kv={kv!r} is no integer format; known: {', '.join(FORMATS)}.")
+        raise OperandError(
+            f"kv={kv!r} is no integer format; known: {', '.join(FORMATS)}."
+            + suggestion(str(kv), FORMATS)
+        )
     return FORMATS[kv]
 
 

@@ -45,6 +45,7 @@ from healpass.arithmetic.digits import (
     exact_terms,
     scaled_digits,
 )
+from healpass.errors import OperandError
 from healpass.ops.reproducible import fp64
 from healpass.ops.reproducible.reduce import from_integers
 from healpass.tensorcore.rules import RULES
@@ -123,7 +124,7 @@ def exact_matmul(a: Tensor, b: Tensor, products: int = 5, adders: Adders | None 
         adders: Who adds.
 
     Raises:
-        ValueError: K is past 2^24.
+        OperandError: K is past 2^24.
     """
     plan = scheme(products, b.dtype)
     a_scale, b_scale = scale_of(a, -1, plan.left), scale_of(b, -2, plan.right)
@@ -201,11 +202,11 @@ def digit_sums(
     """Sum over kept pairs of 256^(i + j - cut) (a_i @ b_j), as INT64, exactly.
 
     Raises:
-        ValueError: K is past 2^24.
+        OperandError: K is past 2^24.
     """
     (m, k), n = a.shape[-2:], b.shape[-1]
     if k > MOST_TERMS:
-        raise ValueError(
+        raise OperandError(
             f"an exact product over K={k} terms may overflow INT64, which holds {MOST_TERMS} of "
             "them.\nSplit the sum: heal::mm_partial on parts of K with common scales, added in "
             "a wider type."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from healpass.errors import DerivativeError, DtypeError
 from healpass.ops.library import library
 from healpass.ops.products.numerics import Numerics
 
@@ -29,19 +30,19 @@ def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
     """Refuse dtypes, numerics and derivatives that a `heal::` operator has no meaning for.
 
     Raises:
-        TypeError: An operand is not FP16, BF16 or FP32.
-        ValueError: `numerics` is unknown.
-        RuntimeError: Forward-mode differentiation (`jvp`) is on: torch gives a custom operator the
-            tangent zero there, without a word.
+        DtypeError: An operand is not FP16, BF16 or FP32.
+        OperandError: `numerics` is unknown.
+        DerivativeError: Forward-mode differentiation (`jvp`) is on: torch gives a custom operator
+            the tangent zero there, without a word.
     """
     if forward_ad._current_level >= 0:
-        raise RuntimeError(
+        raise DerivativeError(
             f"heal::{op} has no forward-mode derivative (torch.func.jvp, forward_ad). Use reverse "
             "mode, or torch's own operator inside the jvp."
         )
     for operand in operands:
         if operand.dtype not in OPERAND_DTYPES:
-            raise TypeError(
+            raise DtypeError(
                 f"heal::{op} got a {operand.dtype} operand; it takes float16, bfloat16 and "
                 "float32. Use torch's own operator for other dtypes."
             )

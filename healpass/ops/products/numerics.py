@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from healpass.errors import OperandError
 from healpass.ops.products.exact import SCHEMES, Adders, exact_matmul
 from healpass.ops.products.ieee import ieee_fp32, mm_fp32
 from healpass.tensorcore.matmul import Accumulation, heal_matmul
@@ -93,7 +94,7 @@ def _parse(text: str) -> Numerics:
     known = precision in PRECISIONS and simulate in ("", *GENERATIONS)
     known = known and last in ("", M_INVARIANT) and text.count(":") <= 3
     if not known or (order and not order.isdecimal()):
-        raise ValueError(
+        raise OperandError(
             f"numerics={text!r} is not one of {', '.join(PRECISIONS)}, with ':' and one of "
             f"{', '.join(GENERATIONS)} and ':' and a seed behind it if wanted, as 'heal:a100:3', "
             f"and ':{M_INVARIANT}' last of all."

@@ -28,6 +28,7 @@ import math
 import torch
 from torch import Tensor
 
+from healpass.errors import DtypeError
 from healpass.ops.reproducible import fp64_coefficients
 
 FRACTION_BITS = 52
@@ -80,10 +81,10 @@ def checked(x: Tensor) -> Tensor:
     """`x`.
 
     Raises:
-        TypeError: It is not FP16, BF16 or FP32.
+        DtypeError: It is not FP16, BF16 or FP32.
     """
     if x.dtype not in DTYPES:
-        raise TypeError(
+        raise DtypeError(
             f"an exact operator got a {x.dtype} operand; it takes float16, bfloat16 and float32. "
             "Use torch's own operator for other dtypes."
         )
