@@ -22,7 +22,7 @@ _PLACE = 38
 
 #: What a precision gives to the nodes that it rewrites.
 _PROMISES = {
-    "heal": "as accurate as FP32",
+    "heal": "matmuls as accurate as FP32",
     "layercast": "FP32 arithmetic",
     "exact": "the same bits everywhere",
 }
@@ -70,7 +70,7 @@ def verdict(report: Any) -> list[str]:
     found = [
         f"precision={precision}: {rewritten} of {len(report.nodes)} matmul and SDPA nodes "
         f"rewritten in {len(report.graphs)} graph(s)"
-        + (f": {_PROMISES[precision]}." if rewritten and precision in _PROMISES else ".")
+        + (f": {_promise(report)}." if rewritten and precision in _PROMISES else ".")
     ]
     if report.kept:
         found.append(f"{len(report.kept)} kept as traced, for the reasons below.")
@@ -82,6 +82,14 @@ def verdict(report: Any) -> list[str]:
         found.append(f"Still rounded to 16 bits: {named}.")
         found += [f"Way out: {cure}." for cure in _cures(kinds)]
     return found
+
+
+def _promise(report: Any) -> str:
+    promise, kv = _PROMISES[report.config["precision"]], report.config.get("kv")
+    attends = any(node.heal_op == "heal::sdpa" for node in report.nodes)
+    if report.config["precision"] == "heal" and attends:
+        promise += f", attention on {kv or 'int16'}"
+    return promise
 
 
 def _cures(kinds: Counter[str]) -> list[str]:
