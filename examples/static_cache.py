@@ -12,19 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 PROMPTS = ("Name three rivers.", "Why is the sky blue?")
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache stores."""
-    from healpass.integrations.cache import stores_of
-
-    stores = [store for layer in cache.layers for store in stores_of(layer)]
-    return sum(store.keys.nbytes + store.values.nbytes for store in stores)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **batch, past_key_values=cache, do_sample=False, max_new_tokens=options.new_tokens
         )
         print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-    print(f"{cache.kv} cache of {cache.room} tokens: {cache_bytes(cache)} bytes")
+    print(f"{cache.kv} cache of {cache.room} tokens: {cache.nbytes} bytes")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,12 @@ class HealCache(Cache):
                 yield f"{index}.{part}", store
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all keys, values and scales; 0 before the first tokens come."""
+        held = [part for _, store in self._stores() for part in (store.keys, store.values)]
+        return sum(part.nbytes for part in held if isinstance(part, Tensor))
+
+    @property
     def room(self) -> int | None:
         """Tokens that fit in all, or None where nothing limits them (growing, sliding layers)."""
         return min((x.get_max_length() for x in self.layers if _is_bounded(x)), default=None)

@@ -47,6 +47,18 @@ def pair(kind, config, kv):
     return HealCache(config, kv=kv), DynamicCache(config=config)
 
 
+@pytest.mark.parametrize("kv", (*KV, "fp32"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_tells_its_bytes(kv, kind):
+    cache, _ = pair(kind, CONFIG, kv)
+    assert cache.nbytes == 0
+    for layer in range(2):
+        cache.update(*states(3, 5, layer), layer)
+    tokens = 5 if kind == "dynamic" else 24
+    cell = 8 * {"int16": 2, "int24": 3, "fp32": 4}[kv] + 4 * (kv != "fp32")  # with its scale
+    assert cache.nbytes == 2 * 2 * 3 * 2 * tokens * cell  # layers, keys and values, rows, heads
+
+
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [CONFIG, SLIDING], ids=["full", "sliding"])
