@@ -47,7 +47,7 @@ def pair(kind, config, kv):
     return HealCache(config, kv=kv), DynamicCache(config=config)
 
 
-@pytest.mark.parametrize("kv", (*KV, "fp32"))
+@pytest.mark.parametrize("kv", [*KV, "fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_tells_its_bytes(kv, kind):
     cache, _ = pair(kind, CONFIG, kv)
