@@ -102,6 +102,7 @@ class Region:
         self._breaks: Counter[str] = Counter()
         self._traced = 0
         self._before = (0, 0)
+        self._tracing: BaseException | None = None
         self._ran = False
         self._codes: set[CodeType] = set()
         self._alive: Callable[[], Any] | None = None
@@ -142,6 +143,10 @@ class Region:
         ended = [record for record in new if record.ends_a_promise]
         if self.silent or not new:
             return
+        if ended == [NOTHING_RAN] and self.refuses:
+            self._told.discard(NOTHING_RAN)  # a mode is over at some time: the next call is judged
+            del self.found[NOTHING_RAN]
+            raise StrictError(self._message(ended))
         if ended and self.refuses:
             self._refused = self._message(ended)
             raise StrictError(self._refused)

@@ -198,8 +198,13 @@ def test_a_call_that_runs_no_graph_at_all_is_noticed():
 
     compiled = torch.compile(compiles, backend=plain_backend(HealConfig(precision="exact")))
     compiled(X)
-    with FlopCounterMode(display=False), pytest.raises(StrictError, match="FlopCounterMode"):
+    expected = compiled(X)
+    for _ in range(2):
+        with FlopCounterMode(display=False), pytest.raises(StrictError, match="FlopCounterMode"):
+            compiled(X)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(StrictError, match="a stance"):
         compiled(X)
+    assert torch.equal(compiled(X), expected), "what came with the mode goes with it"
     again = torch.compile(compiles, backend=plain_backend(HealConfig()))
     again(X)
     with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="a stance"):
