@@ -39,7 +39,7 @@ EXACT_TESTS = tests/unit/test_lowering_exact_ptx.py
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
-.PHONY: help venv demo study bench model test test-deep test-gpu test-transformers test-torchtitan \
+.PHONY: help venv demo study bench model test test-full test-deep test-gpu test-transformers test-torchtitan \
     test-triton test-resolve check fix
 
 help:  ## List the targets
@@ -67,8 +67,11 @@ bench: model  ## Measure what each precision costs on this CPU; writes docs/meas
 model: $(STAMP)  ## Fetch SmolLM2-135M-Instruct into the user's cache folder
 	$(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'
 
-test: model  ## Run the tests, without the slow ones and those that need a GPU
-	$(PYTEST) -m 'not deep and not gpu'
+test: model  ## Run the tests that touch every promise once (ten minutes)
+	$(PYTEST) -m 'not full and not deep and not gpu'
+
+test-full: model  ## Run the tests that `make test` leaves out, but for those that take hours (half an hour)
+	$(PYTEST) -m 'full and not deep and not gpu'
 
 # A thousand compiled graphs are one test: hours, not the usual quarter of one.
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property

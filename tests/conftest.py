@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,6 +32,28 @@ settings.register_profile(
     "deep", settings.get_profile("default"), derandomize=False, max_examples=1000
 )
 settings.load_profile("default")
+
+
+#: Tests, or single parameters of them, that only `make test-full` runs.
+FULL = {
+    line
+    for line in Path(__file__).with_name("full.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests of `full.txt`; a line of it that names no test is an error."""
+    named = set()
+    for item in items:
+        names = FULL & {item.nodeid, item.nodeid.split("[")[0]}
+        if names:
+            item.add_marker(pytest.mark.full)
+            named |= names
+    everything = [Path(argument) for argument in config.args] in ([Path("tests")], [Path.cwd()])
+    if everything and FULL - named:
+        raise pytest.UsageError(f"tests/full.txt names no test: {sorted(FULL - named)}")
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def test_every_template_gives_the_bits_of_its_meaning():
+def test_every_template_gives_the_bits_of_its_reference():
     assert selfcheck_exact.examine(on_gpu) == {}
 
 

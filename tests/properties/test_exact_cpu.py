@@ -48,7 +48,7 @@ def test_budgets():
     numerics=st.sampled_from(NUMERICS),
     seed=st.integers(0, 2**16),
 )
-def test_products_have_the_bits_of_the_meaning(m, k, n, left, right, how, numerics, seed):
+def test_products_have_the_bits_of_the_reference(m, k, n, left, right, how, numerics, seed):
     a = fill((m, k), how[0], DTYPES[left], seed, 1)
     b = fill((k, n), how[1], DTYPES[right], seed + 1, 0)
     assert differing(exact.mm(a, b, numerics), heal.mm(a, b, numerics)) == 0
@@ -70,12 +70,12 @@ def test_numbers_of_every_kind(rows):
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(0, 4, 4), (2, 0, 4), (2, 4, 0), (2, 4, 1), (2, 1, 4), (2, 20000, 2)]
 )
-def test_what_does_not_fit_keeps_its_meaning(m, k, n):
+def test_what_does_not_fit_keeps_its_reference(m, k, n):
     assert exact.mm(torch.ones(m, k), torch.ones(k, n), "exact5") is NotImplemented
 
 
 @pytest.mark.parametrize("numerics", ["heal", "layercast", "exact5:a100", "exact5::2"])
-def test_other_arithmetic_keeps_its_meaning(numerics):
+def test_other_arithmetic_keeps_its_reference(numerics):
     assert exact.mm(torch.ones(2, 4), torch.ones(4, 3), numerics) is NotImplemented
 
 
@@ -128,7 +128,7 @@ def states(batch, heads, kv_heads, length, keys, size, value_size, seed=0):
     special=st.sampled_from([None, math.nan, math.inf]),
     seed=st.integers(0, 2**16),
 )
-def test_attention_has_the_bits_of_the_meaning(
+def test_attention_has_the_bits_of_the_reference(
     batch, kv_heads, groups, length, keys, size, kv, mask, special, seed
 ):
     q, k, v = states(batch, kv_heads * groups, kv_heads, length, keys, size, size + 1, seed)
@@ -197,7 +197,7 @@ def test_a_block_that_misses_a_key_shows(monkeypatch):
     assert differing(exact.attend(*arguments), wanted) > 0
 
 
-def test_attention_past_a_budget_keeps_its_meaning():
+def test_attention_past_a_budget_keeps_its_reference():
     q, k, v = states(1, 1, 1, 1, 2, 200, 2)
     assert exact.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
     assert exact.attend(q, k, v, None, False, 1.0, "int16", "exact5") is not NotImplemented

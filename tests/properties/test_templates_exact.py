@@ -70,7 +70,7 @@ def differ(a: Tensor, b: Tensor, numerics: str = "exact5", capability: int = 90)
 
 @settings(max_examples=12)
 @given(leads, sizes, sizes, sizes, sides, sides, numerics, capabilities)
-def test_every_product_has_the_bits_of_its_meaning(lead, m, n, k, left, right, how, capability):
+def test_every_product_has_the_bits_of_its_reference(lead, m, n, k, left, right, how, capability):
     a, b = left.tensor((*lead, m, k), -1), right.tensor((*lead, k, n), -2)
     assert differ(a, b, how, capability) == 0
 
@@ -79,7 +79,7 @@ def test_every_product_has_the_bits_of_its_meaning(lead, m, n, k, left, right, h
 @given(
     st.integers(0, 2**16), st.sampled_from([2, 40]), st.sampled_from([FP32, BF16]), st.booleans()
 )
-def test_infinities_nan_and_the_ends_of_fp32_are_those_of_the_meaning(seed, m, dtype, in_weight):
+def test_infinities_nan_and_the_ends_of_fp32_are_those_of_the_reference(seed, m, dtype, in_weight):
     a, b = torch.randn(m, 70, generator=torch.Generator().manual_seed(seed)), torch.ones(70, 20)
     b[:, ::3] = 2.0**-140
     spoiled = b if in_weight else a
@@ -141,7 +141,7 @@ def test_the_copy_engine_changes_no_bit(capability):
 
 
 @pytest.mark.parametrize(("capability", "how"), [(75, "exact5"), (90, "exact5:h100")])
-def test_what_has_no_kernel_runs_its_meaning(capability, how):
+def test_what_has_no_kernel_runs_its_reference(capability, how):
     a, b = operands(40, 70, 96)
     kernel = source(lambda x, y: (heal.mm(x, y, how),), [a, b.to(FP16)], capability)
     assert "torch.ops.heal.mm.default" in kernel
@@ -191,7 +191,7 @@ def test_one_bit_over_the_budget_shows(monkeypatch):
     assert differ(a, b, "exact8", 103) > 0
 
 
-def test_a_k_that_int64_cannot_hold_is_left_to_the_meaning_which_refuses_it(monkeypatch):
+def test_a_k_that_int64_cannot_hold_is_left_to_the_reference_which_refuses_it(monkeypatch):
     long = torch.zeros(1, (1 << 24) + 1)
     monkeypatch.setattr(exact_matmul, "has_kernels", always(True))
     assert exact_matmul.digits_on_cuda(long, long.t(), "exact5") is NotImplemented

@@ -59,7 +59,7 @@ def bits_that_differ(tensors: list[Tensor], scored: Scored, capability: int = 90
         (1, 1, 1, Scored(is_causal=True), 90),
     ],
 )
-def test_attention_has_the_bits_of_its_meaning(length, keys, group, scored, capability):
+def test_attention_has_the_bits_of_its_reference(length, keys, group, scored, capability):
     assert bits_that_differ(states(length, keys, group), scored, capability) == 0
 
 
@@ -100,7 +100,7 @@ def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
         assert differing(attention_in_parts(*digits, mask, causal, 0.25, chunk), whole) == 0
 
 
-def test_what_has_no_kernel_runs_its_meaning():
+def test_what_has_no_kernel_runs_its_reference():
     """On a GPU without the instructions the compile goes on, with one call."""
     text = source(Scored(), states(5, 9), 75)
     assert "torch.ops.heal.exact_attend.default" in text

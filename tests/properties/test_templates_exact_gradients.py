@@ -107,7 +107,7 @@ def test_one_span_over_the_budget_shows(monkeypatch):
     ("dtype", "numerics", "capability"),
     [(torch.float32, "exact5", 90), (torch.bfloat16, "exact8", 103)],
 )
-def test_a_weighted_sum_has_the_bits_of_its_meaning(dtype, numerics, capability):
+def test_a_weighted_sum_has_the_bits_of_its_reference(dtype, numerics, capability):
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(2, 3, 9, 37, generator=generator).softmax(-1)
     weights[..., ::5] = 0.0
@@ -146,7 +146,7 @@ def states(length: int, keys: int, group: int = 1, value_size: int = 16) -> list
         pytest.param(1, 5, 2, Attended(), 90, marks=pytest.mark.deep),
     ],
 )
-def test_the_gradient_of_attention_has_the_bits_of_its_meaning(
+def test_the_gradient_of_attention_has_the_bits_of_its_reference(
     length, keys, group, attended, capability
 ):
     tensors = states(length, keys, group, value_size=24)
@@ -170,6 +170,6 @@ def test_masks_and_what_is_not_finite_in_the_gradient(boolean):
 
 
 @pytest.mark.parametrize(("capability", "how"), [(75, "exact5"), (90, "exact5:h100")])
-def test_a_gradient_that_has_no_kernel_runs_its_meaning(capability, how):
+def test_a_gradient_that_has_no_kernel_runs_its_reference(capability, how):
     text = source(Attended(numerics=how), states(9, 21), capability)
     assert "torch.ops.heal.exact_attend_backward.default" in text

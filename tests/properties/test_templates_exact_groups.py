@@ -83,7 +83,7 @@ layouts = st.tuples(
     st.sampled_from(["exact5", "exact5", "exact3", "exact6", "exact8"]),
     st.sampled_from([80, 90, 103]),
 )
-def test_groups_have_the_bits_of_their_meaning(
+def test_groups_have_the_bits_of_their_reference(
     form, counts, rest, k, n, left, right, how, capability
 ):
     """Groups of any size, empty ones too; `rest` rows (columns, terms) belong to none."""
@@ -157,7 +157,7 @@ def test_a_symbolic_number_of_rows_has_the_same_bits():
         assert differing(found, heal.grouped_mm(a[:rows], b, offs, "exact5")) == 0
 
 
-def test_one_column_runs_its_meaning():
+def test_one_column_runs_its_reference():
     """A result of one element is stored without a mask, and tiles of no group would write it."""
     a, b = operands("rows", 5, 40, 1)
     text = source(lambda *x: (heal.grouped_mm(*x, "exact5"),), [a, b, offsets(1, 2, 5)])
@@ -175,7 +175,7 @@ def test_a_boundary_that_is_off_by_one_shows(monkeypatch):
 
 
 @pytest.mark.parametrize("products", [3, 5, 6, 8])
-def test_partial_products_are_those_of_the_meaning(products):
+def test_partial_products_are_those_of_the_reference(products):
     a, b = operands("terms", 130, 40, 20)
     a[3, 5] = torch.nan
     scales = heal.exact_scales(a, b, products)

@@ -242,7 +242,7 @@ def test_a_chain_is_as_long_as_the_generation_asks_for():
 
 
 @pytest.mark.parametrize(("rows", "cut"), [(128, True), (300, False)])
-def test_the_low_piece_breaks_ties_as_the_meaning_does(rows, cut):
+def test_the_low_piece_breaks_ties_as_the_reference_does(rows, cut):
     """By one each product is its operand's pieces: outward on a tie, in 1/4 of all numbers."""
     x = values((rows, 1), torch.float32, 22, 0)
     b = torch.ones(1, 8, dtype=torch.bfloat16)

@@ -193,7 +193,7 @@ def test_gradients_are_exact_and_have_the_same_bits_everywhere(kv):
         assert (ours.double() - truth).norm() <= 3 * 2.0**-20 * truth.norm()
 
 
-def test_what_has_no_meaning_is_refused():
+def test_what_has_no_reference_is_refused():
     q, k, v = states()
     mask = torch.ones(9, 9, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="exclude each other"):

@@ -98,14 +98,14 @@ def test_no_kernel_uses_atomics():
         ({"scoring": Scoring(numerics="layercast")}, "layercast multiplies in FP32"),
     ],
 )
-def test_what_has_no_kernel_runs_its_meaning_and_says_so(changes, reason, kv):
+def test_what_has_no_kernel_runs_its_reference_and_says_so(changes, reason, kv):
     case = AttentionCase("case", 20, 30, kv=kv, **changes)
     with pytest.warns(selfcheck.TemplateWarning, match=reason):
         source = generated_source(case, case.tensors())
     assert "attention.default" in source
 
 
-def test_an_old_gpu_runs_the_meaning_and_says_so():
+def test_an_old_gpu_runs_the_reference_and_says_so():
     case = AttentionCase("case", 20, 30)
     with pytest.warns(selfcheck.TemplateWarning, match=r"7\.5 is below 8\.0"):
         source = generated_source(case, case.tensors(), Device(75))

@@ -242,7 +242,7 @@ def exact_and_budget(query, key, value, **options):
 
 
 @pytest.mark.parametrize(("rows", "kernel"), [(3, True), (1, False)])
-def test_head_sizes_may_differ_and_a_single_row_runs_the_meaning(rows, kernel):
+def test_head_sizes_may_differ_and_a_single_row_runs_the_reference(rows, kernel):
     query, key, value = (torch.randn(1, 1, rows, e).to(BF16) for e in (8, 8, 5))
     found, source = source_of(F.scaled_dot_product_attention, query, key, value)
     assert ("product_tile" in source) == kernel

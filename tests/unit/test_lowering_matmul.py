@@ -169,7 +169,7 @@ def test_autotuning_is_off_unless_asked_for(patches, monkeypatch):
     assert (offered[0] > 1) == ("autotune" in patches)
 
 
-def test_an_old_gpu_runs_the_meaning_and_says_so():
+def test_an_old_gpu_runs_the_reference_and_says_so():
     tensors = [empty(40, 256), empty(96, 256)]
     with pytest.warns(selfcheck.TemplateWarning, match=r"7\.5 is below 8\.0"):
         source = generated_source(linear, tensors, Device(75))
@@ -222,7 +222,7 @@ def test_what_a_descriptor_cannot_describe_is_loaded(shape, stride):
 
 
 @pytest.mark.parametrize("numerics", ["heal", "layercast"])
-def test_routed_rows_have_a_template_and_ragged_sums_their_meaning(numerics):
+def test_routed_rows_have_a_template_and_ragged_sums_their_reference(numerics):
     def routed(x, experts, ends):
         return (torch.ops.heal.grouped_mm(x, experts.mT, ends, numerics),)
 
