@@ -21,7 +21,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,11 @@ class Way:
     cache: str
     prepare: Callable[[Any], Any]
 
+    @property
+    def name(self) -> str:
+        """For a progress bar."""
+        return f"{self.precision}, cache {self.cache}"
+
 
 def as_it_is(model: Any) -> Any:
     """Plain BF16, no compilation."""
@@ -91,11 +96,12 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does: which way, with how many prompts and new tokens."""
+    """What one process does: which way, with how many prompts and new tokens, in which batches."""
 
     way: int
     prompts: int
     new_tokens: int
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
 
 
 def generate(task: Task, report: Callable[[tuple[int, int]], None]) -> dict[int, Answers]:
@@ -121,7 +127,7 @@ def generate(task: Task, report: Callable[[tuple[int, int]], None]) -> dict[int,
     model = WAYS[task.way].prepare(model)
     texts = [chat(tokenizer, prompt) for prompt in PROMPTS[: task.prompts]]
     answers: dict[int, Answers] = {}
-    for size in BATCH_SIZES:
+    for size in task.batch_sizes:
         answers[size] = []
         for start in range(0, len(texts), size):
             batch = tokenizer(texts[start : start + size], return_tensors="pt", padding=True)
@@ -156,9 +162,17 @@ def divergences(answers: dict[int, Answers]) -> list[int | None]:
     return [first_divergence(group) for group in zip(*answers.values(), strict=True)]
 
 
-def results(outcomes: Sequence[dict[int, Answers]]) -> Table:
-    """The table: a row for each way."""
-    table = Table(title="One prompt, four batch sizes: is there one answer?")
+def verdict(answers: dict[int, Answers]) -> tuple[str, str]:
+    """How many prompts have one answer, and where the others diverge."""
+    found = divergences(answers)
+    late = [position for position in found if position is not None]
+    where = f"token {min(late)} (median {statistics.median(late):g})" if late else "-"
+    return f"{len(found) - len(late)} of {len(found)}", where
+
+
+def results(outcomes: Mapping[int, dict[int, Answers]]) -> Table:
+    """The table: a row for each way, by its index."""
+    table = Table(title="One prompt, several batch sizes: is there one answer?")
     for heading in (
         "arithmetic",
         "key/value cache",
@@ -166,17 +180,19 @@ def results(outcomes: Sequence[dict[int, Answers]]) -> Table:
         "others diverge at",
     ):
         table.add_column(heading)
-    for way, answers in zip(WAYS, outcomes, strict=True):
-        found = divergences(answers)
-        late = [position for position in found if position is not None]
-        same = f"{len(found) - len(late)} of {len(found)}"
-        where = f"token {min(late)} (median {statistics.median(late):g})" if late else "-"
-        table.add_row(way.precision, way.cache, same, where)
+    for way, answers in sorted(outcomes.items()):
+        table.add_row(WAYS[way].precision, WAYS[way].cache, *verdict(answers))
     return table
 
 
-def run_all(tasks: Sequence[Task], processes: int, console: Console) -> list[dict[int, Answers]]:
-    """Run the tasks in processes of their own, with a progress bar for each."""
+def run_all(
+    tasks: Sequence[Task], processes: int, console: Console
+) -> dict[int, dict[int, Answers]]:
+    """Run the tasks in processes of their own; say what each has found when it is done.
+
+    Returns:
+        The answers of each way, by its index.
+    """
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (
@@ -185,18 +201,22 @@ def run_all(tasks: Sequence[Task], processes: int, console: Console) -> list[dic
         Progress(*columns, console=console) as progress,
     ):
         messages = manager.Queue()
+        bars = {}
         for task in tasks:
-            way = WAYS[task.way]
-            total = task.prompts * len(BATCH_SIZES)
-            progress.add_task(f"{way.precision}, cache {way.cache}", total=total)
-        futures = [pool.submit(generate, task, messages.put) for task in tasks]
-        pending = set(futures)
+            total = task.prompts * len(task.batch_sizes)
+            bars[task.way] = progress.add_task(WAYS[task.way].name, total=total)
+        ways = {pool.submit(generate, task, messages.put): task.way for task in tasks}
+        pending = set(ways)
         while pending:
-            _, pending = wait(pending, timeout=0.5)
+            done, pending = wait(pending, timeout=0.5)
             while not messages.empty():
                 way, count = messages.get()
-                progress.advance(progress.task_ids[way], count)
-        return [future.result() for future in futures]
+                progress.advance(bars[way], count)
+            for future in done:
+                same, where = verdict(future.result())
+                others = "" if where == "-" else f"; the others diverge at {where}"
+                console.print(f"{WAYS[ways[future]].name}: {same} prompts have one answer{others}")
+        return {way: future.result() for future, way in ways.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=12, help="how many (2 to 16)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--ways", type=int, default=3, help="how many of the three, from the top")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
     parser.add_argument("--processes", type=int, default=2, help="at a time, one thread each")
     options = parser.parse_args(argv)
     if not 2 <= options.prompts <= len(PROMPTS):
@@ -215,10 +237,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     smollm2.fetch(console=console)
     fetched = time.perf_counter()
-    tasks = [Task(way, options.prompts, options.new_tokens) for way in range(len(WAYS))]
+    sizes = tuple(options.batch_sizes)
+    tasks = [
+        Task(way, options.prompts, options.new_tokens, sizes)
+        for way in range(len(WAYS[: options.ways]))
+    ]
     console.print(
         f"{options.prompts} prompts, {options.new_tokens} new tokens, batch sizes "
-        f"{', '.join(map(str, BATCH_SIZES))}. Compiling takes most of the time on the first run."
+        f"{', '.join(map(str, sizes))}. BF16 answers first; heal compiles before it does, which "
+        "takes most of the time on the first run."
     )
     console.print(results(run_all(tasks, options.processes, console)))
     console.print(MEANING)
@@ -229,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 MEANING = (
     "\n"
-    "Every row answered the same prompts four times; only the batch around a prompt changed. In "
+    "Every row answered the same prompts again and again; only the batch around a prompt changed. In "
     "BF16 each kernel rounds its result to 8 bits, so that a last-bit difference from another "
     "batch shape grows to half a percent and now and then flips the next token; from there on "
     "the texts differ. heal keeps FP32 between kernels, and with an FP32 cache a difference "

@@ -36,7 +36,7 @@ def test_the_table_counts_prompts_with_one_answer(demo):
     same = {size: [[1, 2], [3, 4]] for size in demo.BATCH_SIZES}
     other = same | {8: [[1, 2], [3, 9]]}
     out = io.StringIO()
-    Console(file=out, width=120).print(demo.results([other, same, other]))
+    Console(file=out, width=120).print(demo.results(dict(enumerate([other, same, other]))))
     rows = [line for line in out.getvalue().splitlines() if " of 2" in line]
     assert ["1 of 2" in row for row in rows] == [True, False, True]
     assert "token 2 (median 2)" in rows[0]
