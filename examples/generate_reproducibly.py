@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 MEANING = (
     "\n"
-    "Every row answered the same prompts again and again; only the batch around a prompt changed. In "
+    "Every row answered the same prompts again and again; only the batch around one changed. In "
     "BF16 each kernel rounds its result to 8 bits, so that a last-bit difference from another "
     "batch shape grows to half a percent and now and then flips the next token; from there on "
     "the texts differ. heal keeps FP32 between kernels, and with an FP32 cache a difference "

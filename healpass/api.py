@@ -93,7 +93,7 @@ class RewritePass:
         """The same key as the backend's."""
         from healpass.cache_key import CacheKey
 
-        return CacheKey(self.config.key()).uuid()
+        return CacheKey(self.config).uuid()
 
 
 def inductor_options(config: Options = None, /, **options: Any) -> dict[str, Any]:

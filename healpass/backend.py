@@ -19,9 +19,9 @@ from healpass import watch
 from healpass.config import HealConfig
 from healpass.errors import UnsupportedTorchError
 from healpass.graph.passes import prepack
-from healpass.graph.passes.decompose import decompose_operators, stays_whole
-from healpass.graph.passes.outline import outline_repeats
-from healpass.graph.pipeline import OUTLINE, rewrite
+from healpass.graph.passes.decompose import stays_whole
+from healpass.graph.pipeline import DECOMPOSE, finish, rewrite
+from healpass.report import GraphReport
 
 #: The torch releases that healpass is tested with: from the first up to, not including, the last.
 SUPPORTED_TORCH = ((2, 11), (2, 16))
@@ -69,40 +69,40 @@ def heal_backend(
     report = rewrite(graph_module, config, outermost=watch.is_outermost())
     watch.note(report)
     inputs = prepack.example_inputs(graph_module, example_inputs)
-    compiled = _inductor(graph_module, inputs, config)
+    compiled = _inductor(graph_module, inputs, config, report)
     return watch.counted(prepack.with_packed_inputs(graph_module, compiled))
 
 
 def _inductor(
-    graph_module: GraphModule, inputs: list[Any], config: HealConfig
+    graph_module: GraphModule, inputs: list[Any], config: HealConfig, report: GraphReport
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     from healpass import lowering
 
     lowering.register()
-    patches = inductor_patches(config, whole=stays_whole(inputs))
+    patches = inductor_patches(config, report, whole=stays_whole(inputs))
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled
 
 
-def _finish(config: HealConfig, graph: Graph) -> None:
+def _finish(config: HealConfig, report: GraphReport, graph: Graph) -> None:
     """The passes that run last, on the graph that Inductor is about to lower."""
     from torch._inductor.decomposition import select_decomp_table
 
     from healpass import lowering
 
-    if OUTLINE not in config.debug.disable:
-        outline_repeats(graph)
-    if config.precision == "exact":
-        decompose_operators(graph, select_decomp_table() | lowering.decompositions())
+    finish(graph, config, select_decomp_table() | lowering.decompositions(), report)
 
 
-def inductor_patches(config: HealConfig, *, whole: bool = False) -> dict[str, Any]:
+def inductor_patches(
+    config: HealConfig, report: GraphReport | None = None, *, whole: bool = False
+) -> dict[str, Any]:
     """Inductor settings of one compile: mode, cache key, and nothing that reorders sums.
 
     Args:
         config: The options.
+        report: Gets the records of the passes that run last.
         whole: Whether exact operators are decomposed after `passes.outline` instead of before.
     """
     from torch._inductor import config as inductor
@@ -117,10 +117,11 @@ def inductor_patches(config: HealConfig, *, whole: bool = False) -> dict[str, An
     patches |= {name: on for name, on in wanted.items() if hasattr(inductor, name)}
     if config.precision == "exact":
         patches |= PINNED_SETTINGS
-    first = CacheKey(config.key(), inductor.post_grad_custom_pre_pass, whole=whole)
+    whole = whole and DECOMPOSE not in config.debug.disable
+    first = CacheKey(config, inductor.post_grad_custom_pre_pass, whole=whole)
     patches |= {"post_grad_custom_pre_pass": first}
-    finish = partial(_finish, config)
-    last = CacheKey(config.key(), inductor.post_grad_custom_post_pass, finish)
+    last_passes = partial(_finish, config, report or GraphReport())
+    last = CacheKey(config, inductor.post_grad_custom_post_pass, last_passes)
     return patches | {"post_grad_custom_post_pass": last}
 
 

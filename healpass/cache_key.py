@@ -1,4 +1,6 @@
-"""What makes Inductor's and AOTAutograd's caches tell our compiles apart. Imports torch only.
+"""How a compile's options travel: into the caches' keys, and to what runs inside Inductor.
+
+Imports `config`.
 
 A graph that looks the same may have to compile to other code: under another option, or after a
 change of healpass itself. Both caches ask every custom pass for its `uuid()`, so a pass that does
@@ -8,7 +10,6 @@ nothing and has the right `uuid` is all it takes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -16,6 +17,8 @@ from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+
+from healpass.config import HealConfig
 
 
 @cache
@@ -42,7 +45,7 @@ class CacheKey(CustomGraphPass):
     """A pass that carries (source, options) into the caches' keys, and changes nothing itself.
 
     Attributes:
-        options: Canonical text of the configuration.
+        config: The options of the compile.
         chained: The user's own pass in that slot; it runs, and its uuid counts too.
         last: A pass of ours that runs after it; what it does must follow from the options.
         whole: Whether AOTAutograd shall not decompose exact operators; the graph shows if it did.
@@ -50,12 +53,12 @@ class CacheKey(CustomGraphPass):
 
     def __init__(
         self,
-        options: str,
+        config: HealConfig,
         chained: Any = None,
         last: Callable[[Graph], None] | None = None,
         whole: bool = False,
     ) -> None:
-        self.options = options
+        self.config = config
         self.chained = chained
         self.last = last
         self.whole = whole
@@ -68,27 +71,28 @@ class CacheKey(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Our part of the key, then the user's; None (no caching) if theirs has none."""
-        ours = ("healpass", source_hash(), self.options)
+        ours = ("healpass", source_hash(), self.config.key())
         if self.chained is None:
             return ours
         theirs = self.chained.uuid() if isinstance(self.chained, CustomGraphPass) else None
         return None if theirs is None else (ours, theirs)
 
 
-def compile_options() -> dict[str, Any]:
-    """Options of the compile that is under way, forward or backward; {} if it is not one of ours.
-
-    Inductor hands its settings, our key among them, to whatever runs inside of a compile.
-    """
-    from torch._inductor import config
-
-    key = config.post_grad_custom_pre_pass
-    return json.loads(key.options) if isinstance(key, CacheKey) else {}
+def current_config() -> HealConfig:
+    """Options of the compile that is under way, forward or backward; the default if not ours."""
+    key = _current_key()
+    return HealConfig() if key is None else key.config
 
 
 def operators_stay_whole() -> bool:
-    """Whether the compile that is under way opens exact operators itself, later."""
+    """Whether the compile that is under way decomposes exact operators itself, later."""
+    key = _current_key()
+    return key is not None and key.whole
+
+
+def _current_key() -> CacheKey | None:
+    """Inductor hands its settings, our key among them, to whatever runs inside of a compile."""
     from torch._inductor import config
 
     key = config.post_grad_custom_pre_pass
-    return isinstance(key, CacheKey) and key.whole
+    return key if isinstance(key, CacheKey) else None

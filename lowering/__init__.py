@@ -20,7 +20,6 @@ import torch
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.cache_key import operators_stay_whole
-from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible.register import DECOMPOSITIONS
 
@@ -56,7 +55,9 @@ def register() -> None:
             device: table[operator] for device, table in tables.items() if operator in table
         }
         fallback = fallback_handler(operator)
-        register_lowering(operator, type_promotion_kind=None)(_by_device(by_device, fallback))
+        register_lowering(operator, type_promotion_kind=None)(
+            _by_device(operator, by_device, fallback)
+        )
     decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
@@ -89,18 +90,17 @@ def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     return decompose
 
 
-def _by_device(lowerings: Mapping[str, Lowering], fallback: Lowering) -> Lowering:
-    def lower(first: Any, *args: Any, **kwargs: Any) -> Any:
-        leading = first[0] if isinstance(first, (list, tuple)) else first
+def _by_device(operator: Any, lowerings: Mapping[str, Lowering], fallback: Lowering) -> Lowering:
+    """A lowering that looks at the device, and leaves simulated arithmetic to the fallback."""
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        leading = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         device: torch.device = leading.get_device()
-        lowering = lowerings.get(device.type) if _has_kernel(args, kwargs) else None
-        result = None if lowering is None else lowering(first, *args, **kwargs)
-        return fallback(first, *args, **kwargs) if result is None else result
+        numerics = (dict(zip(names, args, strict=False)) | kwargs).get("numerics")
+        simulated = numerics is not None and not Numerics.parse(numerics).plain
+        lowering = None if simulated else lowerings.get(device.type)
+        result = None if lowering is None else lowering(*args, **kwargs)
+        return fallback(*args, **kwargs) if result is None else result
 
     return lower
-
-
-def _has_kernel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether nothing is simulated: the texts among the arguments are `numerics` and `kv`."""
-    texts = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, str)]
-    return all(text in FORMATS or Numerics.parse(text).plain for text in texts)

@@ -1,18 +1,19 @@
 """The passes in the order they run. May import `graph` and below.
 
 Per pass: an off switch by name, its time, how many nodes it changed, the graph before and after as
-structured trace artifacts (tlparse), and a check of the result.
+structured trace artifacts (tlparse), and a check of the result. Two stages: `PASSES` run on
+Dynamo's graph, `LATE_PASSES` on the ATen graphs, forward and backward, that Inductor lowers.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
@@ -22,16 +23,18 @@ from healpass.graph.nodes import subgraphs, tensors, value
 from healpass.graph.passes.attention import rewrite_attention
 from healpass.graph.passes.autocast import shield_from_autocast
 from healpass.graph.passes.cache_reads import fold_cache_reads
+from healpass.graph.passes.decompose import decompose_operators
 from healpass.graph.passes.exact import make_exact
 from healpass.graph.passes.expand import expand_composites
 from healpass.graph.passes.flex import rewrite_flex
 from healpass.graph.passes.matmul import rewrite_matmuls
+from healpass.graph.passes.outline import outline_repeats
 from healpass.graph.passes.overloads import resolve_packets
 from healpass.graph.passes.prepack import prepack
 from healpass.graph.passes.promote import promote
 from healpass.graph.passes.sizes import unify_sizes
 from healpass.graph.passes.tensor_parallel import localize_linears
-from healpass.graph.verify import verify
+from healpass.graph.verify import calls_without_value, verify, verify_late
 from healpass.report import GraphReport
 
 log = logging.getLogger(__name__)
@@ -71,8 +74,13 @@ PASSES: dict[str, Pass] = {
     "cache_reads": everywhere(fold_cache_reads),
     "autocast": shield_from_autocast,
 }
-#: A pass that Inductor runs, on the graph that it is about to lower: `passes.outline`.
-OUTLINE = "outline"
+OUTLINE, DECOMPOSE = "outline", "decompose"
+Decompositions = Mapping[Any, Callable[..., Any]]
+#: The passes on the graph that Inductor is about to lower, forward or backward, in order.
+LATE_PASSES: dict[str, Callable[[Graph, Decompositions], int]] = {
+    OUTLINE: lambda graph, _: outline_repeats(graph),
+    DECOMPOSE: decompose_operators,
+}
 
 
 def rewrite(
@@ -110,6 +118,31 @@ def rewrite(
     return context.report
 
 
+def finish(
+    graph: Graph, config: HealConfig, decompositions: Decompositions, report: GraphReport
+) -> None:
+    """Run the late passes on an ATen graph, in place.
+
+    Args:
+        graph: What Inductor is about to lower.
+        config: The options; only `precision="exact"` has something to decompose.
+        decompositions: Of every operator, ours and torch's.
+        report: Gets a record per pass.
+
+    Raises:
+        GraphCheckError: A pass broke the graph (a bug of healpass).
+    """
+    skipped = {*config.debug.disable, *(() if config.precision == "exact" else (DECOMPOSE,))}
+    for name, run in LATE_PASSES.items():
+        if name not in skipped:
+            _artifact(f"heal_before_{name}", graph)
+            start, unknown = time.perf_counter(), calls_without_value(graph)
+            count = run(graph, decompositions)
+            verify_late(graph, name, unknown)
+            _record(name, count, start, report)
+            _artifact(f"heal_after_{name}", graph)
+
+
 def _unsafe_passes(graph_module: GraphModule, disabled: tuple[str, ...]) -> tuple[str, ...]:
     """On an unsupported device nothing is promoted: matmuls are listed as kept, nothing else.
 
@@ -131,10 +164,14 @@ def _run(
         graph_module.recompile()
         whole = complete and not set(context.config.debug.disable) & PASSES.keys()
         verify(graph_module, context, name, whole)
-    seconds = time.perf_counter() - start
-    context.report.passes.append({"name": name, "changed": count, "seconds": seconds})
-    log.debug("pass %s changed %d nodes in %.3f s", name, count, seconds)
+    _record(name, count, start, context.report)
     _artifact(f"heal_after_{name}", graph_module)
+
+
+def _record(name: str, count: int, start: float, report: GraphReport) -> None:
+    seconds = time.perf_counter() - start
+    report.passes.append({"name": name, "changed": count, "seconds": seconds})
+    log.debug("pass %s changed %d nodes in %.3f s", name, count, seconds)
 
 
 def _fake_mode(graph_module: GraphModule) -> Any:
@@ -146,16 +183,20 @@ def _fake_mode(graph_module: GraphModule) -> Any:
     return None
 
 
-def _artifact(name: str, graph_module: GraphModule) -> None:
+def _artifact(name: str, graph: GraphModule | Graph) -> None:
+    def text() -> str:
+        owner = graph.owning_module if isinstance(graph, Graph) else graph
+        return str(graph) if owner is None else owner.print_readable(print_output=False)
+
     torch._logging.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=lambda: graph_module.print_readable(print_output=False),
+        payload_fn=text,
     )
 
 
 def _check_names(disabled: tuple[str, ...]) -> None:
-    known = (*PASSES, OUTLINE)
+    known = (*PASSES, *LATE_PASSES)
     for name in disabled:
         if name not in known:
             raise ConfigError(

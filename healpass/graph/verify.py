@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from healpass.errors import GraphCheckError
@@ -47,6 +47,27 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
             dtypes or shapes than it was traced for, or a matmul was forgotten.
     """
     _verify(graph_module, context, after, complete, {})
+
+
+def verify_late(graph: Graph, after: str, unknown: set[Node]) -> None:
+    """Check an ATen graph after a late pass: it is well formed, and new values are known.
+
+    Args:
+        graph: What Inductor is about to lower.
+        after: The pass that ran last, for the message.
+        unknown: The calls without a value before it ran (`calls_without_value`).
+
+    Raises:
+        GraphCheckError: A node that the pass made has no value.
+    """
+    graph.lint()
+    for node in calls_without_value(graph) - unknown:
+        raise _error(node, after, "it has no value, so Inductor cannot lower it")
+
+
+def calls_without_value(graph: Graph) -> set[Node]:
+    """The calls of an ATen graph whose value nobody has noted: assertions, for one."""
+    return {n for n in graph.nodes if n.op == "call_function" and "val" not in n.meta}
 
 
 def _verify(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch._inductor import config, ir
 
-from healpass.cache_key import compile_options
+from healpass.cache_key import current_config
 from healpass.lowering import compat
 from healpass.lowering.compat import SymbolicGridFn, TritonTemplate
 
@@ -153,7 +153,7 @@ def select(
         renderings: Knobs, the best guess first; they differ in tuning knobs only.
         **call: What Inductor takes beside them, as `mutated_inputs` and `call_sizes`.
     """
-    timed = compile_options().get("autotune") or config.max_autotune or config.max_autotune_gemm
+    timed = current_config().autotune or config.max_autotune or config.max_autotune_gemm
     choices: list[Any] = []
     for knobs in renderings if timed else renderings[:1]:
         compat.append_choice(

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from healpass.cache_key import compile_options
+from healpass.cache_key import current_config
 from healpass.errors import DeviceCheckError, StrictError
 from healpass.lowering.cuda import kernels, selfcheck_attention, selfcheck_exact
 
@@ -145,7 +145,7 @@ def refuse_if_strict(what: str, reason: str) -> None:
     Raises:
         StrictError: It was.
     """
-    if compile_options().get("strict"):
+    if current_config().strict:
         raise StrictError(
             f"strict=True, but {what} cannot run through its template: {reason}.\n"
             "Leave strict out to run it through torch's own FP32 kernels: correct, but slower."

@@ -30,7 +30,7 @@ BELOW = {
     "config": {"errors"},
     "report_view": set(),
     "report": {"arithmetic", "report_view", "strict_json"},
-    "cache_key": set(),
+    "cache_key": {"config"},
     "numerics_version": set(),
     "environment": {"errors", "config", "arithmetic", "numerics_version"},
     "fingerprint": {"errors", "config", "numerics_version"},

@@ -251,17 +251,17 @@ def test_a_second_process_hits_the_cache(tmp_path, monkeypatch):
 
 
 def test_the_key_holds_source_options_and_the_users_own_pass():
-    ours = CacheKey(HealConfig().key())
-    assert ours.uuid() == CacheKey(HealConfig().key()).uuid()
-    assert ours.uuid() != CacheKey(HealConfig(strict=True).key()).uuid()
+    ours = CacheKey(HealConfig())
+    assert ours.uuid() == CacheKey(HealConfig()).uuid()
+    assert ours.uuid() != CacheKey(HealConfig(strict=True)).uuid()
     assert source_hash() in ours.uuid()
 
     class Users(CacheKey):
         def uuid(self):
             return "theirs"
 
-    assert "theirs" in CacheKey("", chained=Users("")).uuid()
-    assert CacheKey("", chained=print).uuid() is None, "no uuid: torch must not cache"
+    assert "theirs" in CacheKey(HealConfig(), chained=Users(HealConfig())).uuid()
+    assert CacheKey(HealConfig(), chained=print).uuid() is None, "no uuid: torch must not cache"
 
 
 def test_a_pass_of_the_user_still_runs():

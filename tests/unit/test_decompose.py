@@ -109,7 +109,7 @@ def test_what_aot_sees(training, monkeypatch):
     monkeypatch.setattr(
         healpass.backend,
         "_finish",
-        lambda c, graph: seen.append(ours(_Of(graph))) or finish(c, graph),
+        lambda c, report, graph: seen.append(ours(_Of(graph))) or finish(c, report, graph),
     )
     torch._dynamo.reset()
     x = torch.randn(3, 5, requires_grad=training)

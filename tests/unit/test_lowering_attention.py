@@ -124,7 +124,7 @@ def test_a_template_that_failed_its_check_is_not_used(name, monkeypatch):
 def test_strict_raises_where_a_template_failed_its_check(name, monkeypatch):
     monkeypatch.setattr(selfcheck, "broken", lambda template, _: template == name)
     case = AttentionCase("case", 20, 30, backward="backward" in name)
-    strict = CacheKey(HealConfig(strict=True).key())
+    strict = CacheKey(HealConfig(strict=True))
     with pytest.raises(InductorError, match=f"'{name}' failed its check on this GPU"):
         generated_source(case, case.tensors(), post_grad_custom_pre_pass=strict)
     monkeypatch.setattr(selfcheck, "broken", lambda *_: False)
@@ -134,7 +134,7 @@ def test_strict_raises_where_a_template_failed_its_check(name, monkeypatch):
 
 def test_strict_raises_on_an_old_gpu():
     case = AttentionCase("case", 20, 30)
-    strict = CacheKey(HealConfig(strict=True).key())
+    strict = CacheKey(HealConfig(strict=True))
     with pytest.raises(InductorError, match=r"7\.5 is below 8\.0"):
         generated_source(case, case.tensors(), Device(75), post_grad_custom_pre_pass=strict)
 

@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor) -> tuple[Tensor]:
 
 def options(**chosen: bool) -> CacheKey:
     """What carries the options of a compile to the lowering."""
-    return CacheKey(HealConfig(**chosen).key())
+    return CacheKey(HealConfig(**chosen))
 
 
 def templates(source: str) -> list[str]:

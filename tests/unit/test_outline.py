@@ -15,8 +15,12 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Graph, GraphModule
 
 import healpass.backend
+from healpass.config import HealConfig
+from healpass.errors import GraphCheckError
 from healpass.graph.passes.outline import outline_repeats
 from healpass.graph.passes.outline_repeats import Run, longest_run
+from healpass.graph.pipeline import LATE_PASSES, finish
+from healpass.report import GraphReport
 from tests.support.bits import differing
 from tests.support.tiny_llama import make_llama
 
@@ -318,6 +322,42 @@ def test_the_check_sees_a_pass_that_outlines_what_differs(monkeypatch):
 
 def repeated_graph() -> Graph:
     return traced(lambda x: chain(x, lambda y, _: y + 1), torch.randn(4, 4)).graph
+
+
+def test_late_passes_have_a_record_an_artifact_and_a_check_as_the_others_have(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "healpass.graph.pipeline.torch._logging.trace_structured",
+        lambda _, metadata_fn, payload_fn: seen.append((metadata_fn()["name"], payload_fn())),
+    )
+    report = GraphReport()
+    finish(graph := repeated_graph(), HealConfig(), {}, report)
+    (record,) = report.passes
+    calls_made = graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.invoke_subgraph
+    )
+    assert (record["name"], record["changed"]) == ("outline", len(calls_made))
+    assert [name for name, _ in seen] == ["heal_before_outline", "heal_after_outline"]
+    assert "invoke_subgraph" in seen[1][1]
+    report = GraphReport()
+    finish(repeated_graph(), HealConfig(precision="exact"), {}, report)
+    assert [record["name"] for record in report.passes] == list(LATE_PASSES)
+    off = HealConfig(precision="exact", debug={"disable": ("outline", "decompose")})
+    finish(repeated_graph(), off, {}, report := GraphReport())
+    assert report.passes == []
+
+
+def test_a_late_pass_that_leaves_a_value_unknown_is_caught(monkeypatch):
+    def forgetful(graph, _):
+        node = graph.output_node()
+        with graph.inserting_before(node):
+            made = graph.call_function(torch.ops.aten.neg.default, (node.all_input_nodes[0],))
+        node.replace_input_with(node.all_input_nodes[0], made)
+        return 1
+
+    monkeypatch.setitem(LATE_PASSES, "outline", forgetful)
+    with pytest.raises(GraphCheckError, match=r"outline.*no value"):
+        finish(repeated_graph(), HealConfig(), {}, GraphReport())
 
 
 def test_the_pass_is_the_backends():

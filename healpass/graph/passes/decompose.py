@@ -36,26 +36,32 @@ def _is_ours(target: Any) -> bool:
     return isinstance(target, OpOverload) and target.namespace == "heal"
 
 
-def decompose_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+def decompose_operators(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> int:
     """Decompose the `heal::` operators of an ATen graph and of its subgraphs, where they can be.
 
     Args:
         graph: Changed in place. Nodes carry their values as `meta["val"]`.
         decompositions: Of every operator, ours and torch's.
+
+    Returns:
+        How many were decomposed.
     """
     owner = graph.owning_module
     bodies = [m for m in owner.modules() if isinstance(m, GraphModule)] if owner else []
-    for body in dict.fromkeys((graph, *(module.graph for module in bodies))):
-        for node in list(body.nodes):
-            if _is_ours(node.target) and node.target in decompositions:
-                _decompose(node, decompositions)
+    found = [
+        node
+        for body in dict.fromkeys((graph, *(module.graph for module in bodies)))
+        for node in body.nodes
+        if _is_ours(node.target) and node.target in decompositions
+    ]
+    return sum(_decompose(node, decompositions) for node in found)
 
 
-def _decompose(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+def _decompose(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> bool:
     operands = node.all_input_nodes
     traced = _traced(node, operands, decompositions)
     if any(inner.target is node.target for inner in traced.graph.nodes):
-        return  # the decomposition takes no such operands: the operator runs its reference
+        return False  # the decomposition takes no such operands: the operator runs its reference
     graph = node.graph
 
     def copy(inner: Node, copied: Callable[[Node], Any]) -> Node:
@@ -68,6 +74,7 @@ def _decompose(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> 
     with graph.inserting_before(node):
         result = splice(traced.graph, operands, copy)
     replace(node, result, lambda old, new: old.replace_all_uses_with(new))
+    return True
 
 
 def _traced(

@@ -39,12 +39,17 @@ SHARING = ("aten::reshape", "aten::_unsafe_view", "aten::detach", "aten::lift_fr
 WRITING = ("scatter", "index_put", "index_copy", "index_fill", "index_add", "copy", "copy_")
 
 
-def outline_repeats(graph: Graph) -> None:
-    """Turn repeated stretches of an ATen graph into calls of subgraphs, in place."""
+def outline_repeats(graph: Graph) -> int:
+    """Turn repeated stretches of an ATen graph into calls of subgraphs, in place.
+
+    Returns:
+        How many calls there are now.
+    """
     from torch._inductor import config
 
     if config.cpp_wrapper or graph.owning_module is None:
-        return  # that wrapper has no code for a call of a subgraph
+        return 0  # that wrapper has no code for a call of a subgraph
+    calls = 0
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     labels = [_label(node) for node in nodes]
     for run in _runs(labels):
@@ -52,6 +57,8 @@ def outline_repeats(graph: Graph) -> None:
         run = run.shifted(_narrowest(stretch, run))
         for copies in _segments(nodes, run):
             _outline(graph, copies)
+            calls += len(copies)
+    return calls
 
 
 def _runs(labels: Sequence[Any]) -> Iterator[Run]:
