@@ -73,16 +73,20 @@ def test_ctrl_c_in_the_middle_of_a_batch_loses_that_batch_only(
             return model
 
     folder = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(runner, "Checkpoint", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            study(plan, folder)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "Checkpoint", Interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                study(plan, folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept, whole = records(folder), records(undisturbed[1])
     assert len(kept) < len(whole)
     assert set(kept) <= set(whole)
-    before = {name: (folder / "runs" / name).read_bytes() for name in kept}
+    held = {name: (folder / "runs" / name).read_bytes() for name in kept}
     assert study(plan, folder) == undisturbed[0]
-    assert {name: (folder / "runs" / name).read_bytes() for name in kept} == before
+    assert {name: (folder / "runs" / name).read_bytes() for name in kept} == held
     assert records(folder) == whole
 
 

@@ -17,8 +17,9 @@ from transformers import (
     StaticCache,
 )
 
+from healpass.config import HealConfig
 from healpass.errors import CacheError, ConfigError
-from healpass.integrations.transformers import HealCache, heal_model
+from healpass.integrations.transformers import RECORD, HealCache, heal_model
 
 PROMPTS = torch.tensor([[0, 0, 0, 5, 9], [11, 3, 7, 8, 2], [0, 4, 6, 20, 31]])
 MASK = (PROMPTS != 0).long()
@@ -58,6 +59,19 @@ def test_greedy_text_is_that_of_the_fp32_model_in_any_batch_and_cache(llama, lla
         static = answer(healed, [0, 1, 2], cache_implementation="static")
         assert torch.equal(static, expected)
     assert not counters["graph_break"]
+
+
+def test_options_are_keywords_a_mapping_or_a_configuration(llama):
+    fields = {"precision": "exact", "kv": "int24"}
+    for call in (
+        lambda: heal_model(llama, **fields),
+        lambda: heal_model(llama, fields),
+        lambda: heal_model(llama, HealConfig(**fields)),
+    ):
+        found = {entry.config for entry in vars(call())[RECORD].entries.values()}
+        assert found == {HealConfig(**fields, outputs="fp32")}
+    heal_model(llama, HealConfig(outputs="traced"))
+    assert {e.config.outputs for e in vars(llama)[RECORD].entries.values()} == {"traced"}
 
 
 def test_generate_runs_the_compiled_forward_on_cpu(llama):

@@ -9,6 +9,8 @@ error.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -108,14 +110,13 @@ def test_a_wrong_rewrite_is_caught(monkeypatch):
     program = next(programs(info, 1))
     config = HealConfig(outputs="fp32")
     assert check(program, config, dynamic=False)
-    rule = matmul.FORMS["addmm"]
+    right = matmul.FORMS["addmm"]
 
     def forget(b, numerics, term, *rest):
         del numerics, rest
         return b.cast(term, torch.float32)
 
-    forgetful = matmul.Form(forget, rule.parameters)
-    monkeypatch.setitem(matmul.FORMS, "addmm", forgetful)
+    monkeypatch.setitem(matmul.FORMS, "addmm", dataclasses.replace(right, rule=forget))
     with pytest.raises(AssertionError, match="addmm"):
         check(program, config, dynamic=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import types
@@ -93,10 +94,9 @@ def test_outputs_fp32():
     assert (result - exact).abs().max() <= 2.0**-16 * exact.abs().max(), "no BF16 rounding is left"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_baseline_runs_the_graph_as_traced(precision):
+def test_the_untouched_baseline_runs_the_graph_as_traced():
     model = tiny()
-    compiled = Rewritten(model, HealConfig(precision=precision))
+    compiled = Rewritten(model, HealConfig(precision="traced"))
     assert torch.equal(compiled(X), model(X))
     assert not compiled.nodes
 
@@ -269,6 +269,27 @@ def test_a_pass_of_the_user_still_runs():
     with torch._inductor.config.patch(post_grad_custom_pre_pass=seen.append):
         torch.compile(tiny(), backend="heal")(X)
     assert len(seen) >= 1
+
+
+FIELDS = {"precision": "exact", "debug": {"simulate": "h100", "order": 2}}
+GIVEN = {"mapping": FIELDS, "HealConfig": HealConfig(**FIELDS)}
+
+
+@pytest.mark.parametrize("way", GIVEN)
+def test_every_door_takes_a_configuration_or_a_mapping(way, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        healpass.backend, "_inductor", lambda gm, _, config, __: seen.append(config) or gm.forward
+    )
+    torch.compile(tiny(), backend="heal", options=GIVEN[way])(X)
+    torch._dynamo.reset()  # else the second model runs the code of the first
+    tiny_model = tiny()
+    tiny_model.compile(backend="heal", options=GIVEN[way])
+    tiny_model(X)
+    seen.append(healpass.inductor_options(GIVEN[way])["pre_grad_custom_pass"].config)
+    report = healpass.explain(tiny(), GIVEN[way])(X)
+    assert seen == [HealConfig(**FIELDS)] * 3
+    assert report.config == dataclasses.asdict(HealConfig(**FIELDS))
 
 
 def test_no_patch_of_inductor_reorders_sums():
