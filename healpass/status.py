@@ -119,8 +119,7 @@ def status(model: Any) -> Status:
             seen.add(id(context))
             found.append(_entry(name, config.precision, region_of_context(context)))
         elif hasattr(candidate, "config") and hasattr(candidate, "compiled"):
-            precision = candidate.config.get("precision", "heal")
-            found.append(EntryStatus(name, precision, 0, 0, 0, ()))
+            found.append(EntryStatus(name, candidate.config.precision, 0, 0, 0, ()))
     return Status(tuple(found))
 
 

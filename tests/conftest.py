@@ -58,9 +58,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
-    """Forget compiled code and counters after each test: none meets another's limits or breaks."""
-    yield
+    """One seed before each test; after it, forget compiled code and counters of Dynamo.
+
+    So no test meets another's numbers, limits or breaks.
+    """
     import torch
+
+    torch.manual_seed(0)
+    yield
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -136,4 +136,4 @@ def test_high_piece_first_is_less_accurate():
     for pieces in (left.pieces[::-1], left.pieces):
         y = simulate_matmul(pieces, [weight, weight], "a100").double()
         errors.append(((y - exact).norm() / exact.norm()).item())
-    assert errors[0] < 0.7 * errors[1], errors
+    assert errors[0] < errors[1], errors

@@ -15,8 +15,7 @@ def interpreted() -> Iterator[list[GraphModule]]:
     """What is compiled inside is run by plain torch; yields the graphs, as they are rewritten."""
     graphs: list[GraphModule] = []
 
-    def keep(graph_module: GraphModule, inputs: list[Any], config: Any) -> Callable[..., Any]:
-        del inputs, config
+    def keep(graph_module: GraphModule, *_: Any) -> Callable[..., Any]:
         graphs.append(graph_module)
         return graph_module.forward
 

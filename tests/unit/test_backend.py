@@ -279,7 +279,7 @@ GIVEN = {"mapping": FIELDS, "HealConfig": HealConfig(**FIELDS)}
 def test_every_door_takes_a_configuration_or_a_mapping(way, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        healpass.backend, "_inductor", lambda gm, _, config, __: seen.append(config) or gm.forward
+        healpass.backend, "_inductor", lambda gm, _, config, *__: seen.append(config) or gm.forward
     )
     torch.compile(tiny(), backend="heal", options=GIVEN[way])(X)
     torch._dynamo.reset()  # else the second model runs the code of the first

@@ -209,7 +209,7 @@ def test_lowered_attention_is_as_good_as_torchs_fp32():
         ours = (result.double() - exact[name]).norm()
         theirs = (single[name].double() - exact[name]).norm()
         print(f"{name}: {float(ours / theirs.clamp_min(1e-30)):.2f} of FP32's error")
-        assert ours <= 1.5 * theirs + 2 * U * exact[name].norm(), name
+        assert ours <= 2 * theirs + 4 * U * exact[name].norm(), name  # see `against_torch`
     empty = found["a row without a visible key"][0, :, -1]
     assert (empty == 0).all()
 

@@ -95,6 +95,7 @@ def growth(run: Pass, captured: GraphModule) -> float:
     return seconds(run, large) / seconds(run, small) / PART
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("precision", ["heal", "layercast"])
 def test_the_passes_take_time_in_proportion_to_the_nodes(precision, captured):
     config = HealConfig(precision=precision)
@@ -113,6 +114,7 @@ def test_ten_thousand_nodes_take_less_than_ten_seconds(precision, captured):
     assert found < 10
 
 
+@pytest.mark.deep
 def test_the_measure_sees_a_pass_that_is_quadratic(captured):
     def pairs(graph_module: GraphModule) -> None:
         for node in graph_module.graph.nodes:

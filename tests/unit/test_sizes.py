@@ -16,8 +16,7 @@ def graphs(monkeypatch):
     """The shapes of the inputs of each graph that reaches Inductor; it runs as it is."""
     seen = []
 
-    def keep(graph_module, inputs, config):
-        del inputs, config
+    def keep(graph_module, *_):
         values = [n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder")]
         seen.append([tuple(map(str, x.shape)) for x in values if isinstance(x, torch.Tensor)])
         return graph_module.forward
@@ -52,7 +51,12 @@ def test_sizes_that_part_later_are_compiled_again(graphs):
     a, b = changing(3, 7, 5), changing(3, 8, 5)
     found, wanted = compiled(a, b), both(a, b)
     assert len(graphs) == 2
-    assert all(torch.allclose(*pair) for pair in zip(found, wanted, strict=True))
+    for x, ours, theirs in zip((a, b), found, wanted, strict=True):
+        magnitude = x.abs().sum() + (x.abs() @ x.abs().mT).sum()
+        terms = x.shape[-1] + x.shape[0] * x.shape[1] * (x.shape[1] + x.shape[2])
+        budget = 2 * terms * 2.0**-24 * magnitude  # either sums in FP32, in an order of its own
+        print(f"observed/bound {float((ours - theirs).abs() / budget):.3f}")
+        assert (ours - theirs).abs() <= budget
 
 
 def test_another_place_or_rank_is_another_symbol(graphs):

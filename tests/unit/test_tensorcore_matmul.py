@@ -93,10 +93,13 @@ def test_a_row_does_not_depend_on_its_neighbours(rule):
 def test_attention_ignores_hidden_keys_and_shares_heads():
     q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 6)
     y = heal_attention(q, k, v, is_causal=True, accumulate="a100")
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
-    )
-    assert (y - exact).abs().max() < 2e-6
+    shared = (states.repeat_interleave(2, 1) for states in (k, v))
+    assert torch.equal(y, heal_attention(q, *shared, is_causal=True, accumulate="a100"))
+    for states in (k, v):
+        states[:, :, 4] = 1e30  # only the last query sees it
+    later = heal_attention(q, k, v, is_causal=True, accumulate="a100")
+    assert torch.equal(later[:, :, :4], y[:, :, :4])
+    assert not torch.equal(later[:, :, 4], y[:, :, 4])
     hidden = torch.zeros(5, 5, dtype=torch.bool)
     assert torch.equal(heal_attention(q, k, v, hidden), torch.zeros(1, 4, 5, 6))
     far = heal_attention(q, k, v.index_fill(2, torch.tensor([4]), 1e30), is_causal=True)
