@@ -107,13 +107,13 @@ check: $(STAMP)  ## Lint, format, types, spelling and the documentation's links;
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(VENV)/bin/codespell
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 docs: $(STAMP)  ## Build the documentation into build/site
-	$(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 docs-serve: $(STAMP)  ## Show the documentation at localhost:8000, anew after each change
-	$(PYTHON) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs serve
 
 fix: $(STAMP)  ## Repair what ruff can repair
 	$(PYTHON) -m ruff check --fix .

@@ -1,8 +1,8 @@
 """What mkdocs is told beyond mkdocs.yml. Imports mkdocs only.
 
-The same Markdown is read in the repository and on the site. In the repository links go to any file;
-on the site those that leave `docs/` go to the repository. Pages that live elsewhere (the guide for
-contributors, the changes, the guide to the tests) are read from there.
+The same Markdown is read in the repository and on the site. In the repository links go to any
+file; on the site those that leave `docs/` go to the repository. Pages that live elsewhere (the
+guide for contributors, the changes, the guide to the tests) are read from there.
 """
 
 from __future__ import annotations
