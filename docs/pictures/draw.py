@@ -253,7 +253,7 @@ def passes() -> Picture:
     picture.words(
         20, 232, "a check of the graph follows each pass that changed it", size=13, anchor="start"
     )
-    picture.words(840, 232, "then Inductor, and outline as the last pass", size=13, anchor="end")
+    picture.words(840, 232, "then inside Inductor: outline, decompose", size=13, anchor="end")
     return picture
 
 
