@@ -40,7 +40,7 @@ TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata 
     docstring_parser typeguard
 
 .PHONY: help venv demo study bench model test test-full test-deep test-gpu test-transformers test-torchtitan \
-    test-triton test-resolve check fix
+    test-triton test-resolve check docs docs-serve fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -102,11 +102,18 @@ test-triton-%: $(STAMP)
 test-resolve:  ## Check that the pins resolve from the public registry alone, for each Python at hand
 	$(PYTHON3) -m tests.resolve
 
-check: $(STAMP)  ## Lint, format, types and spelling; changes nothing
+check: $(STAMP)  ## Lint, format, types, spelling and the documentation's links; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(VENV)/bin/codespell
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+docs: $(STAMP)  ## Build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+docs-serve: $(STAMP)  ## Show the documentation at localhost:8000, anew after each change
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs serve
 
 fix: $(STAMP)  ## Repair what ruff can repair
 	$(PYTHON) -m ruff check --fix .

@@ -48,7 +48,7 @@ def log_likelihoods(lm: Any, batch_size: int, questions: int | None) -> list[flo
 def main(argv: Sequence[str] | None = None) -> None:
     """Score at every batch size, and print how many scores changed and by how much."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--precision", default="heal", help="heal, exact, layercast; or bf16")
+    parser.add_argument("--precision", default="heal", help="heal, exact, layercast or traced")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layers", type=int, default=2, help="of SmolLM2 (30 are all)")
     parser.add_argument("--questions", type=int, default=None, help="all eight by default")

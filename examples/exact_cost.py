@@ -49,8 +49,8 @@ def plain_cache(config: Any, length: int) -> Any:
 
 
 CONTENDERS = (
-    Contender("FP32", torch.float32, {"precision": "fp32"}, plain_cache),
-    Contender("BF16", torch.bfloat16, {"precision": "bf16"}, plain_cache),
+    Contender("FP32", torch.float32, {"precision": "traced"}, plain_cache),
+    Contender("BF16", torch.bfloat16, {"precision": "traced"}, plain_cache),
     Contender("exact", torch.bfloat16, {"precision": "exact", "outputs": "fp32"}, HealCache),
 )
 

@@ -27,7 +27,7 @@ WINDOW = 250
 #: Name -> dtype of the weights, options of the backend.
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "FP32": (torch.float32, {"precision": "traced"}),
-    "BF16": (torch.bfloat16, {"precision": "bf16"}),
+    "BF16": (torch.bfloat16, {"precision": "traced"}),
     "exact, INT16, 5 products": (torch.bfloat16, {"precision": "exact"}),
     "exact, INT24, 8 products": (
         torch.bfloat16,

@@ -166,7 +166,7 @@ def step(model: Any, tokenizer: Any, new_tokens: int, precision: str, fused: boo
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one step, and print how far the two passes lie apart."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--precision", default="exact", help="exact, heal, layercast; or fp32")
+    parser.add_argument("--precision", default="exact", help="exact, heal, layercast or traced")
     parser.add_argument("--fused", action="store_true", help="score with TRL's fused head")
     parser.add_argument("--layers", type=int, default=2, help="of SmolLM2 (30 are all)")
     parser.add_argument("--vocabulary", type=int, default=None, help="logits of so many tokens")
