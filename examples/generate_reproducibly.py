@@ -11,7 +11,8 @@ compared:
 - heal, the caller's BF16 cache: `torch.compile` with `backend="heal"` alone. A pass over the graph
   cannot widen a cache that the caller owns, nor the logits it hands out; both are rounded again.
 
-Run it with `make demo-full` (`make demo` is shorter), or `python examples/generate_reproducibly.py --help`. It needs no GPU.
+Run it with `make demo-full`; `make demo` is shorter. `python examples/generate_reproducibly.py
+--help` lists its options. It needs no GPU.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from healpass.report_view import text_table
 from healpass.uncompiled import Region, Uncompiled
@@ -112,27 +113,53 @@ def status(model: Any) -> Status:
     """
     found: list[EntryStatus] = []
     seen: set[int] = set()
-    for name, candidate in _candidates(model):
+    for name, candidate, module in _candidates(model):
         context = context_of(candidate)
         config = config_of(getattr(context, "callback", None))
         if config is not None and config.rewrites and id(context) not in seen:
             seen.add(id(context))
-            found.append(_entry(name, config.precision, region_of_context(context)))
+            entry = _entry(name, config.precision, region_of_context(context))
+            if not entry.graphs and module is not None and _is_never_traced(module):
+                entry = replace(entry, uncompiled=(*entry.uncompiled, _never(module)))
+            found.append(entry)
         elif hasattr(candidate, "config") and hasattr(candidate, "compiled"):
             found.append(EntryStatus(name, candidate.config.precision, 0, 0, 0, ()))
     return Status(tuple(found))
 
 
-def _candidates(model: Any) -> Iterator[tuple[str, Any]]:
+def _is_never_traced(module: nn.Module) -> bool:
+    """Whether `module.compile()` is in vain: Dynamo skips the source files of `torch.nn`.
+
+    It steps into the `forward` of a user's class, and `torch.compile(module)` wraps one of torch's
+    own; `Module.compile` does not (torch 2.11 to 2.13).
+    """
+    from torch._dynamo import trace_rules
+
+    return bool(trace_rules.check(type(module).forward))
+
+
+def _never(module: nn.Module) -> Uncompiled:
+    kind = type(module).__name__
+    return Uncompiled(
+        "skipped",
+        f"{kind}.forward",
+        f"torch compiles nothing of {kind}.compile(), with any backend: the class is torch's own. "
+        "Use model = torch.compile(model, backend='heal')",
+    )
+
+
+def _candidates(model: Any) -> Iterator[tuple[str, Any, nn.Module | None]]:
+    """What may be compiled in a model: its name, itself, and the module that compiled itself."""
     root = getattr(model, "__name__", type(model).__name__)
-    yield root, model
+    yield root, model, None
     modules = getattr(model, "named_modules", None)
     for path, module in modules() if modules else ():
         for attribute, held in vars(module).items():
             if callable(held):
                 method = "" if attribute == "_compiled_call_impl" else attribute
                 name = f"{path}.{method}".strip(".") or root
-                yield from ((name, compiled) for compiled in _versions(held))
+                owner = module if not method else None
+                yield from ((name, compiled, owner) for compiled in _versions(held))
 
 
 def _versions(held: Any) -> list[Any]:

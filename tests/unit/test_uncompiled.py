@@ -291,6 +291,28 @@ def test_the_status_of_a_model_lists_its_compiled_parts():
     assert after.to_dict()["entries"][0]["precision"] == "heal"
 
 
+OF_TORCH = {
+    "Linear": nn.Linear(8, 8),
+    "Sequential": nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+    "TransformerEncoderLayer": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_a_class_of_torchs_own_that_torch_never_compiles_is_told_of(name):
+    """`Module.compile` reaches no frame that Dynamo traces; `torch.compile(module)` does."""
+    model, x = OF_TORCH[name], torch.randn(2, 3, 8)
+    model.compile(backend=plain_backend(HealConfig()))
+    model(x)
+    found = healpass.status(model)
+    assert not found.whole
+    assert [(e.graphs, len(e.uncompiled)) for e in found.entries] == [(0, 1)]
+    assert "Use model = torch.compile(model, backend='heal')" in found.uncompiled[0].reason
+    compiled = torch.compile(model, backend=plain_backend(HealConfig()))
+    compiled(x)
+    assert healpass.status(compiled).entries[0].graphs == 1
+
+
 def test_our_own_limit_is_passed_where_torch_takes_one():
     assert set(watch.compile_limits()) <= {"recompile_limit"}
     if "recompile_limit" in torch.compile.__kwdefaults__:
