@@ -205,7 +205,13 @@ def short_line(line: str) -> str:
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal, without lines around cells; its texts are shown as they are."""
+    """A table for the terminal, without lines around cells; its texts are shown as they are.
+
+    Args:
+        title: Stands above; "" for none.
+        columns: Heads of the columns.
+        rows: The cells of each row, one per column.
+    """
     table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")

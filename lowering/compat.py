@@ -43,6 +43,12 @@ def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) ->
 
     Where `TritonTemplate.generate` takes no `triton_meta=` yet (2.11), Triton's default decides.
 
+    Args:
+        template: What is rendered.
+        choices: The list that the rendering is appended to.
+        **knobs: What Inductor's `maybe_append_choice` takes: inputs, layout, constants of the
+            kernel.
+
     Raises:
         NotImplementedError: Inductor refused the knobs; ours always have a rendering.
     """
@@ -64,7 +70,14 @@ def _generate_parameters() -> frozenset[str]:
 
 
 def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -> ir.TensorBox:
-    """Let Inductor pick a choice; 2.11 returns the node, 2.13 the node and the choice."""
+    """Let Inductor pick a choice; 2.11 returns the node, 2.13 the node and the choice.
+
+    Args:
+        name: Of the kernel, in Inductor's records of timings.
+        choices: Renderings, at least one.
+        nodes: Inputs of the kernel, in order.
+        layout: Of its output.
+    """
     result = autotune_select_algorithm(name, choices, nodes, layout)
     return result[0] if isinstance(result, tuple) else result
 

@@ -16,7 +16,13 @@ aten = torch.ops.aten
 
 
 def call(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """The expression of one ATen operator."""
+    """The expression of one ATen operator.
+
+    Args:
+        operator: An overload of `torch.ops.aten`.
+        *args: Expressions, numbers, sizes.
+        **kwargs: The same.
+    """
     return lowerings[operator](*args, **kwargs)
 
 
@@ -51,12 +57,24 @@ def div(a: Any, b: Any) -> Any:
 
 
 def clamp(x: Any, low: float, high: float) -> Any:
-    """`x` between `low` and `high`; NaN stays."""
+    """`x` between `low` and `high`; NaN stays.
+
+    Args:
+        x: An expression.
+        low: The smallest result.
+        high: The largest result.
+    """
     return call(aten.clamp_max.default, call(aten.clamp_min.default, x, low), high)
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """`x` where the condition holds, else `y`; numbers take the other's dtype, or FP32."""
+    """`x` where the condition holds, else `y`; numbers take the other's dtype, or FP32.
+
+    Args:
+        condition: An expression in bool.
+        x: An expression or a float, broadcast.
+        y: An expression or a float, broadcast.
+    """
     dtype = next((z.get_dtype() for z in (x, y) if not isinstance(z, float)), torch.float32)
     x, y = (
         call(aten.scalar_tensor.default, z, dtype=dtype, device=condition.get_device())

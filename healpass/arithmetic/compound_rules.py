@@ -42,7 +42,15 @@ KEY_BLOCK = 16
 def rms_norm(
     run: Analysis, x: Estimate, shape: Any, weight: Any = None, eps: float | None = None
 ) -> Estimate:
-    """`x / sqrt(mean(x^2) + eps) * weight`."""
+    """`x / sqrt(mean(x^2) + eps) * weight`.
+
+    Args:
+        run: Records the steps.
+        x: `[..., *shape]`.
+        shape: Sizes of the last dimensions, those that are normalized.
+        weight: Of shape `shape`, exact or an estimate; None for 1.
+        eps: Added to the mean square; None for FP32's machine epsilon.
+    """
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     mean_square = add(run, mean(run, mul(run, x, x), dims, True), eps)
@@ -67,6 +75,14 @@ def layer_norm(
     Welford's update errs by n u max|x| in the mean and n u k relative in the variance, with k^2 =
     1 + mean^2 / variance, to first order (Chan, Golub and LeVeque 1983, table 1), two passes by
     less. Taken four times, for constants that the table drops, and with the square of it.
+
+    Args:
+        run: Records the steps.
+        x: `[..., *shape]`.
+        shape: Sizes of the last dimensions, those that are normalized.
+        weight: Of shape `shape`, exact or an estimate; None for 1.
+        bias: As `weight`; None for 0.
+        eps: Added to the variance.
     """
     dims, n = tuple(range(-len(shape), 0)), math.prod(shape)
     middle = mean(run, x, dims, True)
@@ -111,7 +127,15 @@ def _also(run: Analysis, x: Estimate, own: Tensor) -> Estimate:
 def softmax(
     run: Analysis, x: Estimate, dim: int = -1, dtype: Any = None, **_private: Any
 ) -> Estimate:
-    """`exp(x - max x)` over its sum."""
+    """`exp(x - max x)` over its sum.
+
+    Args:
+        run: Records the steps.
+        x: The scores.
+        dim: The dimension that is normalized.
+        dtype: Not read: the arithmetic is FP32.
+        **_private: Not read: torch's own arguments, as `_stacklevel`.
+    """
     del dtype
     numerator = _exponentials(run, x, dim)
     return within(div(run, numerator, _denominator(run, numerator, dim)), 1.0)
@@ -203,6 +227,18 @@ def sdpa(
     """Quantization, scores, softmax and weighted sum; dropout has no error rule.
 
     Takes the arguments of `heal::sdpa`, of which torch's are a part; `kv` None is that of the run.
+
+    Args:
+        run: Records the steps.
+        query: `[..., H, L, E]`.
+        key: `[..., Hkv, S, E]`.
+        value: `[..., Hkv, S, Ev]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[..., H, L, S]`.
+        dropout_p: 0.
+        is_causal: Hide key s from query l where s > l.
+        kv: `fp32`, `int24` or `int16`: what Q, K and V are rounded to.
+        seed: Not read: it is the dropout's.
+        **more: The other arguments that decide a weight, as `scale`, `window` and `softcap`.
     """
     del seed
     if dropout_p:
@@ -220,7 +256,13 @@ def sdpa(
 
 
 def quantized(run: Analysis, x: Estimate, kv: str) -> Estimate:
-    """`x` as the integers of its row hold it (`int16` derives the step), dequantized in FP32."""
+    """`x` as the integers of its row hold it (`int16` derives the step), dequantized in FP32.
+
+    Args:
+        run: Records the steps.
+        x: `[..., E]`, one row per token and head.
+        kv: `fp32`, `int24` or `int16`.
+    """
     if kv == "fp32":
         return x
     largest = x.magnitude.amax(-1, keepdim=True)

@@ -76,6 +76,11 @@ def scaled_digits(x: Tensor, scale: Tensor, count: int) -> tuple[Tensor, ...]:
 
     Three digits need 23 bits: FP32 divides by the power of two without an error but where the
     quotient is subnormal, and rounds to 0 then.
+
+    Args:
+        x: Floating point, finite.
+        scale: FP32 power of two, size 1 along the dimension that a matmul reduces.
+        count: 1 to 4 digits.
     """
     wide = count > 3
     quotient = x.to(torch.float64 if wide else torch.float32) / scale
@@ -111,5 +116,10 @@ def exact_terms(left_max: int, right_max: int, accumulator: int = FP32_ACCUMULAT
 
     Every partial sum of so many products is at most `accumulator` in magnitude, so nothing is
     rounded, truncated or wrapped, in any order. 1024 for two balanced digits in FP32.
+
+    Args:
+        left_max: Largest magnitude of a left factor.
+        right_max: Largest magnitude of a right factor.
+        accumulator: Largest magnitude up to which every integer is exact.
     """
     return accumulator // (left_max * right_max)

@@ -46,7 +46,14 @@ def operand(x: Any) -> Estimate:
 
 
 def add(run: Analysis, a: Any, b: Any, *, alpha: float = 1) -> Estimate:
-    """`a + alpha * b`."""
+    """`a + alpha * b`.
+
+    Args:
+        run: Records the steps.
+        a: An estimate, an exact tensor or a number.
+        b: Any of those, broadcast.
+        alpha: Factor of `b`.
+    """
     a, b = operand(a), operand(b)
     if alpha != 1:
         b = mul(run, b, alpha)
@@ -54,13 +61,26 @@ def add(run: Analysis, a: Any, b: Any, *, alpha: float = 1) -> Estimate:
 
 
 def sub(run: Analysis, a: Any, b: Any, *, alpha: float = 1) -> Estimate:
-    """`a - alpha * b`."""
+    """`a - alpha * b`.
+
+    Args:
+        run: Records the steps.
+        a: An estimate, an exact tensor or a number.
+        b: Any of those, broadcast.
+        alpha: Factor of `b`.
+    """
     b = operand(b)
     return add(run, a, Estimate(-b.value, b.error, b.format), alpha=alpha)
 
 
 def mul(run: Analysis, a: Any, b: Any) -> Estimate:
-    """`a * b`."""
+    """`a * b`.
+
+    Args:
+        run: Records the steps.
+        a: An estimate, an exact tensor or a number.
+        b: Any of those, broadcast.
+    """
     a, b = operand(a), operand(b)
     inherited = a.size * b.error + b.size * a.error
     return run.rounded(a.value * b.value, inherited, a.error * b.error)
@@ -71,6 +91,11 @@ def div(run: Analysis, a: Any, b: Any) -> Estimate:
 
     With r = db / b: (a + da) / (b + db) - a/b - da/b + r a/b = -r da/b + r^2 / (1 + r) (a + da)/b.
     By a number, CUDA multiplies by its reciprocal: three roundings of half an ulp instead of one.
+
+    Args:
+        run: Records the steps.
+        a: An estimate, an exact tensor or a number.
+        b: Any of those, broadcast.
     """
     roundings = 1 if isinstance(b, Estimate) else 3
     a, b = operand(a), operand(b)
@@ -82,7 +107,14 @@ def div(run: Analysis, a: Any, b: Any) -> Estimate:
 
 
 def total(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) -> Estimate:
-    """`x.sum(dim)`, in any order."""
+    """`x.sum(dim)`, in any order.
+
+    Args:
+        run: Records the steps.
+        x: What is summed.
+        dim: One or several dimensions; None for all.
+        keepdim: Keep them with size 1.
+    """
     dims = tuple(range(x.value.dim())) if dim is None else dim
     value = x.value.sum(dims, keepdim)
     n = x.value.numel() // max(value.numel(), 1)
@@ -91,13 +123,26 @@ def total(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) ->
 
 
 def mean(run: Analysis, x: Estimate, dim: Any = None, keepdim: bool = False) -> Estimate:
-    """`x.mean(dim)`."""
+    """`x.mean(dim)`.
+
+    Args:
+        run: Records the steps.
+        x: What is averaged.
+        dim: One or several dimensions; None for all.
+        keepdim: Keep them with size 1.
+    """
     summed = total(run, x, dim, keepdim)
     return div(run, summed, x.value.numel() // max(summed.value.numel(), 1))
 
 
 def matmul(run: Analysis, a: Estimate, b: Estimate) -> Estimate:
-    """`a @ b` by the arithmetic of the run."""
+    """`a @ b` by the arithmetic of the run.
+
+    Args:
+        run: Records the steps. Its `how` says which arithmetic.
+        a: `[..., M, K]` or `[K]`.
+        b: `[..., K, N]` or `[K]`.
+    """
     if b.value.dim() == 1:
         return matmul(run, a, b.moved(lambda x: x[:, None])).moved(lambda y: y.squeeze(-1))
     if a.value.dim() == 1:
@@ -118,7 +163,14 @@ def matmul(run: Analysis, a: Estimate, b: Estimate) -> Estimate:
 
 
 def linear(run: Analysis, x: Estimate, weight: Estimate, bias: Any = None) -> Estimate:
-    """`x @ weight.T + bias`."""
+    """`x @ weight.T + bias`.
+
+    Args:
+        run: Records the steps.
+        x: `[..., K]`.
+        weight: `[N, K]`.
+        bias: `[N]`, or None.
+    """
     y = matmul(run, x, weight.moved(lambda w: w.mT))
     return y if bias is None else add(run, y, bias)
 
@@ -154,7 +206,13 @@ def _slope(function: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -
 
 
 def relu(run: Analysis, x: Estimate, inplace: bool = False) -> Estimate:
-    """Exact; its slope is wrong where the error may change the sign."""
+    """Exact; its slope is wrong where the error may change the sign.
+
+    Args:
+        run: Records the steps.
+        x: Of any shape.
+        inplace: Refused where it is True.
+    """
     refuse_in_place(inplace)
     unsure = torch.where(x.size <= x.error, x.error, 0.0)
     inherited = torch.where(x.value.detach() > 0, x.error, 0.0)
@@ -192,7 +250,13 @@ sqrt, rsqrt = _root(torch.sqrt, 0.5), _root(torch.rsqrt, -0.5)
 
 
 def power(run: Analysis, x: Estimate, exponent: float) -> Estimate:
-    """`x ** exponent` for the exponents that norms use."""
+    """`x ** exponent` for the exponents that norms use.
+
+    Args:
+        run: Records the steps.
+        x: The base.
+        exponent: 2, 0.5 or -0.5.
+    """
     if exponent == 2:
         return mul(run, x, x)
     if exponent in (0.5, -0.5):
@@ -213,7 +277,14 @@ def refuse_in_place(inplace: bool) -> None:
 
 
 def masked_fill(_run: Analysis, x: Estimate, mask: Tensor, value: float) -> Estimate:
-    """Constants in some places."""
+    """Constants in some places.
+
+    Args:
+        _run: Not read: nothing is rounded.
+        x: Of any shape.
+        mask: Bool, broadcastable to `x`; True is filled.
+        value: An exact number.
+    """
     return Estimate(x.value.masked_fill(mask, value), x.error.masked_fill(mask, 0.0))
 
 

@@ -167,7 +167,15 @@ class Analysis:
         relative: float = U,
         absolute: float = TINY,
     ) -> Estimate:
-        """A step that ends in one rounding of its result."""
+        """A step that ends in one rounding of its result.
+
+        Args:
+            value: FP64, as in `step`.
+            inherited: As in `step`.
+            remainder: As in `step`.
+            relative: Largest error of the rounding relative to its result.
+            absolute: Largest error beside that, of an underflow.
+        """
         moved = value.detach().abs() + inherited.detach()
         moved = moved if remainder is None else moved + remainder
         return self.step(value, inherited, relative * moved + absolute, remainder)

@@ -86,6 +86,11 @@ def whole_numbers(
 
     The quotient and its rounding are FP64: in FP32 the division alone would cost INT24 another
     quarter of a step.
+
+    Args:
+        x: `[..., E]`, floating point: one row per (token, head).
+        fmt: INT16 or INT24.
+        kind: As in `quantize`.
     """
     scale = _scale(finite_amax(x, -1), fmt.limit, kind)
     quotient = x.detach().to(torch.float64) / scale.to(torch.float64)
@@ -109,6 +114,11 @@ def round_trip(x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain")
 
     The straight-through estimator (arXiv 1308.3432): rounding has a derivative of zero almost
     everywhere, which would stop training.
+
+    Args:
+        x: `[..., E]`, floating point: one row per (token, head).
+        fmt: INT16 or INT24.
+        kind: As in `quantize`.
     """
     return _RoundTrip.apply(x, fmt, kind)
 

@@ -234,7 +234,13 @@ def _running(order: Order) -> Iterator[Worker]:
 
 
 def ratio(rows: Sequence[Row], row: Row, other: str) -> float | None:
-    """A row's median over that of another contender at the same workload, or None."""
+    """A row's median over that of another contender at the same workload, or None.
+
+    Args:
+        rows: All rows of the run.
+        row: The one whose median is divided.
+        other: Name of the contender whose median is the divisor.
+    """
     for found in rows:
         if (found.workload, found.contender) == (row.workload, other) and found.median:
             return row.median / found.median if row.median else None

@@ -69,7 +69,13 @@ def _memory_ratios(rows: Sequence[Row], row: Row) -> dict[str, float | None]:
 
 
 def provenance(plan: Plan, environment: Environment, command: str) -> dict[str, Any]:
-    """The columns that are equal in all rows of a run."""
+    """The columns that are equal in all rows of a run.
+
+    Args:
+        plan: What was measured.
+        environment: Versions, processor and flags of this machine.
+        command: The command line that repeats the run.
+    """
     on_gpu = plan.device == "cuda"
     return {
         "model": plan.source.name,
@@ -205,6 +211,11 @@ def _megabytes(value: Any) -> str:
 
 def plot(path: Path, rows: Sequence[dict[str, str]], title: str) -> None:
     """Bars of time over FP32-Inductor's, a group per workload; PNG or SVG by the name's ending.
+
+    Args:
+        path: Of the file to write.
+        rows: As the CSV has them: the text of each of `COLUMNS`.
+        title: Stands above the bars.
 
     Raises:
         BenchError: matplotlib is not installed, or the file cannot be written.

@@ -101,7 +101,13 @@ KINDS = tuple(MODEL_SIZES)
 
 
 def tokens(subject: Subject, count: int, seed: int) -> Tensor:
-    """Random token ids `[1, count]`, the same in every process."""
+    """Random token ids `[1, count]`, the same in every process.
+
+    Args:
+        subject: Whose vocabulary and device are taken.
+        count: Number of tokens.
+        seed: Of torch's generator.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = subject.config.vocab_size
     return torch.randint(vocabulary, (1, count), generator=generator).to(subject.device)

@@ -66,17 +66,37 @@ class Context:
         return Builder(graph_module.graph, like, self.fake_mode)
 
     def rewritten(self, node: Node, op: str, heal_op: str, bound: str | None) -> None:
-        """Record that a `heal::` operator took the place of `node`."""
+        """Record that a `heal::` operator took the place of `node`.
+
+        Args:
+            node: As it was traced.
+            op: torch's name of its operator.
+            heal_op: Name of the operator that took its place, as `heal::mm`.
+            bound: Its worst-case error in one line, or None.
+        """
         self._record(node, op, heal_op, None, bound)
 
     def keep(self, node: Node, op: str, reason: str) -> None:
-        """Record that `node` stays as traced."""
+        """Record that `node` stays as traced.
+
+        Args:
+            node: As it was traced.
+            op: torch's name of its operator.
+            reason: Why it stays, for the report.
+        """
         if node not in self.kept:
             self.kept[node] = reason
             self._record(node, op, None, reason, None)
 
     def boundary(self, node: Node, kind: str, dtype: torch.dtype, detail: str) -> None:
-        """Record a place where values pass through 16 bits."""
+        """Record a place where values pass through 16 bits.
+
+        Args:
+            node: Where it happens.
+            kind: A few words that tell the kinds apart, as `graph output`.
+            dtype: The 16-bit dtype.
+            detail: What happens there, for the report.
+        """
         name = str(dtype).removeprefix("torch.")
         self.report.boundaries.append(
             Boundary(qualified_name(node), kind, name, detail, user_line(node)[0])

@@ -26,6 +26,11 @@ def retyped(node: Node, before: Any, fake_mode: Any) -> Any:
 
     An operator whose result has data-dependent sizes is not run again, since that would make new
     unbacked symbols; its traced value is cast instead.
+
+    Args:
+        node: A call node whose arguments have been changed.
+        before: Its fake value, or several, before that.
+        fake_mode: The mode of the graph's fake tensors.
     """
     if not has_unbacked(before):
         return with_gradient_of(before, evaluate(node, fake_mode))

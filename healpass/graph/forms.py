@@ -41,7 +41,13 @@ class Form:
 
 
 def form(rule: Callable[..., Any], names: str, **defaults: Any) -> Form:
-    """A form by its signature as text, `"input mat2 * out"`: keywords only come after the star."""
+    """A form by its signature as text, `"input mat2 * out"`: keywords only come after the star.
+
+    Args:
+        rule: As in `Form`.
+        names: torch's names of the arguments, by spaces; those after the star have no position.
+        **defaults: What an argument is that is not given, if not None.
+    """
     positional, _, keywords = names.partition("*")
     first = positional.split()
     return Form(rule, (*first, *keywords.split()), len(first), defaults)

@@ -192,11 +192,23 @@ class Builder:
     fake_mode: Any
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        """Insert `target(*args, **kwargs)` before `like`."""
+        """Insert `target(*args, **kwargs)` before `like`.
+
+        Args:
+            target: A function or an operator.
+            *args: Nodes, constants, or nested lists of them.
+            **kwargs: The same.
+        """
         return self._create("call_function", target, args, kwargs)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
-        """Insert `args[0].name(*args[1:], **kwargs)` before `like`."""
+        """Insert `args[0].name(*args[1:], **kwargs)` before `like`.
+
+        Args:
+            name: Of a method of tensors.
+            *args: The node of the tensor, then nodes and constants.
+            **kwargs: Nodes and constants.
+        """
         return self._create("call_method", name, args, kwargs)
 
     def sizes(self, node: Node) -> list[Any]:

@@ -100,7 +100,13 @@ class Measured(Interpreter):
         return result
 
     def ideal(self, n: Node, args: Any, kwargs: Any) -> Estimate:
-        """What exact arithmetic makes of the operands that a node got, and its bound."""
+        """What exact arithmetic makes of the operands that a node got, and its bound.
+
+        Args:
+            n: A node that calls a `heal::` operator.
+            args: Its positional arguments in this run: tensors and constants.
+            kwargs: Its keyword arguments.
+        """
         run, name = Analysis(self.arithmetic), heal_name(n)
         if name == INTEGERS:
             return sdpa(run, **_dequantized(n, args, kwargs), kv="fp32", enable_gqa=True)
@@ -199,6 +205,11 @@ def worst_ratio(y: Tensor, exact_value: Tensor, bound: Tensor) -> float:
     """The largest observed / bound; 0 where nothing is wrong or nothing is promised.
 
     A NaN that exact arithmetic does not give is an infinite error.
+
+    Args:
+        y: What was computed.
+        exact_value: FP64, of the same shape.
+        bound: FP64, of the same shape: the largest |y - exact_value| that is promised.
     """
     y, bound = y.double(), bound.detach()
     fine = (y == exact_value) | (y.isnan() & exact_value.isnan()) | bound.isinf()

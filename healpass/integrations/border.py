@@ -37,7 +37,13 @@ class Border:
     """What crosses the border of a method of a model."""
 
     def before(self, owner: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the arguments to go on with."""
+        """Return the arguments to go on with.
+
+        Args:
+            owner: The model, or part of one, whose method is called.
+            args: Positional arguments of the call, a tuple.
+            kwargs: Keyword arguments of the call, a dict.
+        """
         record_outputs(owner, kwargs)
         return args, kwargs
 

@@ -30,7 +30,17 @@ def prepare_cache(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """Let transformers choose the kind of cache, then put a HealCache of that kind there."""
+    """Let transformers choose the kind of cache, then put a HealCache of that kind there.
+
+    Args:
+        model: The model that generates.
+        options: Those that `heal_model` was given.
+        generation_config: That of this call; automatic compilation is switched off in it.
+        model_kwargs: Arguments of the model's forward; the cache is put there.
+        generation_mode: As transformers names it: whether tokens are taken back depends on it.
+        batch_size: Rows of the cache.
+        max_cache_length: Tokens that the cache has to hold, prompt and answer.
+    """
     name = _cache_name(model_kwargs)
     given = None if name is None else model_kwargs[name]
     _check_given(model, options, given, max_cache_length)
@@ -74,6 +84,11 @@ def own_cache(model: Any, kv: str, extent: tuple[int, int], *, crossed: bool) ->
 
 def refuse_continuous_batching(model: Any, *_args: Any, **_kwargs: Any) -> None:
     """Stand in the place of `init_continuous_batching`, through which all its ways lead.
+
+    Args:
+        model: The model, whose dtype the message names.
+        *_args: Not read.
+        **_kwargs: Not read.
 
     Raises:
         ConfigError: Always.

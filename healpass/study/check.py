@@ -115,7 +115,13 @@ class Watcher:
 
 
 def show(result: StudyResult, console: Console, folder: Path) -> None:
-    """Print the tables, what was not run, the verdict and where the report is."""
+    """Print the tables, what was not run, the verdict and where the report is.
+
+    Args:
+        result: What the study found.
+        console: Where it is printed.
+        folder: Of the study; the report lies in it.
+    """
     console.print(tables.paper_table(result))
     if len(result.domains) > 1:
         console.print(tables.domain_table(result))

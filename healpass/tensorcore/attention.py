@@ -71,7 +71,13 @@ def heal_attention(
 
 
 def weighted_values(weights: Tensor, value: Tensor, accumulate: Accumulation | str) -> Tensor:
-    """`weights [..., L, S] @ value [..., S, Ev]`, V's token scales folded into the weights."""
+    """`weights [..., L, S] @ value [..., S, Ev]`, V's token scales folded into the weights.
+
+    Args:
+        weights: FP32, at least 0.
+        value: FP16, BF16 or FP32.
+        accumulate: How the products are added, or the name of a rule.
+    """
     how = Accumulation(accumulate) if isinstance(accumulate, str) else accumulate
     split = fp16_pieces(value, -1)
     assert split.scale is not None

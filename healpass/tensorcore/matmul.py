@@ -80,7 +80,13 @@ def heal_matmul(a: Tensor, b: Tensor, accumulate: Accumulation | str = IDEAL) ->
 
 
 def multiply(left: Pieces, right: Pieces, how: Accumulation) -> Tensor:
-    """The product of two split operands, their scales applied to the result."""
+    """The product of two split operands, their scales applied to the result.
+
+    Args:
+        left: Pieces `[..., M, K]`, scaled along K.
+        right: Pieces `[..., K, N]`, scaled along K; the same dtype.
+        how: How the products are added.
+    """
     y = _sum_products(products(left, right), how)
     scales = [exponent(pieces.scale) for pieces in (left, right) if pieces.scale is not None]
     for scale in scales[1:]:
@@ -89,7 +95,13 @@ def multiply(left: Pieces, right: Pieces, how: Accumulation) -> Tensor:
 
 
 def repaired(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`y`, and where it is not finite FP32 arithmetic: inf times a low piece of 0 is NaN."""
+    """`y`, and where it is not finite FP32 arithmetic: inf times a low piece of 0 is NaN.
+
+    Args:
+        y: FP32 `[..., M, N]`, the product of the pieces.
+        a: `[..., M, K]`, as it was before it was split.
+        b: `[..., K, N]`, the same.
+    """
     finite = y.isfinite()
     if finite.all():
         return y

@@ -94,7 +94,16 @@ def exponents(values: Tensor, fmt: FloatFormat) -> Tensor:
 def truncated(
     c: Tensor, a: Tensor, b: Tensor, ea: Tensor, eb: Tensor, rule: AccumulationRule
 ) -> Tensor:
-    """One instruction of a tensor core; `ea`, `eb` are the operands' `exponents`."""
+    """One instruction of a tensor core; `ea`, `eb` are the operands' `exponents`.
+
+    Args:
+        c: FP32 `[B, T, M, 16]`, the accumulators.
+        a: FP32 `[B, M, 16]`, the left operand's part of the instruction.
+        b: FP32 `[B, T, 16, 16]`, the right operand's.
+        ea: INT32, `exponents` of `a`.
+        eb: INT32, `exponents` of `b`.
+        rule: A rule that truncates.
+    """
     fixed(c, a, b, ea, eb)
     for start in range(0, INSTRUCTION_K, rule.group):
         lanes = range(start, start + rule.group)

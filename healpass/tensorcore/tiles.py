@@ -80,7 +80,13 @@ class Grid:
 
 
 def lane(a: Tensor, b: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """The factors of product `i` of an instruction, to be broadcast over `[B, T, M, 16]`."""
+    """The factors of product `i` of an instruction, to be broadcast over `[B, T, M, 16]`.
+
+    Args:
+        a: `[B, M, 16]`, an instruction's part of the left operand.
+        b: `[B, T, 16, 16]`, of the right one.
+        i: 0 to 15.
+    """
     return a[:, None, :, i, None], b[:, :, i, None, :]
 
 
@@ -95,7 +101,13 @@ def _whole(size: int, unit: int) -> int:
 
 
 def padded(piece: Tensor, rows: int, columns: int) -> Tensor:
-    """The last two dimensions filled up by zeros."""
+    """The last two dimensions filled up by zeros.
+
+    Args:
+        piece: `[..., M, N]` of any dtype.
+        rows: At least M.
+        columns: At least N.
+    """
     if piece.shape[-2:] == (rows, columns):
         return piece
     result = piece.new_zeros((*piece.shape[:-2], rows, columns))

@@ -29,7 +29,16 @@ def powers(values: Tensor, fmt: FloatFormat) -> Tensor:
 def truncated(
     c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor, rule: AccumulationRule
 ) -> Tensor:
-    """One instruction of a tensor core; `pa`, `pb` are the operands' `powers`."""
+    """One instruction of a tensor core; `pa`, `pb` are the operands' `powers`.
+
+    Args:
+        c: FP64 `[B, T, M, 16]`, the accumulators.
+        a: FP64 `[B, M, 16]`, the left operand's part of the instruction.
+        b: FP64 `[B, T, 16, 16]`, the right operand's.
+        pa: FP64, `powers` of `a`.
+        pb: FP64, `powers` of `b`.
+        rule: A rule that truncates.
+    """
     fixed(c, a, b, pa, pb)
     for start in range(0, INSTRUCTION_K, rule.group):
         lanes = range(start, start + rule.group)
@@ -68,7 +77,15 @@ def _toward_zero(x: Tensor) -> Tensor:
 
 
 def fused(c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor) -> Tensor:
-    """Sixteen fused multiply-adds in FP32, one after the other; `pa`, `pb` are not read."""
+    """Sixteen fused multiply-adds in FP32, one after the other; `pa`, `pb` are not read.
+
+    Args:
+        c: FP64 `[B, T, M, 16]`, the accumulators: FP32 values.
+        a: FP64 `[B, M, 16]`, the left operand's part of the instruction.
+        b: FP64 `[B, T, 16, 16]`, the right operand's.
+        pa: As in `truncated`; not read.
+        pb: As in `truncated`; not read.
+    """
     fixed(c, a, b, pa, pb)
     for i in range(INSTRUCTION_K):
         x, y = lane(a, b, i)

@@ -32,7 +32,14 @@ FEW_ROWS, CHUNK = 64, 1024
 
 
 def lower_attention(query: Any, key: Any, value: Any, *rest: Any) -> tuple[Any, Any] | None:
-    """`heal::attention` on CPU; None where its reference implementation shall run."""
+    """`heal::attention` on CPU; None where its reference implementation shall run.
+
+    Args:
+        query: FP16, BF16 or FP32 `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`, any of those.
+        value: `[B, Hkv, S, Ev]`, any of those.
+        *rest: What `Scoring.read` takes, then `numerics`.
+    """
     scoring = Scoring.read(*rest[:-1])
     one = attend_one(query, key, value, scoring)
     return attend(States(query), States(key), States(value), scoring) if one is None else one
@@ -69,7 +76,14 @@ class States:
 
 
 def attend(query: States, key: States, value: States, scoring: Scoring) -> tuple[Any, Any] | None:
-    """Output `[B, H, L, Ev]` and logsumexp `[B, H, L]`; None for a single row, or none."""
+    """Output `[B, H, L, Ev]` and logsumexp `[B, H, L]`; None for a single row, or none.
+
+    Args:
+        query: Digits, or states as stored, of size `[B, H, L, E]`; H is a multiple of Hkv.
+        key: The same, `[B, Hkv, S, E]`.
+        value: The same, `[B, Hkv, S, Ev]`.
+        scoring: All else that decides a weight; its tensors are Inductor's.
+    """
     *lead, size = (*query.size[:3], value.size[-1])
     if any(is_static(s) and int(s) == 0 for s in (*lead, size, *key.size)):
         return None

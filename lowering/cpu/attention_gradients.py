@@ -18,7 +18,16 @@ from healpass.ops.attention.scoring import Scoring
 
 
 def lower_floats(grad: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    """`heal::attention_backward` on CPU."""
+    """`heal::attention_backward` on CPU.
+
+    Args:
+        grad: FP32 `[B, H, L, Ev]`.
+        query: FP16, BF16 or FP32 `[B, H, L, E]`.
+        key: `[B, Hkv, S, E]`, any of those.
+        value: `[B, Hkv, S, Ev]`, any of those.
+        *rest: What `Scoring.read` takes, `numerics`, then output and logsumexp of the forward
+            pass.
+    """
     return _lower(grad, (query, key, value), *rest)
 
 

@@ -43,7 +43,13 @@ MOST_TERMS = 1 << 14
 
 
 def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Any:
-    """`heal::mm` for an exact precision; NotImplemented where the reference has to run."""
+    """`heal::mm` for an exact precision; NotImplemented where the reference has to run.
+
+    Args:
+        a: `[M, K]` in FP16, BF16 or FP32.
+        b: `[K, N]`, any of those.
+        numerics: As `heal::mm` takes it.
+    """
     how = Numerics.parse(numerics)
     if how.products is None or not _is_plain(how, a) or not _fits(a, b):
         return NotImplemented
@@ -142,7 +148,18 @@ def attend(
     kv: str,
     numerics: str,
 ) -> Any:
-    """`heal::exact_attend`; NotImplemented where the reference implementation has to run."""
+    """`heal::exact_attend`; NotImplemented where the reference implementation has to run.
+
+    Args:
+        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`, any of those.
+        value: `[B, Hkv, S, Ev]`, any of those.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        kv: `int16` or `int24`: what Q, K and V are rounded to.
+        numerics: As the operator takes it.
+    """
     fmt, how = FORMATS[kv], Numerics.parse(numerics)
     if not _is_plain(how, query) or not _attention_fits(query, key, value, fmt):
         return NotImplemented

@@ -30,6 +30,12 @@ def attend_one(query: Any, key: Any, value: Any, scoring: Scoring) -> tuple[Any,
     """One query of FP32 states: output and logsumexp; None where the kernel cannot, or is slower.
 
     Query heads that share a key head become rows of one head: nothing is repeated.
+
+    Args:
+        query: `[B, H, L, E]`, L being 1; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        scoring: Scale and mask are taken; with anything else it is None.
     """
     batch, heads, length, size = query.get_size()
     one = is_static(length) and int(length) == 1 and not scoring.is_causal
@@ -57,6 +63,12 @@ def fits_flash(scoring: Scoring, query: Any, key: Any, value: Any) -> bool:
     """Whether torch's kernel can do it, in FP32.
 
     It takes a mask or causality, one head size for K and V, and at least one key and one query.
+
+    Args:
+        scoring: All that decides a weight besides Q and K.
+        query: `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
     """
     both = scoring.is_causal and scoring.attn_mask is not None
     if both or not scoring.is_plain or not is_ieee("cpu"):
@@ -77,7 +89,13 @@ def groups_of(query: Any, key: Any) -> int | None:
 
 
 def float_mask(attn_mask: Any, query: Any, key: Any) -> Any:
-    """The mask as FP32 `[B or 1, H or 1, L, S]`, -inf where a key is hidden."""
+    """The mask as FP32 `[B or 1, H or 1, L, S]`, -inf where a key is hidden.
+
+    Args:
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        query: `[..., L, E]`, whose L is read.
+        key: `[..., S, E]`, whose S is read.
+    """
     mask = attn_mask
     if mask.get_dtype() == torch.bool:
         mask = where(mask, 0.0, -math.inf)

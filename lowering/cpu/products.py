@@ -24,7 +24,13 @@ DECODE_ROWS = 8
 
 
 def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
-    """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|)."""
+    """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|).
+
+    Args:
+        a: FP16, BF16 or FP32.
+        b: Any of those.
+        numerics: `heal` or `layercast`.
+    """
     del numerics  # heal and layercast are the same FP32 arithmetic here
     if not is_ieee("cpu"):
         return None
@@ -35,7 +41,13 @@ def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
 
 
 def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
-    """`heal::bmm` on CPU: `[B, M, K]` by `[B, K, N]`, FP32 arithmetic."""
+    """`heal::bmm` on CPU: `[B, M, K]` by `[B, K, N]`, FP32 arithmetic.
+
+    Args:
+        a: FP16, BF16 or FP32.
+        b: Any of those.
+        numerics: `heal` or `layercast`.
+    """
     del numerics  # heal and layercast are the same FP32 arithmetic here
     if not is_ieee("cpu"):
         return None

@@ -239,7 +239,14 @@ class Launch:
 def select(
     launch: Launch, knobs: dict[str, Any], tiles: list[AttentionTile], tiled: str = "BLOCK_M"
 ) -> ir.TensorBox:
-    """Render the template for the best guess, or for all tiles where Inductor is to time them."""
+    """Render the template for the best guess, or for all tiles where Inductor is to time them.
+
+    Args:
+        launch: The kernel.
+        knobs: What all renderings share.
+        tiles: The best guess first.
+        tiled: The knob that a tile's `block` sets.
+    """
     renderings = [
         knobs | {tiled: tile.block, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
         for tile in tiles
@@ -260,7 +267,13 @@ def is_single(size: list[sympy.Expr]) -> bool:
 
 
 def keys_per_block(head_block: int, digits: int, chain: int) -> int:
-    """Keys per block, each one chain: a function of padded head size, digits and chains alone."""
+    """Keys per block, each one chain: a function of padded head size, digits and chains alone.
+
+    Args:
+        head_block: The larger padded head size, in elements.
+        digits: Of K; 0 for states as stored.
+        chain: Terms of a chain.
+    """
     return min(chain, 64 if head_block * (digits or 3) <= 256 else 32)
 
 
@@ -290,7 +303,13 @@ def _lower(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox] | Non
 
 
 def has_templates(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> bool:
-    """Whether the templates can take a call; warns if not."""
+    """Whether the templates can take a call; warns if not.
+
+    Args:
+        query: As in `check`.
+        value: As in `check`.
+        numerics: As in `check`.
+    """
     reason = check(query, value, numerics)
     if reason is not None:
         warnings.warn(
@@ -302,7 +321,13 @@ def has_templates(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> bo
 
 
 def check(query: ir.TensorBox, value: ir.TensorBox, numerics: str) -> str | None:
-    """Why the templates cannot take operands of these head sizes and this device, or None."""
+    """Why the templates cannot take operands of these head sizes and this device, or None.
+
+    Args:
+        query: Digits `[B, H, D, L, E]`, or `[B, H, L, E]` as stored.
+        value: Digits `[B, Hkv, D, S, Ev]`, or `[B, Hkv, S, Ev]` as stored.
+        numerics: As `heal::attention` takes it.
+    """
     reason = check_device(query)
     if reason is not None:
         selfcheck.refuse_if_strict("an attention", reason)

@@ -68,7 +68,18 @@ def attend_on_cuda(
     kv: str,
     numerics: str,
 ) -> Tensor:
-    """Decompose `heal::exact_attend`: the digits are made by what makes Q, K and V."""
+    """Decompose `heal::exact_attend`: the digits are made by what makes Q, K and V.
+
+    Args:
+        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`, any of those.
+        value: `[B, Hkv, S, Ev]`, any of those.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        kv: `int16` or `int24`: what Q, K and V are rounded to.
+        numerics: As the operator takes it.
+    """
     if not has_kernels(query.device):
         return NotImplemented
     digits = [part for x in (query, key, value) for part in planes(x, kv)]
@@ -91,6 +102,18 @@ def attention_on_cuda(
 
     Left are simulated adders, other devices, heads above 256, nothing to attend to, and what the
     reference implementation refuses.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
+        value_scale: FP32 `[B, Hkv, S]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        numerics: An exact precision.
     """
     how, keys = Numerics.parse(numerics), key_digits.shape[3]
     if how.simulate or how.order or not has_kernels(query_digits.device):
@@ -119,6 +142,17 @@ def gradients_on_cuda(
     """Decompose `heal::exact_attend_backward`: digit products, and what lies between them.
 
     The scores are formed again, and here they have a matrix in memory. NotImplemented as above.
+
+    Args:
+        grad: `[B, H, L, Ev]`.
+        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`, any of those.
+        value: `[B, Hkv, S, Ev]`, any of those.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        kv: `int16` or `int24`: what Q, K and V are rounded to.
+        numerics: As the operator takes it.
     """
     how = Numerics.parse(numerics)
     if how.simulate or how.order or not has_kernels(query.device):
@@ -152,7 +186,19 @@ def lower_tops(
     scale: float,
     chunk: int,
 ) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::exact_tops` on CUDA; None, its reference, where a GPU has no kernels."""
+    """Lower `heal::exact_tops` on CUDA; None, its reference, where a GPU has no kernels.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        value_scale: FP32 `[B, Hkv, S]`.
+        mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        chunk: Keys per chunk.
+    """
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
     problem = _problem(query, key, key, mask, is_causal, scale)
     if not has_kernels(problem.device):
@@ -187,7 +233,23 @@ def lower_sums(
     factor: ir.TensorBox,
     unit: float,
 ) -> tuple[ir.TensorBox, ir.TensorBox] | None:
-    """Lower `heal::exact_sums` on CUDA; None, its reference, where a GPU has no kernels."""
+    """Lower `heal::exact_sums` on CUDA; None, its reference, where a GPU has no kernels.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
+        value_scale: FP32 `[B, Hkv, S]`.
+        mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        chunk: Keys per chunk.
+        top: FP64 `[B, H, L]`, the largest score of the row.
+        factor: FP64 `[B, H, L]`, what p times V's scale is multiplied by before it is rounded.
+        unit: What p is multiplied by before it is rounded.
+    """
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
     value = States(value_digits, value_scale)
     problem = _problem(query, key, value, mask, is_causal, scale)

@@ -54,13 +54,25 @@ def digits_on_cuda(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
 
     Left are other precisions, simulated adders, other devices than GPUs with the template's
     instructions, and a K that the operator's reference implementation refuses.
+
+    Args:
+        a: `[(Q,) M, K]` in FP16, BF16 or FP32.
+        b: `[(Q,) K, N]`, any of those.
+        numerics: As `heal::mm` takes it.
     """
     products = _products(numerics, a)
     return NotImplemented if products is None else by_digits(a, b, products)
 
 
 def groups_on_cuda(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -> Tensor:
-    """Decompose `heal::grouped_mm`; NotImplemented as above."""
+    """Decompose `heal::grouped_mm`; NotImplemented as above.
+
+    Args:
+        a: FP16, BF16 or FP32; ranks of both as `heal::grouped_mm` takes them.
+        b: Any of those.
+        offs: INT32 `[G]`, where each group ends.
+        numerics: As `heal::grouped_mm` takes it.
+    """
     products = _products(numerics, a)
     return NotImplemented if products is None else groups_by_digits(a, b, offs, products)
 
@@ -68,7 +80,15 @@ def groups_on_cuda(a: Tensor, b: Tensor, offs: Tensor, numerics: str = "heal") -
 def partial_on_cuda(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, products: int
 ) -> Tensor:
-    """Decompose `heal::mm_partial`, which is exact by definition; NotImplemented as above."""
+    """Decompose `heal::mm_partial`, which is exact by definition; NotImplemented as above.
+
+    Args:
+        a: `[M, K]` in FP16, BF16 or FP32: a part of K.
+        b: `[K, N]`, any of those.
+        a_scale: FP32 `[M, 1]`, of the whole K.
+        b_scale: FP32 `[1, N]`, of the whole K.
+        products: 3, 5, 6 or 8.
+    """
     if a.shape[-1] > MOST_TERMS or not has_kernels(a.device):
         return NotImplemented
     return partial_by_digits(a, b, a_scale, b_scale, products)
@@ -83,7 +103,13 @@ def _products(numerics: str, a: Tensor) -> int | None:
 
 
 def weighted_on_cuda(weights: Tensor, values: Tensor, numerics: str) -> Any:
-    """Decompose `heal::weighted_sum`, which is exact by definition; NotImplemented as above."""
+    """Decompose `heal::weighted_sum`, which is exact by definition; NotImplemented as above.
+
+    Args:
+        weights: `[..., M, K]`.
+        values: `[..., K, N]`.
+        numerics: An exact precision.
+    """
     products = _products(numerics, weights)
     if products is None:
         return NotImplemented
@@ -200,6 +226,15 @@ def lower(
 ) -> ir.TensorBox | None:
     """Lower `heal::digit_mm` on CUDA; None, its reference, where a GPU has no kernels.
 
+    Args:
+        a: `[(Q,) M, K]`.
+        b: `[(Q,) K, N]`.
+        a_digits: INT8 planes of `a`, the lowest first.
+        b_digits: INT8 planes of `b`.
+        a_scale: FP32 `[(Q,) M, 1]`; NaN where a row is not finite.
+        b_scale: FP32 `[(Q,) 1, N]`.
+        cut: Pairs of digits with i + j below this are dropped.
+
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.
     """
@@ -222,6 +257,16 @@ def lower_groups(
 
     There is none for routed rows if the number of groups is symbolic, or if there is one column.
 
+    Args:
+        a: `[T, K]` (rows are routed) or `[M, T]` (a ragged sum).
+        b: `[G, K, N]` or `[T, N]`.
+        offs: INT32 `[G]`, where each group ends.
+        a_digits: INT8 planes of `a`, the lowest first.
+        b_digits: INT8 planes of `b`.
+        a_scale: FP32 `[T, 1]` or `[G, M, 1]`.
+        b_scale: FP32 `[G, 1, N]`.
+        cut: Pairs of digits with i + j below this are dropped.
+
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.
     """
@@ -237,6 +282,11 @@ def lower_sums(
     a_digits: list[ir.TensorBox], b_digits: list[ir.TensorBox], cut: int
 ) -> ir.TensorBox | None:
     """Lower `heal::digit_sums` on CUDA; None, its reference, where a GPU has no kernels.
+
+    Args:
+        a_digits: INT8 planes `[Q, M, K]`, the lowest first.
+        b_digits: INT8 planes `[Q, K, N]`.
+        cut: Pairs of digits with i + j below this are dropped.
 
     Raises:
         DeviceCheckError: The template has failed its check on this GPU.

@@ -61,7 +61,14 @@ def _function_name(function: str) -> str:
 
 @SymbolicGridFn
 def gemm_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
-    """One block per output tile."""
+    """One block per output tile.
+
+    Args:
+        m: Rows of the output.
+        n: Columns of the output.
+        meta: Knobs of the rendering: `BLOCK_M` and `BLOCK_N`.
+        cdiv: Division rounded up, of numbers or of symbols.
+    """
     return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1
 
 
@@ -75,7 +82,16 @@ def batched_grid(
     cdiv: Any,
     max: Any,  # noqa: A002
 ) -> tuple[Any, Any, Any]:
-    """One block per output tile and batch entry; a long batch folds over two axes."""
+    """One block per output tile and batch entry; a long batch folds over two axes.
+
+    Args:
+        batch: Matrices.
+        m: Rows of the output.
+        n: Columns of the output.
+        meta: Knobs of the rendering: `BLOCK_M` and `BLOCK_N`.
+        cdiv: Division rounded up, of numbers or of symbols.
+        max: The larger of numbers or of symbols.
+    """
     depth = max(cdiv(batch, MAX_GRID_Y), 1)
     return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), cdiv(batch, depth), depth
 
@@ -91,7 +107,15 @@ def decode_grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
 def attention_grid(
     heads: Any, rows: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Any
 ) -> tuple[Any, int, int]:
-    """One block per tile of rows, chunk of columns, and head of each batch entry."""
+    """One block per tile of rows, chunk of columns, and head of each batch entry.
+
+    Args:
+        heads: Key heads of the whole batch.
+        rows: Of one key head: its queries times the heads that share it.
+        chunks: Of keys; 1 where a program goes through all.
+        meta: Knobs of the rendering: `BLOCK_M`.
+        cdiv: Division rounded up, of numbers or of symbols.
+    """
     return cdiv(rows, meta["BLOCK_M"]) * chunks * heads, 1, 1
 
 
@@ -99,13 +123,28 @@ def attention_grid(
 def attention_backward_key_grid(
     heads: Any, keys: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Any
 ) -> tuple[Any, int, int]:
-    """One block per tile of keys and key head of each batch entry."""
+    """One block per tile of keys and key head of each batch entry.
+
+    Args:
+        heads: Key heads of the whole batch.
+        keys: Of one key head.
+        chunks: 1.
+        meta: Knobs of the rendering: `BLOCK_N`.
+        cdiv: Division rounded up, of numbers or of symbols.
+    """
     return cdiv(keys, meta["BLOCK_N"]) * chunks * heads, 1, 1
 
 
 @SymbolicGridFn
 def grouped_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
-    """One block per output tile; every group, and what is in none, may end in half a tile."""
+    """One block per output tile; every group, and what is in none, may end in half a tile.
+
+    Args:
+        m: Rows of all groups.
+        n: Columns of the output.
+        meta: Knobs of the rendering: `BLOCK_M`, `BLOCK_N` and `GROUPS`.
+        cdiv: Division rounded up, of numbers or of symbols.
+    """
     return (cdiv(m, meta["BLOCK_M"]) + meta["GROUPS"] + 1) * cdiv(n, meta["BLOCK_N"]), 1, 1
 
 

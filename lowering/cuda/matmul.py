@@ -83,7 +83,14 @@ class MatmulProblem:
     def of(
         cls, a: ir.TensorBox, b: ir.TensorBox, numerics: str, groups: ir.TensorBox | None = None
     ) -> MatmulProblem:
-        """Describe the product of two IR nodes; with `groups`, of rows routed to matrices."""
+        """Describe the product of two IR nodes; with `groups`, of rows routed to matrices.
+
+        Args:
+            a: `[(B,) M, K]`.
+            b: `[(B,) K, N]`, or `[G, K, N]` with groups.
+            numerics: As `heal::mm` takes it.
+            groups: INT32 `[G]`, where each group of rows ends; or None.
+        """
         *batch, m, k = a.get_size()
         device = a.get_device_or_error()
         major, minor = torch.cuda.get_device_capability(device)
@@ -129,7 +136,14 @@ def lower(
     numerics: str = "heal",
     groups: ir.TensorBox | None = None,
 ) -> ir.TensorBox | None:
-    """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's reference shall run."""
+    """Lower `heal::mm` or `heal::bmm` on CUDA; None where the operator's reference shall run.
+
+    Args:
+        a: `[(B,) M, K]` in FP16, BF16 or FP32.
+        b: `[(B,) K, N]`, or `[G, K, N]` with groups; any of those.
+        numerics: As `heal::mm` takes it.
+        groups: INT32 `[G]`, where each group of rows ends; or None.
+    """
     reason = check(a)
     if reason is not None:
         selfcheck.refuse_if_strict("a matmul", reason)
@@ -149,6 +163,12 @@ def lower_grouped(
     """Lower `heal::grouped_mm` where rows or columns are routed; its gradient sums run as meant.
 
     A row has the arithmetic of the gemm family, so its bits do not tell who shares its group.
+
+    Args:
+        a: FP16, BF16 or FP32; ranks of both as `heal::grouped_mm` takes them.
+        b: Any of those.
+        offs: INT32 `[G]`, where each group ends.
+        numerics: As `heal::grouped_mm` takes it.
     """
     if len(a.get_size()) == 3:  # columns are routed: the transpose of routed rows
         permute = lowerings[torch.ops.aten.permute.default]

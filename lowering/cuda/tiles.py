@@ -45,7 +45,13 @@ class Tile:
         }
 
     def gemm_bytes(self, block_k: int, planes_a: int, planes_b: int) -> int:
-        """Shared memory of the pipelined 16-bit operand tiles."""
+        """Shared memory of the pipelined 16-bit operand tiles.
+
+        Args:
+            block_k: Depth of a K tile, in elements.
+            planes_a: 16-bit planes of A.
+            planes_b: 16-bit planes of B.
+        """
         return 2 * block_k * self.num_stages * (planes_a * self.block_m + planes_b * self.block_n)
 
 
@@ -113,7 +119,13 @@ def decode_tiles(capability: int, n: int, *, pieces_b: int, fma: bool) -> list[T
 
 
 def layercast_tiles(capability: int, m: int, n: int) -> list[Tile]:
-    """Tiles of the FP32 kernel for about `m` x `n` outputs."""
+    """Tiles of the FP32 kernel for about `m` x `n` outputs.
+
+    Args:
+        capability: As 90 for 9.0.
+        m: Rows, a hint.
+        n: Columns, a hint.
+    """
     if capability >= 100:
         return [Tile(FEW_FP32_ROWS, 128, 8, 3)] if n >= 128 else [Tile(FEW_FP32_ROWS, 32, 4, 3)]
     if min(m, n) < 64:

@@ -167,7 +167,13 @@ class Promotion:
         return self.context.builder(self.graph_module, like)
 
     def cast(self, node: Node, dtype: torch.dtype, before: Node) -> Node:
-        """A node that holds `node` in `dtype`."""
+        """A node that holds `node` in `dtype`.
+
+        Args:
+            node: A floating-point tensor.
+            dtype: The dtype to cast to.
+            before: The node in front of which the cast is put.
+        """
         return self.builder(before).cast(node, dtype)
 
     def was_promoted(self, node: Node) -> bool:

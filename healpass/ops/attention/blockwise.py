@@ -62,7 +62,13 @@ class Attention(ABC):
 
     @abstractmethod
     def weighted_sum(self, weights: Tensor, visible: Tensor, columns: slice) -> Tensor:
-        """P V for one block: FP32 `[B, H, rows, Ev]` from two `[B, H, rows, columns]`."""
+        """P V for one block: FP32 `[B, H, rows, Ev]` from two `[B, H, rows, columns]`.
+
+        Args:
+            weights: FP32, after softmax and dropout.
+            visible: Bool; False where a key is hidden.
+            columns: The keys of the block.
+        """
 
     @property
     def heads(self) -> int:

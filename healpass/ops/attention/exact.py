@@ -147,7 +147,18 @@ def visible_scores(
     scale: float,
     adders: Adders,
 ) -> tuple[Tensor, Tensor]:
-    """Scores `[B, H, L, S]` in FP64, -inf where a key is hidden, and which are visible."""
+    """Scores `[B, H, L, S]` in FP64, -inf where a key is hidden, and which are visible.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        adders: Who adds the products of digits.
+    """
     batch, heads, _, length, size = query_digits.shape
     groups = heads // key_digits.shape[1]
     shape = (batch, heads // groups, groups * length, size)
@@ -170,6 +181,15 @@ def scaled_scores(
     """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible.
 
     `first_row` says which query of the whole the first one is, for `is_causal`.
+
+    Args:
+        sums: FP64 `[B, H, L, S]`: Q K^T of the integers.
+        query_scale: FP32 `[B, H, L]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > first_row + l.
+        scale: Factor of the scores.
+        first_row: Which query of the whole the first one is.
     """
     groups = query_scale.shape[1] // key_scale.shape[1]
     scales = query_scale.to(torch.float64).unsqueeze(-1) * _per_head(key_scale, groups)

@@ -41,7 +41,20 @@ def attention_in_parts(
     scale: float,
     chunk: int,
 ) -> Tensor:
-    """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks of `chunk`."""
+    """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks of `chunk`.
+
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`.
+        key_scale: FP32 `[B, Hkv, S]`.
+        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
+        value_scale: FP32 `[B, Hkv, S]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores.
+        chunk: Keys per chunk.
+    """
     scoring = (attn_mask, is_causal, scale)
     states = (query_digits, query_scale, key_digits, key_scale)
     tops, scales = heal.exact_tops(*states, value_scale, *scoring, chunk)

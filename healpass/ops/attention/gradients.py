@@ -102,7 +102,14 @@ def gradients(
 
 
 def mask_gradient(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
-    """The gradient of a float mask, in FP32 and in its shape; arguments as in `gradients`."""
+    """The gradient of a float mask, in FP32 and in its shape; arguments as in `gradients`.
+
+    Args:
+        asked: The attention, with a mask.
+        grad: FP32 `[B, H, L, Ev]`.
+        output: FP32 `[B, H, L, Ev]`, of the forward pass.
+        logsumexp: FP32 `[B, H, L]`, of the forward pass.
+    """
     assert asked.scoring.attn_mask is not None, "asked for the gradient of a mask"
     result = torch.zeros_like(asked.scoring.attn_mask, dtype=torch.float32)
     into = Scoring(asked.scoring.scale, attn_mask=result)

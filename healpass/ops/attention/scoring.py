@@ -60,6 +60,16 @@ class Scoring:
     ) -> Scoring:
         """Read the arguments `SCORING` of an operator.
 
+        Args:
+            attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
+            sinks: `[H]`, or None.
+            seed: INT64 with one element; None without dropout.
+            is_causal: Hide key s from query l where s > l.
+            scale: Factor of the products.
+            window: In keys, or None.
+            softcap: Largest magnitude of a score, or None.
+            dropout_p: Probability of dropping a weight.
+
         Raises:
             RuntimeError: The dropout's seed is missing.
         """
@@ -97,7 +107,13 @@ class Scoring:
         return self.softcap * bent, 1 - bent * bent
 
     def hide(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Add a float mask, and put -inf where a key is hidden, whatever its score is."""
+        """Add a float mask, and put -inf where a key is hidden, whatever its score is.
+
+        Args:
+            scores: FP32 `[B, H, rows, columns]`, capped.
+            rows: The queries of the block.
+            columns: The keys of the block.
+        """
         mask = self.mask_block(rows, columns)
         if mask is not None and mask.dtype != torch.bool:
             scores, mask = scores + mask, mask != -math.inf
@@ -145,7 +161,13 @@ class Scoring:
         return weights[..., : scores.shape[-1]], torch.logsumexp(logits, -1)
 
     def survivors(self, shape: torch.Size, rows: slice, columns: slice) -> Tensor | None:
-        """The factor that dropout gives each weight of `[B, H, rows, columns]`; None without."""
+        """The factor that dropout gives each weight of `[B, H, rows, columns]`; None without.
+
+        Args:
+            shape: Of the whole output; B and H are read.
+            rows: The queries of the block.
+            columns: The keys of the block.
+        """
         if self.dropout_p == 0.0:
             return None
         assert self.seed is not None, "the operator checks that dropout has a seed"
@@ -160,6 +182,12 @@ def dropout_words(seed: Tensor, shape: torch.Size, rows: slice, columns: slice) 
     `word = mix(row ^ mix(key))`, where `row` mixes the seed's low and high half, b, h and the
     query's index one after the other: `row = mix(row ^ index)`, starting at 0. Any tile of any
     device replays it. Dropped is a word below `floor(dropout_p * 2^32)`.
+
+    Args:
+        seed: INT64 with one element.
+        shape: Begins with B and H.
+        rows: The queries of the block, counted in the whole.
+        columns: The keys of the block, counted in the whole.
 
     Returns:
         INT64 `[B, H, rows, columns]` with values in [0, 2^32).

@@ -141,7 +141,14 @@ class _ThroughIntegers(torch.autograd.Function):
 
 
 def leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, ...]:
-    """The result's dimensions before `[L, Ev]`."""
+    """The result's dimensions before `[L, Ev]`.
+
+    Args:
+        query: `[..., H, L, E]`.
+        key: `[..., Hkv, S, E]`.
+        value: `[..., Hkv, S, Ev]`.
+        gqa: H may be a multiple of Hkv; else the dimensions of heads broadcast, too.
+    """
     if not gqa:
         leads = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
         return tuple(torch.broadcast_shapes(*leads))
@@ -152,7 +159,14 @@ def leading(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[int, 
 def four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Broadcast leading dimensions and fold them into `[B, H, ., .]`."""
+    """Broadcast leading dimensions and fold them into `[B, H, ., .]`.
+
+    Args:
+        query: `[..., H, L, E]`.
+        key: `[..., Hkv, S, E]`.
+        value: `[..., Hkv, S, Ev]`.
+        gqa: As in `leading`; Hkv stays as it is then.
+    """
     lead = leading(query, key, value, gqa)
     batch = math.prod(lead[:-1])
 

@@ -211,7 +211,15 @@ register_opaque(
 def partial_by_digits(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, products: int
 ) -> Tensor:
-    """`heal::mm_partial` as a graph: INT64 `[M, N]` of this part of K, at most 2^24 terms."""
+    """`heal::mm_partial` as a graph: INT64 `[M, N]` of this part of K, at most 2^24 terms.
+
+    Args:
+        a: `[M, K]` in FP16, BF16 or FP32.
+        b: `[K, N]`, any of those.
+        a_scale: FP32 `[M, 1]`, powers of two, of the whole K; NaN where a row is not finite.
+        b_scale: FP32 `[1, N]`, the same of the columns.
+        products: 3, 5, 6 or 8; with 5 `b` gets two digits, whatever its dtype is.
+    """
     plan = SCHEMES[products]
     left, right = (
         scaled_digits(torch.where(x.isfinite(), x, 0.0), torch.where(s.isfinite(), s, 1.0), count)
@@ -224,6 +232,11 @@ def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) ->
     """As `exact_matmul.sum_products`, by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
 
     Leading dimensions are equal. The caller proves that the total fits INT64.
+
+    Args:
+        left: INT8 planes `[..., M, K]`, the lowest first.
+        right: INT8 planes `[..., K, N]`, the lowest first.
+        cut: Pairs of digits with i + j below this are dropped.
     """
     lead = left[0].shape[:-2]
     a, b = ([x.reshape(-1, *x.shape[-2:]) for x in planes] for planes in (left, right))

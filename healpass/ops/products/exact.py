@@ -139,7 +139,13 @@ def exact_matmul(a: Tensor, b: Tensor, products: int = 5, adders: Adders | None 
 
 
 def scale_of(x: Tensor, dim: int, count: int) -> Tensor:
-    """The scale of `x` along `dim`, size 1 there; NaN where a number is not finite."""
+    """The scale of `x` along `dim`, size 1 there; NaN where a number is not finite.
+
+    Args:
+        x: FP16, BF16 or FP32.
+        dim: The dimension that the product reduces.
+        count: Number of digits.
+    """
     if x.shape[dim] == 0:
         return torch.ones_like(x.sum(dim, keepdim=True), dtype=torch.float32)
     # FP32 first: Inductor's C++ names what it narrows after a reduction, and where an operand is
@@ -149,7 +155,14 @@ def scale_of(x: Tensor, dim: int, count: int) -> Tensor:
 
 
 def total_to_fp32(total: Tensor, a_scale: Tensor, b_scale: Tensor, plan: Scheme) -> Tensor:
-    """The one rounding: INT64 totals in units of 256^cut times the scales."""
+    """The one rounding: INT64 totals in units of 256^cut times the scales.
+
+    Args:
+        total: INT64 `[..., M, N]`, as `digit_sums` gives it.
+        a_scale: FP32 `[..., M, 1]`, powers of two or NaN.
+        b_scale: FP32 `[..., 1, N]`.
+        plan: Its `cut` is the unit's.
+    """
     unit = a_scale.to(torch.float64) * b_scale.to(torch.float64) * 2.0 ** (BASE_BITS * plan.cut)
     return fp64.to_fp32(from_integers(total) * unit)
 
@@ -159,6 +172,11 @@ def error_bound(a: Tensor, b: Tensor, products: int = 5) -> Tensor:
 
     With a' = a + d, |d| <= s_a / 2, and b' likewise: |a' b' - a b| <= s_a / 2 |b| + s_b / 2 |a| +
     s_a s_b / 4 for each of the K terms. Then the dropped pairs, and half an ulp of what came out.
+
+    Args:
+        a: `[..., M, K]` in FP16, BF16 or FP32.
+        b: `[..., K, N]`, any of those.
+        products: 3, 5, 6 or 8.
     """
     plan, k = scheme(products, b.dtype), a.shape[-1]
     s_a, s_b = (
@@ -201,6 +219,14 @@ def digit_sums(
 ) -> Tensor:
     """Sum over kept pairs of 256^(i + j - cut) (a_i @ b_j), as INT64, exactly.
 
+    Args:
+        a: `[..., M, K]` in FP16, BF16 or FP32, finite.
+        b: `[..., K, N]`, any of those; leading dimensions broadcast.
+        a_scale: FP32 `[..., M, 1]`, powers of two.
+        b_scale: FP32 `[..., 1, N]`.
+        plan: Digits of both, and the pairs that are kept.
+        adders: Who adds.
+
     Raises:
         OperandError: K is past 2^24.
     """
@@ -222,6 +248,12 @@ def sum_products(left: Digits, right: Digits, cut: int, adders: Adders) -> Tenso
     """As `digit_sums`, for digits `[..., M, K]` and `[..., K, N]`; no size may be 0.
 
     The caller proves that the total fits INT64.
+
+    Args:
+        left: INT8 planes, the lowest first.
+        right: INT8 planes; leading dimensions broadcast.
+        cut: Pairs of digits with i + j below this are dropped.
+        adders: Who adds.
     """
     route = adders.route or fastest_route(left[0].device.type)
     if route == "fp64":

@@ -29,6 +29,11 @@ OPERAND_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def check_operands(op: str, numerics: str, *operands: Tensor) -> None:
     """Refuse dtypes, numerics and derivatives that a `heal::` operator has no meaning for.
 
+    Args:
+        op: The operator's name without `heal::`, for the message.
+        numerics: As the operator takes it.
+        *operands: The tensors that are multiplied.
+
     Raises:
         DtypeError: An operand is not FP16, BF16 or FP32.
         OperandError: `numerics` is unknown.

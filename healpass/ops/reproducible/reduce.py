@@ -67,6 +67,11 @@ def to_integers(x: Tensor, dims: list[int], bits: int) -> tuple[Tensor, Tensor]:
     """FP64 `x` as INT64 with |X| <= 2^bits and the power of two that one stands for.
 
     What is not finite counts as 0. The unit is FP64, of size 1 along `dims`.
+
+    Args:
+        x: FP64.
+        dims: What is summed; the unit is common along these.
+        bits: Size of the integers: 40, or fewer where more than 2^22 of them are added.
     """
     finite = torch.where(x.abs() < math.inf, x, 0.0)
     top = finite.abs().amax(dims, keepdim=True).view(torch.int64) >> fp64.FRACTION_BITS

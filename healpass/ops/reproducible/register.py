@@ -51,7 +51,15 @@ def register_opaque(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., Any] | None = None,
 ) -> OpOverload:
-    """Register `heal::name` that a compiler calls as it is: its reference looks at data."""
+    """Register `heal::name` that a compiler calls as it is: its reference looks at data.
+
+    Args:
+        schema: As in `register`.
+        implementation: Returns new tensors.
+        fake: As in `register`.
+        backward: As in `register`.
+        save: As in `register`.
+    """
     name, rest = schema.split("(", 1)
     custom = torch.library.custom_op(
         f"heal::{name}", implementation, mutates_args=(), schema=f"({rest}"

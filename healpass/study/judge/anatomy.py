@@ -72,7 +72,13 @@ def others(plan: StudyPlan, precision: str) -> list[Configuration]:
 def dissect(
     store: Store, materials: Materials, progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Look into every precision that is scored and was not looked into yet."""
+    """Look into every precision that is scored and was not looked into yet.
+
+    Args:
+        store: The records of the study; what is found is kept there.
+        materials: The model and the prompts; the first prompt is looked into.
+        progress: Told in words what runs now.
+    """
     plan = store.plan
     for precision in plan.precisions:
         compared = others(plan, precision)

@@ -160,7 +160,13 @@ def kinds_of_modules(model: Any) -> dict[str, str | None]:
 def watch_of(
     kinds: frozenset[str], dtype: torch.dtype, modules: Mapping[str, str | None]
 ) -> Watch:
-    """A watch that rounds these kinds of values."""
+    """A watch that rounds these kinds of values.
+
+    Args:
+        kinds: Some of `KINDS`.
+        dtype: The 16-bit dtype that they are rounded to.
+        modules: The kind of each leaf module by its path, as `kinds_of_modules` gives them.
+    """
 
     def rounded(kind: str | None, x: Tensor) -> Tensor:
         return x.to(dtype).to(x.dtype) if kind in kinds else x

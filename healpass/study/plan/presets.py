@@ -36,12 +36,24 @@ class Preset:
 
 
 def every_axis(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """Batch sizes, chunks and orders generate; padding and simulated GPUs score."""
+    """Batch sizes, chunks and orders generate; padding and simulated GPUs score.
+
+    Args:
+        model: The model's name.
+        axes: The values of each axis.
+        **sizes: Fields of `StudyPlan`: prompts, tokens, whether to compile.
+    """
     return StudyPlan(model=model, greedy=axes.generated(), forced=axes.scored(), **sizes)
 
 
 def with_samples(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """`every_axis`, and samples at the smallest and the largest batch size."""
+    """`every_axis`, and samples at the smallest and the largest batch size.
+
+    Args:
+        model: The model's name.
+        axes: The values of each axis.
+        **sizes: Fields of `StudyPlan`: prompts, tokens, whether to compile.
+    """
     plan = every_axis(model, axes, **sizes)
     ends = {min(axes.batch_sizes), max(axes.batch_sizes)}
     plain = [c for c in plan.greedy if not c.order and not c.chunk and c.batch_size in ends]
@@ -49,7 +61,13 @@ def with_samples(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
 
 
 def orders_by_batch_sizes(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """Every order at every batch size generates."""
+    """Every order at every batch size generates.
+
+    Args:
+        model: The model's name.
+        axes: The values of each axis.
+        **sizes: Fields of `StudyPlan`: prompts, tokens, whether to compile.
+    """
     greedy = [
         Configuration(precision=precision, batch_size=size, order=order)
         for precision, order, size in product(axes.precisions, axes.orders, axes.batch_sizes)
@@ -58,7 +76,13 @@ def orders_by_batch_sizes(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
 
 
 def simulated(model: str, axes: Axes, **sizes: Any) -> StudyPlan:
-    """Every GPU in every order at every batch size scores what one configuration generates."""
+    """Every GPU in every order at every batch size scores what one configuration generates.
+
+    Args:
+        model: The model's name.
+        axes: The values of each axis.
+        **sizes: Fields of `StudyPlan`: prompts, tokens, whether to compile.
+    """
     axis = (axes.precisions, axes.gpus, axes.orders, axes.batch_sizes)
     forced = [
         Configuration(precision=precision, gpu=gpu, order=order, batch_size=size)

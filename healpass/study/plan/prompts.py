@@ -33,6 +33,12 @@ def chat(tokenizer: Any, prompt: str) -> str:
 def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -> list[list[int]]:
     """The prompts as token ids.
 
+    Args:
+        model: Its vocabulary and its context are read.
+        tokenizer: The model's own.
+        tasks: One prompt each.
+        new_tokens: Most tokens of an answer.
+
     Raises:
         StudyError: A prompt and its answer do not fit into the model's context, or the tokenizer
             has tokens that the model has not.

@@ -83,7 +83,13 @@ def write(store: Store, result: StudyResult) -> Path:
 
 
 def report_data(store: Store, result: StudyResult, stamp: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of report.json; `healpass diff` compares two of them."""
+    """The content of report.json; `healpass diff` compares two of them.
+
+    Args:
+        store: The records; the greedy answers are read.
+        result: What the study found.
+        stamp: Content of `plan.json`: environment and command.
+    """
     answers: dict[str, dict[str, list[list[int]]]] = {}
     for unit in store.plan.units:
         if unit.kind == "greedy":

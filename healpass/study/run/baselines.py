@@ -67,7 +67,14 @@ def multiplier(gpu: str | None, order: int) -> Multiply:
 
 
 def linear(multiply: Multiply, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, `[..., K]` by `[N, K]`, rounded once to the dtype of `x`."""
+    """`x @ weight.T + bias`, `[..., K]` by `[N, K]`, rounded once to the dtype of `x`.
+
+    Args:
+        multiply: Gives FP32 of two matrices in one dtype.
+        x: `[..., K]` in the model's dtype.
+        weight: `[N, K]` in the same.
+        bias: `[N]`, added in FP32; or None.
+    """
     y = multiply(x.reshape(-1, x.shape[-1]), weight.t())
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
@@ -84,7 +91,19 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`softmax(Q K^T * scale + mask) V`, `[B, H, L, E]`, as torch defines it."""
+    """`softmax(Q K^T * scale + mask) V`, `[B, H, L, E]`, as torch defines it.
+
+    Args:
+        products: Who multiplies; both give FP32.
+        query: `[..., H, L, E]` in the model's dtype.
+        key: `[..., Hkv, S, E]`.
+        value: `[..., Hkv, S, Ev]`.
+        attn_mask: Bool (True is visible) or float (added), broadcastable to `[..., H, L, S]`.
+        dropout_p: 0.
+        is_causal: Hide key s from query l where s > l.
+        scale: Factor of the scores, `1 / sqrt(E)` if None.
+        enable_gqa: Allow H to be a multiple of Hkv.
+    """
     if dropout_p:
         raise ValueError("the study runs models in evaluation mode, without dropout")
     if enable_gqa:

@@ -69,7 +69,13 @@ class Generated:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, T]` of rows of different lengths, and their mask `[B, T]`."""
+    """Token ids `[B, T]` of rows of different lengths, and their mask `[B, T]`.
+
+    Args:
+        rows: Token ids of each text.
+        value: The token id that fills up.
+        side: `left` or `right`: where it stands.
+    """
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), value, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -46,7 +46,14 @@ class KeptWeights:
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, numerics: str = "heal"
     ) -> Tensor:
-        """As `heal::linear`: `[..., K]` by `[N, K]`, FP32 `[..., N]`."""
+        """As `heal::linear`: `[..., K]` by `[N, K]`, FP32 `[..., N]`.
+
+        Args:
+            x: FP16, BF16 or FP32.
+            weight: Any of those; what is prepared of it is kept for the next call.
+            bias: `[N]`, or None.
+            numerics: As `heal::linear` takes it.
+        """
         how = Numerics.parse(numerics)
         if how.simulate or how.order or weight.dim() != 2 or x.numel() == 0:
             return torch.ops.heal.linear(x, weight, bias, numerics)

@@ -177,12 +177,24 @@ class Store:
         return cls(folder, plan)
 
     def save_answers(self, unit: Unit, start: int, batch: Batch) -> None:
-        """Keep the answers to prompts `start`, `start + 1`, ..."""
+        """Keep the answers to prompts `start`, `start + 1`, ...
+
+        Args:
+            unit: The generating unit.
+            start: Index of the first prompt.
+            batch: One answer per prompt, and the seconds they took.
+        """
         content = {"schema": SCHEMA, **dataclasses.asdict(batch)}
         _write(self._path(unit, start, ".json"), strict_json.dumps(content).encode())
 
     def save_scores(self, unit: Unit, start: int, scores: Sequence[Scores]) -> None:
-        """Keep the scores of the answers to prompts `start`, `start + 1`, ..."""
+        """Keep the scores of the answers to prompts `start`, `start + 1`, ...
+
+        Args:
+            unit: The scoring unit.
+            start: Index of the first prompt.
+            scores: One entry per prompt.
+        """
         from safetensors.torch import save
 
         fields = [field.name for field in dataclasses.fields(Scores)]

@@ -78,6 +78,11 @@ def run(store: Store, materials: Materials, progress: Progress = lambda *_: None
 
     An interruption loses the batch at hand only.
 
+    Args:
+        store: The plan, and the records so far.
+        materials: Model and prompts, as `gather` gives them.
+        progress: Told after each batch: the unit, and how many of its prompts are done.
+
     Raises:
         StudyError: A record cannot be read or written, or a logit is not finite.
     """
@@ -175,7 +180,14 @@ def _scored(
 
 
 def answers_as_text(store: Store, materials: Materials, unit: Unit, tokens: int) -> list[Text]:
-    """What a forced unit scores: the prompts with the reference's greedy answers."""
+    """What a forced unit scores: the prompts with the reference's greedy answers.
+
+    Args:
+        store: The records; the greedy answers of the unit's precision must be there.
+        materials: The prompts.
+        unit: The unit that scores.
+        tokens: Most tokens of an answer.
+    """
     source = Unit("greedy", store.plan.reference(unit.configuration.precision))
     answers = store.answers(source)
     return [
