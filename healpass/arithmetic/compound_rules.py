@@ -233,8 +233,9 @@ def sdpa(
         query: `[..., H, L, E]`.
         key: `[..., Hkv, S, E]`.
         value: `[..., Hkv, S, Ev]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[..., H, L, S]`.
-        dropout_p: 0.
+        attn_mask: A bool tensor (True is visible) or an estimate (added), broadcastable to
+            `[..., H, L, S]`.
+        dropout_p: 0; anything else has no rule.
         is_causal: Hide key s from query l where s > l.
         kv: `fp32`, `int24` or `int16`: what Q, K and V are rounded to.
         seed: Not read: it is the dropout's.

@@ -139,7 +139,7 @@ def matmul(run: Analysis, a: Estimate, b: Estimate) -> Estimate:
     """`a @ b` by the arithmetic of the run.
 
     Args:
-        run: Records the steps. Its `how` says which arithmetic.
+        run: Records the steps; its `how` says which arithmetic.
         a: `[..., M, K]` or `[K]`.
         b: `[..., K, N]` or `[K]`.
     """

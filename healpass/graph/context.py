@@ -70,7 +70,7 @@ class Context:
 
         Args:
             node: As it was traced.
-            op: torch's name of its operator.
+            op: Plain name of its operator, as `mm`.
             heal_op: Name of the operator that took its place, as `heal::mm`.
             bound: Its worst-case error in one line, or None.
         """
@@ -81,7 +81,7 @@ class Context:
 
         Args:
             node: As it was traced.
-            op: torch's name of its operator.
+            op: Plain name of its operator, as `mm`.
             reason: Why it stays, for the report.
         """
         if node not in self.kept:
@@ -94,7 +94,7 @@ class Context:
         Args:
             node: Where it happens.
             kind: A few words that tell the kinds apart, as `graph output`.
-            dtype: The 16-bit dtype.
+            dtype: The dtype that they pass through.
             detail: What happens there, for the report.
         """
         name = str(dtype).removeprefix("torch.")

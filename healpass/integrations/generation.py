@@ -38,8 +38,8 @@ def prepare_cache(
         generation_config: That of this call; automatic compilation is switched off in it.
         model_kwargs: Arguments of the model's forward; the cache is put there.
         generation_mode: As transformers names it: whether tokens are taken back depends on it.
-        batch_size: Rows of the cache.
-        max_cache_length: Tokens that the cache has to hold, prompt and answer.
+        batch_size: Rows, as transformers counts them.
+        max_cache_length: Tokens that the cache may have to hold, prompt and answer.
     """
     name = _cache_name(model_kwargs)
     given = None if name is None else model_kwargs[name]

@@ -94,7 +94,7 @@ def exponents(values: Tensor, fmt: FloatFormat) -> Tensor:
 def truncated(
     c: Tensor, a: Tensor, b: Tensor, ea: Tensor, eb: Tensor, rule: AccumulationRule
 ) -> Tensor:
-    """One instruction of a tensor core; `ea`, `eb` are the operands' `exponents`.
+    """One instruction of a tensor core on all tiles; returns the new accumulators.
 
     Args:
         c: FP32 `[B, T, M, 16]`, the accumulators.

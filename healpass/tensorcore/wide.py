@@ -29,7 +29,7 @@ def powers(values: Tensor, fmt: FloatFormat) -> Tensor:
 def truncated(
     c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor, rule: AccumulationRule
 ) -> Tensor:
-    """One instruction of a tensor core; `pa`, `pb` are the operands' `powers`.
+    """One instruction of a tensor core on all tiles; returns the new accumulators.
 
     Args:
         c: FP64 `[B, T, M, 16]`, the accumulators.
@@ -77,7 +77,7 @@ def _toward_zero(x: Tensor) -> Tensor:
 
 
 def fused(c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor) -> Tensor:
-    """Sixteen fused multiply-adds in FP32, one after the other; `pa`, `pb` are not read.
+    """Sixteen fused multiply-adds in FP32, one after the other.
 
     Args:
         c: FP64 `[B, T, M, 16]`, the accumulators: FP32 values.

@@ -35,7 +35,7 @@ def attend_one(query: Any, key: Any, value: Any, scoring: Scoring) -> tuple[Any,
         query: `[B, H, L, E]`, L being 1; H is a multiple of Hkv.
         key: `[B, Hkv, S, E]`.
         value: `[B, Hkv, S, Ev]`.
-        scoring: Scale and mask are taken; with anything else it is None.
+        scoring: Scale and mask are taken; with anything else the result is None.
     """
     batch, heads, length, size = query.get_size()
     one = is_static(length) and int(length) == 1 and not scoring.is_causal

@@ -1,16 +1,13 @@
 """Attention on CUDA: problem -> check -> family -> tiles -> choices -> select.
 
-`heal::integer_attention` on digits and `heal::attention` on states as stored go through the same
-kernels. May import `compat`, `kernels`, `matmul` (its device check and chains), `selfcheck` and
-`tiles`. One frozen `AttentionProblem` goes through all steps. What decides bits is a function of
-the head sizes, the number of digits, whether a key head has at most 16 rows, and the generation,
-whose tensor core decides how long a chain is; else the architecture decides tiles only.
+`heal::integer_attention` on digits and `heal::attention` on states as stored share the kernels.
+May import `compat`, `kernels`, `matmul` (device check, chains), `selfcheck`, `tiles`. One frozen
+`AttentionProblem` goes through all steps. Head sizes, the number of digits, whether a key head has
+at most 16 rows, and the generation (its chains) decide bits; else the architecture decides tiles.
 
-Families (a row has the same bits for every batch, tile, number of keys behind its last visible one
-and GPU of one generation):
+Families (a row has the same bits for any batch, tile, hidden end of keys, GPU of a generation):
 
-* decode, at most 16 rows (queries times heads that share a key head): a program per fixed chunk of
-  keys, then the chunks of each row are added in order;
+* decode, at most 16 rows: a program per fixed chunk of keys; a row's chunks are added in order;
 * prefill: a program per tile of rows goes through all keys that the tile may see; with
   `m_invariant` it adds the sums of each chunk as decode does, so that no row tells its family.
 """

@@ -106,8 +106,8 @@ def weighted_on_cuda(weights: Tensor, values: Tensor, numerics: str) -> Any:
     """Decompose `heal::weighted_sum`, which is exact by definition; NotImplemented as above.
 
     Args:
-        weights: `[..., M, K]`.
-        values: `[..., K, N]`.
+        weights: `[..., L, S]` in FP16, BF16 or FP32.
+        values: `[..., S, E]`, any of those.
         numerics: An exact precision.
     """
     products = _products(numerics, weights)

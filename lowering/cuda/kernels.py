@@ -85,12 +85,12 @@ def batched_grid(
     """One block per output tile and batch entry; a long batch folds over two axes.
 
     Args:
-        batch: Matrices.
+        batch: Matrices of the output.
         m: Rows of the output.
         n: Columns of the output.
         meta: Knobs of the rendering: `BLOCK_M` and `BLOCK_N`.
         cdiv: Division rounded up, of numbers or of symbols.
-        max: The larger of numbers or of symbols.
+        max: The larger of two, numbers or symbols.
     """
     depth = max(cdiv(batch, MAX_GRID_Y), 1)
     return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), cdiv(batch, depth), depth

@@ -241,6 +241,89 @@ def test_every_module_and_public_function_says_what_it_is(path):
     assert [f.name for f in public if not ast.get_docstring(f)] == []
 
 
+#: Decorators of functions whose parameters are documented elsewhere: as the help of a command's
+#: options, or by the schema of an operator and the reference of its Triton kernel.
+DOCUMENTED_ELSEWHERE = (
+    *("app.command", "torch.library.custom_op", "torch.library.impl", "triton.jit"),
+)
+#: Methods that somebody else calls, by the signature that their base class documents.
+OVERRIDES = {
+    *("Propagated.placeholder", "Propagated.get_attr"),  # torch.fx.Interpreter
+    *("HealCache.update", "HealIntegerLayer.update"),  # transformers' Cache, CacheLayerMixin
+    *("HealCallback.on_init_end", "HealCallback.on_train_begin"),  # transformers' TrainerCallback
+    "HealCallback.on_evaluate",
+    "CallBorder.before",  # our own Border
+    *("FloatAttention.weighted_sum", "IntegerAttention.weighted_sum"),  # our own Attention
+}
+
+
+def public_functions(module: ast.Module) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions of a module, and as `Class.method` those of its classes, without an underscore."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = {node.name: node for node in module.body if isinstance(node, kinds)}
+    for owner in module.body:
+        # (The static methods of an autograd function have the signatures that torch documents.)
+        if isinstance(owner, ast.ClassDef) and "torch.autograd.Function" not in map(
+            ast.unparse, owner.bases
+        ):
+            methods = [node for node in owner.body if isinstance(node, kinds)]
+            found |= {f"{owner.name}.{method.name}": method for method in methods}
+    return {k: f for k, f in found.items() if not any(n.startswith("_") for n in k.split("."))}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of all parameters but `self` and `cls`."""
+    given = function.args
+    every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+    return [a.arg for a in every if a is not None and a.arg not in ("self", "cls")]
+
+
+def without_args(module: ast.Module) -> list[str]:
+    """Public functions of three or more parameters whose docstring has no section `Args:`."""
+    found = []
+    for name, function in public_functions(module).items():
+        decorators = [ast.unparse(d).split("(")[0] for d in function.decorator_list]
+        exempt = name in OVERRIDES or any(d in DOCUMENTED_ELSEWHERE for d in decorators)
+        lines = (ast.get_docstring(function) or "").splitlines()
+        if len(parameters(function)) >= 3 and not exempt and "Args:" not in lines:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_of_three_parameters_have_args(path):
+    assert without_args(tree(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("def f(a, b, c):\n    'Do.'", ["f"]),
+        ("def f(a, *b, c=0):\n    pass", ["f"]),
+        ("def f(a, b, **c):\n    'Do, with Args: in a sentence.'", ["f"]),
+        ("class C:\n    def f(self, a, b, c):\n        'Do.'", ["C.f"]),
+        ("class C:\n    @classmethod\n    def f(cls, a, b, c):\n        'Do.'", ["C.f"]),
+        ("@functools.cache\ndef f(a, b, c):\n    'Do.'", ["f"]),
+        ("class Border:\n    def before(self, a, b, c):\n        'Do.'", ["Border.before"]),
+        ("def f(a, b, c):\n    'Do.\\n\\n    Args:\\n        a: A number.'", []),
+        ("def f(a, b):\n    'Do.'", []),
+        ("class C:\n    def f(self, a, b):\n        'Do.'", []),
+        ("def _f(a, b, c):\n    'Do.'", []),
+        ("def f(a):\n    def g(a, b, c):\n        pass", []),
+        ("class _C:\n    def f(self, a, b, c):\n        'Do.'", []),
+        ("class CallBorder:\n    def before(self, a, b, c):\n        'Do.'", []),
+        ("@torch.library.impl(library, 'f')\ndef f(a, b, c):\n    'Do.'", []),
+        ("@triton.jit\ndef f(a, b, c):\n    'Do.'", []),
+    ],
+)
+def test_a_function_without_args_is_found(code, found):
+    assert without_args(ast.parse(code)) == found
+
+
+def test_every_override_that_needs_no_args_is_there():
+    assert set().union(*(public_functions(tree(path)) for path in SOURCES)) >= OVERRIDES
+
+
 LOOK = """
 import sys
 import torch

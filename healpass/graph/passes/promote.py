@@ -170,7 +170,7 @@ class Promotion:
         """A node that holds `node` in `dtype`.
 
         Args:
-            node: A floating-point tensor.
+            node: Its value is a floating-point tensor.
             dtype: The dtype to cast to.
             before: The node in front of which the cast is put.
         """

@@ -178,9 +178,7 @@ def scaled_scores(
     scale: float,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Step 1 from the integer sums `[B, H, L, S]` (FP64) on: scores, and which are visible.
-
-    `first_row` says which query of the whole the first one is, for `is_causal`.
+    """Step 1 from the integer sums on: scores, FP64 `[B, H, L, S]`, and which are visible.
 
     Args:
         sums: FP64 `[B, H, L, S]`: Q K^T of the integers.

@@ -41,7 +41,7 @@ def attention_in_parts(
     scale: float,
     chunk: int,
 ) -> Tensor:
-    """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks of `chunk`.
+    """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks.
 
     Args:
         query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.

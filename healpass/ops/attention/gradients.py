@@ -102,7 +102,7 @@ def gradients(
 
 
 def mask_gradient(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
-    """The gradient of a float mask, in FP32 and in its shape; arguments as in `gradients`.
+    """The gradient of a float mask, in FP32 and in its shape.
 
     Args:
         asked: The attention, with a mask.

@@ -70,7 +70,7 @@ def linear(multiply: Multiply, x: Tensor, weight: Tensor, bias: Tensor | None = 
     """`x @ weight.T + bias`, `[..., K]` by `[N, K]`, rounded once to the dtype of `x`.
 
     Args:
-        multiply: Gives FP32 of two matrices in one dtype.
+        multiply: Gives `[M, K]` by `[K, N]`, both in one dtype, in FP32.
         x: `[..., K]` in the model's dtype.
         weight: `[N, K]` in the same.
         bias: `[N]`, added in FP32; or None.
@@ -99,7 +99,7 @@ def attention(
         key: `[..., Hkv, S, E]`.
         value: `[..., Hkv, S, Ev]`.
         attn_mask: Bool (True is visible) or float (added), broadcastable to `[..., H, L, S]`.
-        dropout_p: 0.
+        dropout_p: 0; anything else is refused.
         is_causal: Hide key s from query l where s > l.
         scale: Factor of the scores, `1 / sqrt(E)` if None.
         enable_gqa: Allow H to be a multiple of Hkv.
