@@ -195,26 +195,20 @@ class Promotion:
 
     def foreign(self, node: Node) -> None:
         """Give back the traced dtypes; the rounding shows in the report."""
-        cast_any = False
+        rounded: list[torch.dtype] = []
 
         def restore(argument: Node) -> Node:
-            nonlocal cast_any
             traced: Any = self.traced.get(argument)
             if not self.was_promoted(argument):
                 return argument
-            cast_any = True
+            rounded.append(traced.dtype)
             return self.cast(argument, traced.dtype, self._outside(argument, node))
 
         node.args, node.kwargs = map_arg((node.args, node.kwargs), restore)
-        halves = [t for t in tensors([self.traced[node]]) if is_half(t)]
-        if cast_any or halves:
-            dtype = halves[0].dtype if halves else torch.float32
-            self.context.boundary(
-                node,
-                "foreign operator",
-                dtype,
-                f"{node.target} runs at the dtypes it was traced with",
-            )
+        rounded += [t.dtype for t in tensors([self.traced[node]]) if is_half(t)]
+        if rounded:
+            detail = f"{node.target} runs at the dtypes it was traced with"
+            self.context.boundary(node, "foreign operator", rounded[-1], detail)
 
     def _in_place(self, node: Node) -> None:
         destination = node_classes.destination(node)

@@ -5,7 +5,7 @@ operations, which fuse with what produced them and are shared by the products th
 `heal::digit_mm` multiplies and rounds once. Together they have the bits of `exact_matmul`.
 
 A row or column that is not finite has the scale NaN. Its digits mean nothing then, and so the
-operator takes the operands, too: `exact_matmul.special` says what infinities and NaN make.
+operator takes the operands, too: `products.exact.special` says what infinities and NaN make.
 
 `groups_by_digits` and `heal::digit_grouped_mm` are the same for products of groups.
 `heal::digit_sums` stops before the rounding: its result is the integers. With it operators whose
@@ -229,7 +229,7 @@ def partial_by_digits(
 
 
 def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) -> Tensor:
-    """As `exact_matmul.sum_products`, by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
+    """As `products.exact.sum_products`, by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
 
     Leading dimensions are equal. The caller proves that the total fits INT64.
 

@@ -70,7 +70,7 @@ def finite_sum(
         weights: `[..., L, S]`.
         values: `[..., S, E]`.
         plan: Digits of both.
-        add: `exact_matmul.sum_products` with the plan's cut.
+        add: `products.exact.sum_products` with the plan's cut.
     """
     shape = (*weights.shape[:-1], values.shape[-1])
     if 0 in (*shape, weights.shape[-1]):
