@@ -229,7 +229,7 @@ def partial_by_digits(
 
 
 def digit_sums(left: Sequence[Tensor], right: Sequence[Tensor], cut: int = 0) -> Tensor:
-    """As `products.exact.sum_products`, by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
+    """`products.exact.sum_products` by `heal::digit_sums`: `[..., M, K]`, `[..., K, N]`, INT64.
 
     Leading dimensions are equal. The caller proves that the total fits INT64.
 
