@@ -28,6 +28,7 @@ from torch import Tensor
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX, scaled_digits
 from healpass.arithmetic.int16 import IntegerFormat, whole_numbers
 from healpass.ops.attention.exact import FORMATS, P_BITS, attend_scores, scaled_scores
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Scheme, fastest_route, scale_of, scheme
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible import fp64
@@ -170,10 +171,14 @@ def attend(
             tuple(_part(x, 2, span) for x in state)
             for state, span in ((q, rows), (k, columns), (v, columns))
         )
+        mask = _part_of_mask(attn_mask, rows, columns)
         scores, visible = scaled_scores(
-            _products(block_q[0], keys), block_q[1].squeeze(-1), k_scale.squeeze(-1),
-            _part_of_mask(attn_mask, rows, columns), is_causal, scale, rows.start,
-        )  # fmt: skip
+            _products(block_q[0], keys),
+            block_q[1].squeeze(-1),
+            k_scale.squeeze(-1),
+            Scoring(scale, mask, is_causal=is_causal),
+            rows.start,
+        )
         weigh = partial(_weighted, value=values, fmt=fmt)
         blocks.append(attend_scores(scores, visible, v_scale.squeeze(-1), weigh))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)

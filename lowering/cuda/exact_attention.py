@@ -34,9 +34,17 @@ from healpass.lowering.cuda.attention import (
 )
 from healpass.lowering.cuda.exact_matmul import capability, has_kernels, terms
 from healpass.lowering.cuda.exact_tiles import exact_attention_tiles, prefers_half
-from healpass.ops.attention.exact import FORMATS, MOST_KEYS, P_DIGITS, planes, scaled_scores
+from healpass.ops.attention.exact import (
+    FORMATS,
+    MOST_KEYS,
+    P_DIGITS,
+    Planes,
+    planes,
+    scaled_scores,
+)
 from healpass.ops.attention.exact_chunks import attention_in_parts, heads_per_key
 from healpass.ops.attention.exact_sdpa import attend_gradients
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.digits import digit_sums
 from healpass.ops.products.exact import Scheme
 from healpass.ops.products.numerics import Numerics
@@ -124,8 +132,9 @@ def attention_on_cuda(
         return NotImplemented
     few = heads_per_key(query_digits, key_digits) * query_digits.shape[3] <= DECODE_ROWS
     chunk = DECODE_CHUNK if few else PREFILL_CHUNK
-    states = (query_digits, query_scale, key_digits, key_scale, value_digits, value_scale)
-    return attention_in_parts(*states, attn_mask, is_causal, scale, chunk)
+    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    return attention_in_parts(query, key, Planes(value_digits, value_scale), scoring, chunk)
 
 
 def gradients_on_cuda(
@@ -163,9 +172,8 @@ def gradients_on_cuda(
     rows = [plane.reshape(*key.shape[:2], -1, key.shape[3]) for plane in q.unbind(2)]
     sums = digit_sums(rows, [plane.mT for plane in k.unbind(2)])
     sums = sums.reshape(*query.shape[:3], key.shape[2])
-    scores, visible = scaled_scores(
-        from_integers(sums), q_scale, k_scale, attn_mask, is_causal, scale
-    )
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    scores, visible = scaled_scores(from_integers(sums), q_scale, k_scale, scoring)
     states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:

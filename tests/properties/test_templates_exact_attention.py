@@ -16,6 +16,7 @@ from healpass.lowering.cuda import exact_attention
 from healpass.lowering.cuda.tiles import AttentionTile
 from healpass.ops.attention.exact import planes
 from healpass.ops.attention.exact_chunks import attention_in_parts
+from healpass.ops.attention.scoring import Scoring
 from tests.support.bits import differing
 from tests.support.exact_gpu import Scored, run, source
 from tests.support.fake_cuda import always
@@ -94,10 +95,12 @@ def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
 def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
     q, k, v = states(5, 17, 3)
     k[0, 0, 5, 2], v[1, 0, 7, 0] = math.nan, math.inf
-    digits = [part for x in (q, k, v) for part in planes(x, kv)]
+    states_of = [planes(x, kv) for x in (q, k, v)]
+    digits = [part for state in states_of for part in state]
     for mask, causal in ((None, True), (float_mask(5, 17), False), (float_mask(5, 17) > 0, False)):
         whole = heal.exact_attention(*digits, mask, causal, 0.25, "exact5")
-        assert differing(attention_in_parts(*digits, mask, causal, 0.25, chunk), whole) == 0
+        scoring = Scoring(0.25, mask, is_causal=causal)
+        assert differing(attention_in_parts(*states_of, scoring, chunk), whole) == 0
 
 
 def test_what_has_no_kernel_runs_its_reference():
@@ -112,7 +115,8 @@ def test_what_has_no_kernel_runs_its_reference():
 def test_a_chunk_with_a_maximum_of_its_own_shows(monkeypatch):
     """A running maximum, as in flash attention, would leave its trace in fixed point."""
     q, k, v = states(5, 40)
-    digits = [part for x in (q, k, v) for part in planes(x, "int16")]
+    states_of = [planes(x, "int16") for x in (q, k, v)]
+    digits = [part for state in states_of for part in state]
     whole = heal.exact_attention(*digits, None, False, 0.25, "exact5")
     tops = heal.exact_tops
 
@@ -121,4 +125,4 @@ def test_a_chunk_with_a_maximum_of_its_own_shows(monkeypatch):
         return top[:1], scales
 
     monkeypatch.setattr(heal, "exact_tops", first_chunk_only)
-    assert differing(attention_in_parts(*digits, None, False, 0.25, 8), whole) > 0
+    assert differing(attention_in_parts(*states_of, Scoring(0.25), 8), whole) > 0

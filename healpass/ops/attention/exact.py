@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from torch import Tensor
 from healpass.arithmetic.digits import integer_digits
 from healpass.arithmetic.int16 import INT16, INT24, quantize
 from healpass.errors import OperandError
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Adders, sum_products
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible import fp64
@@ -54,7 +56,19 @@ def bound_text(kv: str) -> str:
     return f"2^-21 S / sum(p) max|v| + u |y|, Q, K and V as {kv} holds them"
 
 
-def planes(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
+class Planes(NamedTuple):
+    """Queries, keys or values as integers: `digits` times 256^d times `scale`.
+
+    Attributes:
+        digits: INT8 `[B, H, D, S, E]`, the lowest first.
+        scale: FP32 `[B, H, S]`.
+    """
+
+    digits: Tensor
+    scale: Tensor
+
+
+def planes(x: Tensor, kv: str) -> Planes:
     """`[B, H, S, E]` as digits `[B, H, D, S, E]` and scales `[B, H, S]`.
 
     Args:
@@ -64,7 +78,7 @@ def planes(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
     fmt = FORMATS[kv]
     quantized = quantize(x, fmt)
     digits = torch.stack(integer_digits(quantized.payload, fmt.digits), 2)
-    return digits, quantized.scale.squeeze(-1)
+    return Planes(digits, quantized.scale.squeeze(-1))
 
 
 def _exact_attention(
@@ -94,7 +108,7 @@ def _exact_attention(
         numerics: An exact precision; a simulated generation gives the same bits.
 
     Raises:
-        ValueError: E or S is past what INT64 holds.
+        OperandError: E or S is past what INT64 holds.
     """
     _check_budget(query_digits, value_digits)
     batch, heads, _, length, size = query_digits.shape
@@ -104,9 +118,9 @@ def _exact_attention(
     how = Numerics.parse(numerics)
     adders = Adders(how.simulate, how.order)
     groups = heads // key_digits.shape[1]
-    scores, visible = visible_scores(
-        query_digits, query_scale, key_digits, key_scale, attn_mask, is_causal, scale, adders
-    )
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    scores, visible = visible_scores(query, key, scoring, adders)
 
     def weigh(fixed: Tensor) -> Tensor:
         rows = fixed.reshape(batch, heads // groups, groups * length, keys)
@@ -138,45 +152,28 @@ def attend_scores(
 
 
 def visible_scores(
-    query_digits: Tensor,
-    query_scale: Tensor,
-    key_digits: Tensor,
-    key_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    adders: Adders,
+    query: Planes, key: Planes, scoring: Scoring, adders: Adders
 ) -> tuple[Tensor, Tensor]:
     """Scores `[B, H, L, S]` in FP64, -inf where a key is hidden, and which are visible.
 
     Args:
-        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
-        query_scale: FP32 `[B, H, L]`.
-        key_digits: INT8 `[B, Hkv, D, S, E]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
+        query: Of `[B, H, L, E]`; H is a multiple of Hkv.
+        key: Of `[B, Hkv, S, E]`.
+        scoring: Its scale, its mask, and whether it is causal.
         adders: Who adds the products of digits.
     """
-    batch, heads, _, length, size = query_digits.shape
-    groups = heads // key_digits.shape[1]
+    batch, heads, _, length, size = query.digits.shape
+    groups = heads // key.digits.shape[1]
     shape = (batch, heads // groups, groups * length, size)
-    query = tuple(plane.reshape(shape) for plane in query_digits.unbind(2))
-    key = tuple(plane.mT for plane in key_digits.unbind(2))
-    products = sum_products(query, key, 0, adders)
-    sums = from_integers(products.reshape(batch, heads, length, key_digits.shape[3]))
-    return scaled_scores(sums, query_scale, key_scale, attn_mask, is_causal, scale)
+    left = tuple(plane.reshape(shape) for plane in query.digits.unbind(2))
+    right = tuple(plane.mT for plane in key.digits.unbind(2))
+    products = sum_products(left, right, 0, adders)
+    sums = from_integers(products.reshape(batch, heads, length, key.digits.shape[3]))
+    return scaled_scores(sums, query.scale, key.scale, scoring)
 
 
 def scaled_scores(
-    sums: Tensor,
-    query_scale: Tensor,
-    key_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    first_row: int = 0,
+    sums: Tensor, query_scale: Tensor, key_scale: Tensor, scoring: Scoring, first_row: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Step 1 from the integer sums on: scores, FP64 `[B, H, L, S]`, and which are visible.
 
@@ -184,14 +181,13 @@ def scaled_scores(
         sums: FP64 `[B, H, L, S]`: Q K^T of the integers.
         query_scale: FP32 `[B, H, L]`.
         key_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > first_row + l.
-        scale: Factor of the scores.
+        scoring: Its scale, its mask, and whether it hides key s from query l where
+            s > first_row + l.
         first_row: Which query of the whole the first one is.
     """
     groups = query_scale.shape[1] // key_scale.shape[1]
     scales = query_scale.to(torch.float64).unsqueeze(-1) * _per_head(key_scale, groups)
-    return _masked(sums * scales * scale, attn_mask, is_causal, first_row)
+    return _masked(sums * scales * scoring.scale, scoring, first_row)
 
 
 def _check_budget(query_digits: Tensor, value_digits: Tensor) -> None:
@@ -210,12 +206,10 @@ def _per_head(scale: Tensor, groups: int) -> Tensor:
     return scale.to(torch.float64).repeat_interleave(groups, 1).unsqueeze(2)
 
 
-def _masked(
-    scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int = 0
-) -> tuple[Tensor, Tensor]:
+def _masked(scores: Tensor, scoring: Scoring, first_row: int) -> tuple[Tensor, Tensor]:
     """The scores with the mask added, -inf where hidden, and what is visible."""
-    visible = torch.ones_like(scores, dtype=torch.bool)
-    if is_causal:
+    attn_mask, visible = scoring.attn_mask, torch.ones_like(scores, dtype=torch.bool)
+    if scoring.is_causal:
         visible = visible.tril(first_row)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from healpass.arithmetic.digits import integer_digits
-from healpass.ops.attention.exact import P_BITS, P_DIGITS, visible_scores
+from healpass.ops.attention.exact import P_BITS, P_DIGITS, Planes, visible_scores
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Adders, sum_products
 from healpass.ops.reproducible import fp64
 from healpass.ops.reproducible.reduce import element_bits, from_integers
@@ -30,40 +31,25 @@ heal = torch.ops.heal
 
 
 def attention_in_parts(
-    query_digits: Tensor,
-    query_scale: Tensor,
-    key_digits: Tensor,
-    key_scale: Tensor,
-    value_digits: Tensor,
-    value_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    chunk: int,
+    query: Planes, key: Planes, value: Planes, scoring: Scoring, chunk: int
 ) -> Tensor:
     """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks.
 
     Args:
-        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
-        query_scale: FP32 `[B, H, L]`.
-        key_digits: INT8 `[B, Hkv, D, S, E]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
-        value_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
+        query: Of `[B, H, L, E]`; H is a multiple of Hkv.
+        key: Of `[B, Hkv, S, E]`, S > 0.
+        value: Of `[B, Hkv, S, Ev]`.
+        scoring: Its scale, its mask, and whether it is causal.
         chunk: Keys per chunk.
     """
-    scoring = (attn_mask, is_causal, scale)
-    states = (query_digits, query_scale, key_digits, key_scale)
-    tops, scales = heal.exact_tops(*states, value_scale, *scoring, chunk)
+    how = (scoring.attn_mask, scoring.is_causal, scoring.scale)
+    tops, scales = heal.exact_tops(*query, *key, value.scale, *how, chunk)
     top, largest = tops.amax(0), scales.amax(0)
     exponent = (largest.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS + 1
     exponent = exponent.clamp(-200, 200)
-    bits = element_bits(key_digits.shape[3])
+    bits = element_bits(key.digits.shape[3])
     numerators, denominators = heal.exact_sums(
-        *states, value_digits, value_scale, *scoring, chunk,
+        *query, *key, *value, *how, chunk,
         top, fp64.two_to(P_BITS - exponent), 2.0**bits,
     )  # fmt: skip
     numerator = from_integers(numerators.sum(0)) * fp64.two_to(exponent - P_BITS).unsqueeze(-1)
@@ -101,9 +87,9 @@ def _exact_tops(
         scale: Factor of the scores.
         chunk: Keys per chunk.
     """
-    scores, visible = visible_scores(
-        query_digits, query_scale, key_digits, key_scale, attn_mask, is_causal, scale, Adders()
-    )
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    scores, visible = visible_scores(query, key, scoring, Adders())
     scales = value_scale.repeat_interleave(scores.shape[1] // value_scale.shape[1], 1)[:, :, None]
     broken = visible & (~(scores.abs() < math.inf) | scales.isnan())
     scores = torch.where(broken, math.nan, scores)
@@ -136,9 +122,9 @@ def _exact_sums(
         factor: FP64 `[B, H, L]`, what p times V's scale is multiplied by before it is rounded.
         unit: What p is multiplied by before it is rounded.
     """
-    scores, visible = visible_scores(
-        query_digits, query_scale, key_digits, key_scale, attn_mask, is_causal, scale, Adders()
-    )
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    scores, visible = visible_scores(query, key, scoring, Adders())
     (batch, heads, length, keys), groups = scores.shape, heads_per_key(query_digits, key_digits)
     seen = visible & (top.abs() < math.inf)[..., None]
     weights = fp64.exp(torch.where(seen, scores - top[..., None], -math.inf))

@@ -18,6 +18,7 @@ from torch import Tensor
 from healpass.arithmetic.int16 import round_trip
 from healpass.ops.attention.exact import FORMATS, exponentials, planes, visible_scores
 from healpass.ops.attention.exact_capped import attend_by_weights
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.attention.sdpa import four_dimensional, leading, mask_four_dimensional
 from healpass.ops.library import library
 from healpass.ops.products.exact import Adders
@@ -64,7 +65,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of Q, K and V, in FP32."""
     how = Numerics.parse(numerics)
-    scores, visible = _scores(query, key, attn_mask, is_causal, scale, kv, how)
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    scores, visible = _scores(query, key, scoring, kv, how)
     states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
     return attend_gradients(grad, states, scores, visible, scale, how.multiply)
 
@@ -82,24 +84,18 @@ def _mask_backward(
 ) -> Tensor:
     """The gradient of the mask in FP32: that of the scores, summed exactly to its shape."""
     how = Numerics.parse(numerics)
-    scores, visible = _scores(query, key, attn_mask, is_causal, scale, kv, how)
+    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
+    scores, visible = _scores(query, key, scoring, kv, how)
     p = _probabilities(scores, visible)
     grad_scores = _score_gradients(p, grad, round_trip(value, FORMATS[kv]), how.multiply)
     return sum_to(fp64.to_fp32(grad_scores).reshape(scores.shape), attn_mask.shape)
 
 
 def _scores(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    kv: str,
-    how: Numerics,
+    query: Tensor, key: Tensor, scoring: Scoring, kv: str, how: Numerics
 ) -> tuple[Tensor, Tensor]:
     adders = Adders(how.simulate, how.order)
-    digits = (*planes(query, kv), *planes(key, kv))
-    return visible_scores(*digits, attn_mask, is_causal, scale, adders)
+    return visible_scores(planes(query, kv), planes(key, kv), scoring, adders)
 
 
 def attend_gradients(
