@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from healpass.arithmetic.digits import BASE_BITS
 from healpass.lowering import compat
 from healpass.lowering.cpu.flash import attend_one
 from healpass.lowering.expressions import aten, call, is_static
+from healpass.lowering.states import States
 from healpass.ops.attention.scoring import Scoring
 
 #: Rows and keys of a block. Tuning: 96 KiB of scores.
@@ -51,30 +52,6 @@ def lower_integer_attention(*args: Any) -> tuple[Any, Any] | None:
     return attend(query, key, value, Scoring.read(*args[6:-1]))
 
 
-@dataclass(frozen=True)
-class States:
-    """Q, K or V: digits `[B, H, D, S, E]` with scales `[B, H, S]`, or `[B, H, S, E]` as stored."""
-
-    data: Any
-    scale: Any = None
-
-    @property
-    def digits(self) -> int:
-        """Number of digits; 0 for states as stored."""
-        return 0 if self.scale is None else compat.as_int(self.data.get_size()[2])
-
-    @property
-    def size(self) -> tuple[Any, ...]:
-        """B, H, S, E."""
-        batch, heads, *_, length, head_size = self.data.get_size()
-        return batch, heads, length, head_size
-
-    def realized(self) -> States:
-        """The same, in memory."""
-        return States(*(None if x is None else compat.realize_inputs(x)
-                        for x in (self.data, self.scale)))  # fmt: skip
-
-
 def attend(query: States, key: States, value: States, scoring: Scoring) -> tuple[Any, Any] | None:
     """Output `[B, H, L, Ev]` and logsumexp `[B, H, L]`; None for a single row, or none.
 
@@ -84,7 +61,7 @@ def attend(query: States, key: States, value: States, scoring: Scoring) -> tuple
         value: The same, `[B, Hkv, S, Ev]`.
         scoring: All else that decides a weight; its tensors are Inductor's.
     """
-    *lead, size = (*query.size[:3], value.size[-1])
+    lead, size = list(query.size[:3]), value.size[-1]
     if any(is_static(s) and int(s) == 0 for s in (*lead, size, *key.size)):
         return None
     if all(is_static(s) and int(s) == 1 for s in lead):

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -30,6 +30,8 @@ from healpass.lowering.cuda import kernels, selfcheck
 from healpass.lowering.cuda.matmul import chain_k
 from healpass.lowering.cuda.matmul import check as check_device
 from healpass.lowering.cuda.tiles import AttentionTile, attention_tiles
+from healpass.lowering.states import States
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.numerics import Numerics
 
 #: Numerics: a key head with at most so many rows is decoded.
@@ -48,43 +50,21 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class States:
-    """Q, K or V: digits `[B, H, D, S, E]` with scales `[B, H, S]`, or `[B, H, S, E]` as stored."""
-
-    data: ir.TensorBox
-    scale: ir.TensorBox | None
-
-    @property
-    def digits(self) -> int:
-        """Number of digits; 0 for states as stored."""
-        return 0 if self.scale is None else int(self.data.get_size()[2])
-
-    @property
-    def size(self) -> tuple[sympy.Expr, ...]:
-        """B, H, S, E."""
-        batch, heads, *_, length, head_size = self.data.get_size()
-        return batch, heads, length, head_size
-
-    def nodes(self) -> Iterator[ir.IRNode]:
-        """What a kernel reads."""
-        yield from (compat.realize_inputs(x) for x in (self.data, self.scale) if x is not None)
-
-
-@dataclass(frozen=True)
 class AttentionProblem:
-    """One attention, all that the steps below need to know; scoring as the operator takes it."""
+    """One attention, all that the steps below need to know.
+
+    Attributes:
+        query: Of `[B, H, L, E]`; H is a multiple of Hkv.
+        key: Of `[B, Hkv, S, E]`.
+        value: Of `[B, Hkv, S, Ev]`.
+        scoring: All else that decides a weight; its tensors are Inductor's.
+        numerics: As the operator takes it.
+    """
 
     query: States
     key: States
     value: States
-    mask: ir.TensorBox | None
-    sinks: ir.TensorBox | None
-    seed: ir.TensorBox | None
-    is_causal: bool
-    scale: float
-    window: int | None
-    softcap: float | None
-    dropout_p: float
+    scoring: Scoring
     numerics: str
 
     @classmethod
@@ -95,15 +75,15 @@ class AttentionProblem:
     @classmethod
     def of_floats(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::attention`."""
-        return cls._read([States(x, None) for x in call[:3]], *call[3:])
+        return cls._read([States(x) for x in call[:3]], *call[3:])
 
     @classmethod
     def _read(cls, states: Sequence[States], *rest: Any) -> AttentionProblem:
-        mask, sinks, seed, is_causal, scale, window, softcap, dropout_p, numerics = rest
-        window = None if window is None else compat.as_int(window)
         query, key, value = states
-        scoring = (mask, sinks, seed, is_causal, scale, window, softcap, dropout_p)
-        return cls(query, key, value, *scoring, numerics)
+        scoring = Scoring.read(*rest[:-1])
+        if scoring.window is not None:
+            scoring = replace(scoring, window=compat.as_int(scoring.window))
+        return cls(query, key, value, scoring, rest[-1])
 
     @property
     def device(self) -> torch.device:
@@ -183,31 +163,34 @@ class AttentionProblem:
     def nodes(self) -> list[ir.IRNode]:
         """What the kernels read, in the order of the templates' inputs."""
         states = [x for s in (self.query, self.key, self.value) for x in s.nodes()]
-        mask = None if self.mask is None else self.expanded_mask()
-        others = (mask, self.sinks, self.seed if self.dropout_p else None)
+        how, mask = self.scoring, self.expanded_mask()
+        others = (mask, how.sinks, how.seed if how.dropout_p else None)
         return states + [compat.realize_inputs(x) for x in others if x is not None]
 
-    def expanded_mask(self) -> ir.TensorBox:
-        """The mask as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
-        assert self.mask is not None, "the caller asks only for a mask that is there"
-        self.mask.realize()
-        return lowerings[aten.expand.default](self.mask, [*self.query.size[:3], self.key.size[2]])
+    def expanded_mask(self) -> ir.TensorBox | None:
+        """The mask, if any, as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
+        mask: Any = self.scoring.attn_mask
+        if mask is None:
+            return None
+        mask.realize()
+        return lowerings[aten.expand.default](mask, [*self.query.size[:3], self.key.size[2]])
 
     def knobs(self) -> dict[str, Any]:
         """Numerics knobs that all kernels share."""
         block_e, block_v = self.head_blocks
+        how, mask = self.scoring, self.scoring.attn_mask
         return {
             "Q_DIGITS": self.query.digits,
             "K_DIGITS": self.key.digits,
             "V_DIGITS": self.value.digits,
-            "HAS_MASK": self.mask is not None,
-            "BOOL_MASK": self.mask is not None and self.mask.get_dtype() == torch.bool,
-            "HAS_SINKS": self.sinks is not None,
-            "CAUSAL": self.is_causal,
-            "SCALE": float(self.scale),
-            "WINDOW": self.window,
-            "SOFTCAP": self.softcap,
-            "DROPOUT_P": self.dropout_p,
+            "HAS_MASK": mask is not None,
+            "BOOL_MASK": mask is not None and mask.get_dtype() == torch.bool,  # type: ignore[attr-defined]
+            "HAS_SINKS": how.sinks is not None,
+            "CAUSAL": how.is_causal,
+            "SCALE": float(how.scale),
+            "WINDOW": how.window,
+            "SOFTCAP": how.softcap,
+            "DROPOUT_P": how.dropout_p,
             "BLOCK_E": block_e,
             "BLOCK_V": block_v,
             "BLOCK_N": keys_per_block(max(block_e, block_v), self.key.digits, self.chain),
@@ -342,8 +325,9 @@ def _nothing(problem: AttentionProblem) -> tuple[ir.TensorBox, ir.TensorBox]:
     full, size = lowerings[aten.full.default], problem.output_size
     options = {"dtype": torch.float32, "device": problem.device}
     output, logsumexp = full(size, 0.0, **options), full(size[:-1], -math.inf, **options)
-    if problem.sinks is not None:
-        sinks = to_dtype(lowerings[aten.reshape.default](problem.sinks, [-1, 1]), torch.float32)
+    sinks: Any = problem.scoring.sinks
+    if sinks is not None:
+        sinks = to_dtype(lowerings[aten.reshape.default](sinks, [-1, 1]), torch.float32)
         logsumexp = lowerings[aten.expand.default](sinks, size[:-1])
     return output, logsumexp
 
@@ -381,7 +365,7 @@ def _merge(
     problem: AttentionProblem, part: ir.TensorBox, top: ir.TensorBox, total: ir.TensorBox
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     logsumexp = problem.buffer(*problem.output_size[:-1])
-    sinks = [] if problem.sinks is None else [problem.sinks]
+    sinks: list[Any] = [] if problem.scoring.sinks is None else [problem.scoring.sinks]
     nodes = [compat.realize_inputs(x) for x in (part, top, total, *sinks)]
     launch = Launch(
         "attention_merge",
@@ -390,7 +374,7 @@ def _merge(
         mutated=[logsumexp],
         programs=[problem.key_heads, problem.rows, 1],
     )
-    knobs = {"HAS_SINKS": problem.sinks is not None, "BLOCK_V": problem.head_blocks[1], **MERGE}
+    knobs = {"HAS_SINKS": bool(sinks), "BLOCK_V": problem.head_blocks[1], **MERGE}
     return select(launch, knobs, [AttentionTile(1, 1, 1)]), logsumexp
 
 

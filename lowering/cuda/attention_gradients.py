@@ -7,7 +7,7 @@ gradients of a mask and of sinks are the operators' reference implementation.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def _lower(
     problem: AttentionProblem, grad: ir.TensorBox, output: ir.TensorBox, logsumexp: ir.TensorBox
 ) -> Gradients | None:
     # The logsumexp holds what the sinks add to the denominator.
-    problem = dataclasses.replace(problem, sinks=None)
+    problem = replace(problem, scoring=replace(problem.scoring, sinks=None))
     results = [list(states.size) for states in (problem.query, problem.key)]
     if problem.empty or any(map(is_single, results)):
         return None

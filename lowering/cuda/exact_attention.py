@@ -29,11 +29,11 @@ from healpass.lowering.cuda.attention import (
     LARGEST_HEAD,
     AttentionProblem,
     Launch,
-    States,
     select,
 )
 from healpass.lowering.cuda.exact_matmul import capability, has_kernels, terms
 from healpass.lowering.cuda.exact_tiles import exact_attention_tiles, prefers_half
+from healpass.lowering.states import States
 from healpass.ops.attention.exact import (
     FORMATS,
     MOST_KEYS,
@@ -208,7 +208,8 @@ def lower_tops(
         chunk: Keys per chunk.
     """
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
-    problem = _problem(query, key, key, mask, is_causal, scale)
+    scoring: Any = Scoring(scale, mask, is_causal=is_causal)  # type: ignore[arg-type]
+    problem = AttentionProblem(query, key, key, scoring, "exact5")
     if not has_kernels(problem.device):
         return None
     name, size = "exact_attention_tops", _size(problem, chunk)
@@ -260,7 +261,8 @@ def lower_sums(
     """
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
     value = States(value_digits, value_scale)
-    problem = _problem(query, key, value, mask, is_causal, scale)
+    scoring: Any = Scoring(scale, mask, is_causal=is_causal)  # type: ignore[arg-type]
+    problem = AttentionProblem(query, key, value, scoring, "exact5")
     if not has_kernels(problem.device):
         return None
     name, size = "exact_attention_sums", _size(problem, chunk)
@@ -282,18 +284,6 @@ def lower_sums(
     return select(launch, knobs, _tiles(problem)), total
 
 
-def _problem(
-    query: States,
-    key: States,
-    value: States,
-    mask: ir.TensorBox | None,
-    is_causal: bool,
-    scale: float,
-) -> AttentionProblem:
-    plain = (None, None, 0.0, "exact5")  # no window, cap or dropout
-    return AttentionProblem(query, key, value, mask, None, None, is_causal, scale, *plain)
-
-
 def _size(problem: AttentionProblem, chunk: int) -> list[Any]:
     """`[C, B, H, L]`."""
     return [compat.ceildiv(problem.key.size[2], chunk), *problem.query.size[:3]]
@@ -309,7 +299,8 @@ def _layout(problem: AttentionProblem, size: list[Any], dtype: torch.dtype) -> i
 
 
 def _mask(problem: AttentionProblem) -> list[ir.IRNode]:
-    return [] if problem.mask is None else [problem.expanded_mask()]
+    mask = problem.expanded_mask()
+    return [] if mask is None else [mask]
 
 
 def _tiles(problem: AttentionProblem) -> list[Any]:
