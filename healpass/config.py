@@ -165,13 +165,13 @@ class HealConfig:
                 f"{type(options).__name__}.\nAs in healpass.explain(model, precision='exact')"
                 "(*inputs): what the model is called with comes in the second brackets."
             )
-        config = isinstance(options, HealConfig)
         given = _changed(options) if isinstance(options, HealConfig) else dict(options or {})
+        given = {name: value for name, value in given.items() if (name, value) != ("mode", None)}
         _check_known(cls, [*given, *more])
         for name, value in more.items():
             if name == "mode" and value is None:
                 continue
-            if not config and given.get(name, value) != value:
+            if given.get(name, value) != value:
                 raise ConfigError(
                     f"{name}={value!r} and options[{name!r}]={given[name]!r} contradict each "
                     "other. Give one of them."

@@ -14,7 +14,7 @@ from rich.console import Console
 from healpass import report_view, strict_json
 
 #: Version of the JSON layout; grows when a field changes its meaning or goes away.
-SCHEMA = 2
+SCHEMA = 3
 #: Kind of the boundary where a value leaves a graph for code that is not compiled with it.
 GRAPH_BREAK = "graph break"
 

@@ -70,7 +70,7 @@ def verdict(report: Any) -> list[str]:
     found = [
         f"precision={precision}: {rewritten} of {len(report.nodes)} matmul and SDPA nodes "
         f"rewritten in {len(report.graphs)} graph(s)"
-        + (f": {_promise(report)}." if rewritten and precision in _PROMISES else ".")
+        + (f": {_promise(report)}." if _holds(report) else ".")
     ]
     if report.kept:
         found.append(f"{len(report.kept)} kept as traced, for the reasons below.")
@@ -84,11 +84,17 @@ def verdict(report: Any) -> list[str]:
     return found
 
 
+def _holds(report: Any) -> bool:
+    """Whether the precision's promise holds for the whole model."""
+    known = report.config["precision"] in _PROMISES
+    return known and bool(report.nodes) and not report.kept and not report.uncompiled
+
+
 def _promise(report: Any) -> str:
     promise, kv = _PROMISES[report.config["precision"]], report.config.get("kv")
     attends = any(node.heal_op == "heal::sdpa" for node in report.nodes)
     if report.config["precision"] == "heal" and attends:
-        promise += f", attention on {kv or 'int16'}"
+        promise += f", attention on {kv or 'int16, or as its HealCache holds keys and values'}"
     return promise
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from healpass.config import HealConfig
 from healpass.report_view import text_table
 from healpass.uncompiled import Region, Uncompiled
 from healpass.watch import config_of, context_of, region_of_context
@@ -122,7 +123,7 @@ def status(model: Any) -> Status:
             if not entry.graphs and module is not None and _is_never_traced(module):
                 entry = replace(entry, uncompiled=(*entry.uncompiled, _never(module)))
             found.append(entry)
-        elif hasattr(candidate, "config") and hasattr(candidate, "compiled"):
+        elif isinstance(getattr(candidate, "config", None), HealConfig):
             found.append(EntryStatus(name, candidate.config.precision, 0, 0, 0, ()))
     return Status(tuple(found))
 

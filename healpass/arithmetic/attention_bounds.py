@@ -50,6 +50,7 @@ from healpass.arithmetic.symbols import (
     describe,
     gamma,
 )
+from healpass.errors import NoRuleError
 
 #: Units in the last place within which an FP32 exp is computed: SLEEF's is 1, CUDA's expf 2.
 EXP_ULPS = 2
@@ -96,11 +97,11 @@ def attention_bound(shape: AttentionShape) -> Bound:
     """Forward error of one element of `heal::attention` with FP32 operands.
 
     Raises:
-        ValueError: The precision, rule or format has no bound here.
+        NoRuleError: The precision, rule or format has no bound here.
     """
     known = ("fp32", DIGITS, *_FORMATS)
     if shape.kv not in known:
-        raise ValueError(f"no attention bound for kv={shape.kv!r}; known: {', '.join(known)}.")
+        raise NoRuleError(f"no attention bound for kv={shape.kv!r}; known: {', '.join(known)}.")
     delta = _score_error(shape)
     theta = _weight_error(delta, shape.keys)
     product = _product_bound(shape).expression.subs(

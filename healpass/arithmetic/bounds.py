@@ -48,6 +48,7 @@ from healpass.arithmetic.symbols import (
     gamma,
     matmul_magnitudes,
 )
+from healpass.errors import NoRuleError
 
 __all__ = ["HARDWARE", "Bound", "Hardware", "Term", "matmul_bound", "matmul_magnitudes"]
 
@@ -137,14 +138,14 @@ def matmul_bound(
             that maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
 
     Raises:
-        ValueError: The precision or the rule has no bound here.
+        NoRuleError: The precision or the rule has no bound here.
     """
     if precision in ("layercast", "fp32") or (precision == "heal" and rule is None):
         return _fp32_bound(k)
     if precision in ("bf16", "fp16"):
         return _rounded_bound(_fp32_bound(k), precision)
     if precision != "heal" or rule not in HARDWARE:
-        raise ValueError(
+        raise NoRuleError(
             f"no error bound for precision={precision!r}, rule={rule!r}: bounds cover heal (with "
             f"a rule among {', '.join(HARDWARE)}), layercast, fp32, bf16 and fp16."
         )

@@ -55,7 +55,9 @@ def observe(graph_module: GraphModule, config: HealConfig, report: GraphReport, 
     Returns:
         What the graph returns.
     """
-    arithmetic = Arithmetic(config.precision, config.debug.simulate)
+    # What a graph as traced computes in FP32 has the bound of FP32 sums.
+    precision = config.precision if config.rewrites else "fp32"
+    arithmetic = Arithmetic(precision, config.debug.simulate)
     with torch.no_grad():
         measured = Measured(graph_module, arithmetic)
         result = measured.run(*args)

@@ -50,7 +50,9 @@ def verify(graph_module: GraphModule, context: Context, after: str, complete: bo
 
 
 def verify_late(graph: Graph, after: str, unknown: set[Node]) -> None:
-    """Check an ATen graph after a late pass: it is well formed, and new values are known.
+    """Sort and check an ATen graph after a late pass: it is well formed, new values are known.
+
+    Inductor sorts it after the last pass; a pass may leave a call before its last operand.
 
     Args:
         graph: What Inductor is about to lower.
@@ -60,6 +62,9 @@ def verify_late(graph: Graph, after: str, unknown: set[Node]) -> None:
     Raises:
         GraphCheckError: A node that the pass made has no value.
     """
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
     graph.lint()
     for node in calls_without_value(graph) - unknown:
         raise _error(node, after, "it has no value, so Inductor cannot lower it")
@@ -165,5 +170,5 @@ def _error(node: Node, after: str, problem: str) -> GraphCheckError:
         f"the graph is wrong after pass {after!r} at node {qualified_name(node)!r}: {problem}\n"
         f"  user code: {line}: {code}\n"
         f"  torch {torch.__version__}. This is a bug of healpass; "
-        f"options={{'disable': ({after!r},)}} leaves the pass out."
+        f"options={{'debug': {{'disable': ({after!r},)}}}} leaves the pass out."
     )

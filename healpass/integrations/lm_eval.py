@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from healpass.config import HealConfig
+from healpass.config import Debug, HealConfig
 from healpass.errors import missing_extra
 from healpass.integrations.transformers import heal_model
 
@@ -30,6 +30,7 @@ except ImportError as error:
     raise missing_extra("healpass.integrations.lm_eval", "eval", error) from error
 
 OPTIONS = frozenset(field.name for field in dataclasses.fields(HealConfig))
+DEBUG = frozenset(field.name for field in dataclasses.fields(Debug))
 
 
 @register_model("heal-hf")
@@ -38,7 +39,8 @@ class HealHFLM(HFLM):
 
     Args:
         pretrained: A model's name or folder, or a `PreTrainedModel`, which is compiled in place.
-        **arguments: Fields of `HealConfig`, as `precision="exact"`, and arguments of `HFLM`.
+        **arguments: Fields of `HealConfig` and of `Debug`, as `precision="exact"`, and what `HFLM`
+            takes.
 
     Raises:
         ConfigError: A field of `HealConfig` has a wrong value.
@@ -46,6 +48,9 @@ class HealHFLM(HFLM):
 
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in OPTIONS & arguments.keys()}
+        debug = {name: arguments.pop(name) for name in DEBUG & arguments.keys()}
+        if debug:  # one text per argument is all that a command line has
+            options["debug"] = {**options.get("debug", {}), **debug}
         HealConfig.read(options)  # before a model is loaded
         super().__init__(pretrained=pretrained, **arguments)
         heal_model(self.model, **options)

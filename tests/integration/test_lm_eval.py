@@ -109,6 +109,13 @@ def test_the_whole_way_compiled_by_inductor(tokenizer, in_the_task_folder, tmp_p
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_debug_options_are_one_text_each(tokenizer, tmp_path):
+    arguments = saved(tokenizer, tmp_path) + ",simulate=h100,order=2"
+    lm = get_model("heal-hf").create_from_arg_string(arguments, {"device": "cpu"})
+    (_, options) = lm.model._prepare_cache_for_generation.args
+    assert (options.debug.simulate, options.debug.order) == ("h100", 2)
+
+
 def test_a_wrong_option_is_refused_before_a_model_is_loaded():
     with pytest.raises(ConfigError, match="precision='exakt' is not one of"):
         HealHFLM("no/such/model", precision="exakt")

@@ -38,7 +38,7 @@ BELOW = {
     "lowering": {"errors", "arithmetic", "ops", "cache_key"},
     "uncompiled": {"errors", "config"},
     "watch": {"errors", "config", "uncompiled"},
-    "status": {"report_view", "uncompiled", "watch"},
+    "status": {"config", "report_view", "uncompiled", "watch"},
     "integrations": {"errors", "arithmetic", "ops", "config", "watch"},
     # Beyond the public names: the simulated adders for its baselines, the digits of exact weights
     # (to keep them), HEAL for transformers, and the stamp of the environment. Nothing below

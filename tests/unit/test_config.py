@@ -200,4 +200,7 @@ def test_what_is_no_set_of_options_is_refused_with_the_way_to_call():
         HealConfig.read(torch.ones(2))
     with pytest.raises(ConfigError, match="contradict each other"):
         HealConfig.read({"kv": "int16"}, kv="int24")
-    assert HealConfig.read(HealConfig(kv="int16"), kv="int24").kv == "int24"
+    with pytest.raises(ConfigError, match="contradict each other"):
+        HealConfig.read(HealConfig(mode="lite"), mode="default")
+    assert HealConfig.read(HealConfig(kv="int16"), outputs="fp32").outputs == "fp32"
+    assert HealConfig.read({"mode": None}, mode="default").mode == "default"

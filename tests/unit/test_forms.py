@@ -191,6 +191,24 @@ def test_arguments_are_bound_as_torch_takes_them_or_not_at_all(args, kwargs, bou
     assert bind(FORMS_OF_MATMULS["mm"], node_of(*args, **kwargs)) == bound
 
 
+OLD = {
+    "addmm": lambda t, a: torch.addmm(0.5, t, a, a),
+    "Tensor.addmm": lambda t, a: t.addmm(0.5, a, a),
+    "in place": lambda t, a: (t * 1).addmm_(0.5, a, a),
+    "with two factors": lambda t, a: torch.addmm(0.5, t, 2, a, a),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This overload")
+@pytest.mark.parametrize("name", OLD)
+def test_torchs_old_order_of_arguments_is_kept_and_right(name):
+    """A factor comes first there, and no operand may be taken for another."""
+    rewritten = Rewritten(OLD[name])
+    exact, budget = OLD[name](W.double(), W.double()), 12 * U * OLD[name](*absolute((W, W)))
+    assert worst_ratio(rewritten(W, W), exact, budget) <= 1
+    assert set(rewritten.kept.values()) == {"no heal operator for these arguments"}
+
+
 WIDER = {
     "mm by position": (lambda a, b: torch.mm(a, b, torch.float32), (X, W)),
     "mm by name": (lambda a, b: torch.mm(a, b, out_dtype=torch.float32), (X, W)),

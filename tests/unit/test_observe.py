@@ -214,6 +214,19 @@ def test_16_bit_arithmetic_gets_no_number():
     assert "runs in 16 bits" in report.outputs[0].reason
 
 
+def test_exact_products_have_no_rule_and_say_so():
+    report = explained(lambda x, w: x @ w, X4, W4, config=HealConfig(precision="exact"))
+    assert report.nodes[0].observed is None
+    assert "no error bound for precision='exact'" in report.nodes[0].unobserved
+    assert "node(s) without an observed error: no error bound" in " ".join(str(report).split())
+
+
+def test_an_fp32_graph_that_is_left_as_traced_is_bounded_as_torch_adds():
+    config = HealConfig(precision="traced")
+    (output,) = explained(lambda x, w: x @ w, X4.float(), W4.float(), config=config).outputs
+    assert 0 < output.observed <= 1
+
+
 def test_an_error_does_not_end_at_a_detach():
     (output,) = explained(lambda x, w: (x @ w).detach() * 2, X4, W4).outputs
     assert 0 < output.observed <= 1

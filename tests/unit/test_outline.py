@@ -347,6 +347,27 @@ def test_late_passes_have_a_record_an_artifact_and_a_check_as_the_others_have(mo
     assert report.passes == []
 
 
+def test_a_constant_in_the_middle_of_a_layer_is_passed_to_its_call():
+    """Such as freezing makes: the call comes first, and Inductor sorts what comes late."""
+    constants = [torch.full((4, 4), 1.0 + index) for index in range(6)]
+
+    def layer(given: tuple[Tensor, ...]) -> Callable[[Tensor, int], Tensor]:
+        return lambda x, index: torch.cos(x * given[index])
+
+    owner = traced(lambda x, *given: chain(x, layer(given)), torch.randn(4, 4), *constants)
+    graph = owner.graph
+    for index, node in enumerate(graph.find_nodes(op="placeholder")[1:]):
+        owner.register_buffer(f"constant_{index}", constants[index])
+        with graph.inserting_before(next(iter(node.users))):
+            constant = graph.get_attr(f"constant_{index}")
+        constant.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(constant)
+        graph.erase_node(node)
+    finish(graph, HealConfig(), {}, GraphReport())
+    graph.lint()
+    assert graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+
+
 def test_a_late_pass_that_leaves_a_value_unknown_is_caught(monkeypatch):
     def forgetful(graph, _):
         node = graph.output_node()

@@ -58,12 +58,12 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     operands = [value(n) for n in node_inputs(node) if isinstance(value(n), torch.Tensor)]
     if name in ("_grouped_mm", "grouped_mm"):
         operands = [operand for operand in operands if operand.dtype != torch.int32]
-    reason = why_not(operands) or why_not_here(node) or _why_notform(node)
+    reason = why_not(operands) or why_not_here(node) or _why_not_form(node)
     if reason:
         context.keep(node, name, reason)
         return False
     given = bind(FORMS[name], node)
-    if given is None:
+    if given is None or not _has_dtype(FORMS[name], given):
         context.keep(node, name, "no heal operator for these arguments")
         return False
     check_m_invariant(context.config, operands)
@@ -82,11 +82,17 @@ def _rewrite(node: Node, name: str, graph_module: GraphModule, context: Context)
     return True
 
 
-def _why_notform(node: Node) -> str | None:
+def _why_not_form(node: Node) -> str | None:
     out = node.kwargs.get("out")
     if out is not None and value(out).shape != value(node).shape:
         return "out= has another shape than the result"
     return None
+
+
+def _has_dtype(form: Form, given: list[Any]) -> bool:
+    """Whether `out_dtype` is one: torch's old `addmm(beta, input, a, b)` has a tensor there."""
+    dtype = dict(zip(form.names, given, strict=True)).get("out_dtype")
+    return dtype is None or isinstance(dtype, torch.dtype)
 
 
 def _rounded_parameter(builder: Builder, argument: Any) -> Any:

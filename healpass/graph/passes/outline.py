@@ -56,8 +56,7 @@ def outline_repeats(graph: Graph) -> int:
         stretch = nodes[run.start : run.stop]
         run = run.shifted(_narrowest(stretch, run))
         for copies in _segments(nodes, run):
-            _outline(graph, copies)
-            calls += len(copies)
+            calls += _outline(graph, copies)
     return calls
 
 
@@ -222,15 +221,15 @@ def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), SymInt)
 
 
-def _outline(graph: Graph, segments: list[list[Node]]) -> None:
-    """Replace the copies that are wired alike by calls of one subgraph."""
+def _outline(graph: Graph, segments: list[list[Node]]) -> int:
+    """Replace the copies that are wired alike by calls of one subgraph; return how many."""
     copies = [_copy(nodes) for nodes in segments]
     [(wiring, count)] = Counter(copy.wiring for copy in copies).most_common(1)
     copies = [copy for copy in copies if copy.wiring == wiring]
     returned = sorted({index for copy in copies for index in _returned(copy)})
     small = count == 1 or len(copies[0].nodes) < SMALLEST
     if small or not returned or not _can_pass(copies, returned):
-        return
+        return 0
     for size in {node for copy in copies for node in copy.operands if _is_size(node)}:
         size.meta["val"] = _canonical(size.meta["val"])
     owner: Any = graph.owning_module
@@ -238,6 +237,7 @@ def _outline(graph: Graph, segments: list[list[Node]]) -> None:
     owner.add_submodule(name, _body(copies[0], returned))
     for copy in copies:  # read anew: its operands may have been results of the copy before
         _call(graph, name, _copy(copy.nodes), returned)
+    return len(copies)
 
 
 def _canonical(size: SymInt) -> Any:

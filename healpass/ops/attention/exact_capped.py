@@ -1,4 +1,4 @@
-"""Exact attention with a cap or with sinks, by scores and weights. Imports `exact_attention`.
+"""Exact attention with a cap or with sinks, by scores and weights. Imports `attention.exact`.
 
 Digit planes under one softmax, as `attention.exact` has them, have no room for a cap or for a
 sink's logit. Here the scores are numbers in FP32: a product by digits, then bit-reproducible

@@ -1,4 +1,4 @@
-"""`F.scaled_dot_product_attention` in integers: `heal::exact_sdpa`. Imports `exact_attention`.
+"""`F.scaled_dot_product_attention` in integers: `heal::exact_sdpa`. Imports `attention.exact`.
 
 Q, K and V in FP32 or 16 bits are rounded to integers per (token, head), then `exact_attention`
 does the rest; a cap or sinks go by `exact_capped`. The gradient is that of attention at the

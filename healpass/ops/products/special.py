@@ -1,4 +1,4 @@
-"""`heal::with_special`: what infinities and NaN make of an exact product. Imports `exact_matmul`.
+"""`heal::with_special`: what infinities and NaN make of an exact product. Imports `exact`.
 
 Compiled code multiplies digits without asking whether the operands are finite. Where one is not,
 its row's or column's scale is NaN, and no element of that row or column is finite: infinity times
