@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from healpass import watch
@@ -23,8 +25,8 @@ Options = HealConfig | Mapping[str, Any] | None
 
 
 def explain(
-    model: Any, config: Options = None, /, *, observe: bool = False, **options: Any
-) -> Callable[..., HealReport]:
+    model: Any, config: Options = None, /, *inputs: Any, observe: bool = False, **options: Any
+) -> Any:
     """Say what `backend="heal"` does to a model, without compiling it.
 
     `healpass.explain(model, precision="exact")(inputs)`: the model is captured as `torch.compile`
@@ -33,6 +35,7 @@ def explain(
     Args:
         model: A module or a function.
         config: The options to explain: a `HealConfig` or a mapping of its fields.
+        *inputs: None; see below.
         observe: Compare the rewritten nodes with FP64 on the given inputs, and propagate all
             errors to the outputs. Takes the memory of the model and of its activations in FP64,
             as training would, and some ten times the time of a forward pass.
@@ -41,12 +44,22 @@ def explain(
     Returns:
         A function that takes what the model is called with, and returns the report: every matmul
         and SDPA node, rewritten or kept and why, with the user's source line and the error bound,
-        and every kernel boundary that is still 16-bit.
+        and every kernel boundary that is still 16-bit. Called in one go with tensors,
+        `explain(model, inputs)`, as `torch._dynamo.explain` once was, it warns and returns the
+        report; `config=` are the options then.
 
     Raises:
         ConfigError: An option is unknown or has a wrong value.
     """
     check_torch(torch.__version__)
+    if inputs or any(isinstance(x, Tensor) for x in (config, *options.values())):
+        warnings.warn(
+            "healpass.explain(model, inputs) is deprecated; use "
+            "healpass.explain(model, **options)(inputs).", DeprecationWarning, stacklevel=2,
+        )  # fmt: skip
+        given = () if config is None else (config,)
+        asked = HealConfig.read(options.pop("config", None))
+        return _explain(model, asked, observe, *given, *inputs, **options)
     return partial(_explain, model, HealConfig.read(config, **options), observe)
 
 

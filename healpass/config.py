@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 from healpass.errors import ConfigError, suggestion
 
-Precision = Literal["heal", "layercast", "exact", "traced"]
+Precision = Literal["heal", "layercast", "exact", "traced", "fp32", "fp16", "bf16"]
 KVFormat = Literal["int16", "int24", "fp32"]
 Outputs = Literal["traced", "fp32"]
 Generation = Literal["v100", "a100", "h100", "b200"]
@@ -25,8 +25,8 @@ Accuracy = Literal["low", "default", "high"]
 
 #: `exact_accuracy` -> the digit products it stands for (`products.exact` has their bounds).
 DIGIT_PRODUCTS: dict[str, int] = {"low": 3, "default": 5, "high": 8}
-#: What people write who want torch's own arithmetic, in whatever dtype the model has.
-_DTYPES = ("fp32", "fp16", "bf16")
+#: Precisions that leave the graph as it came; the dtypes say that the model has that one.
+UNTOUCHED = ("traced", "fp32", "fp16", "bf16")
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": get_args(Precision),
@@ -62,12 +62,6 @@ def _check_choice(name: str, value: Any) -> None:
     choices = CHOICES.get(name)
     if choices is None or any(type(value) is type(one) and value == one for one in choices):
         return
-    if name == "precision" and value in _DTYPES:
-        raise ConfigError(
-            f"precision={value!r} is a dtype, and healpass casts no model.\nUse 'traced' for "
-            "torch's own arithmetic, in the dtype that the model has (model.to(dtype) changes "
-            "it); 'layercast' for FP32 arithmetic on 16-bit weights."
-        )
     raise ConfigError(
         f"{name}={value!r} is not one of {', '.join(map(repr, choices))}."
         + suggestion(str(value), [str(choice) for choice in choices])
@@ -107,7 +101,9 @@ class HealConfig:
     """
 
     precision: Precision = "heal"
-    """Arithmetic of matmuls and attention; `traced` leaves the graph as it came."""
+    """Arithmetic of matmuls and attention. `traced` leaves the graph as it came; so do `fp32`,
+    `fp16` and `bf16`, which refuse a model with 16-bit parameters of another dtype: nothing
+    is cast."""
     kv: KVFormat | None = None
     """Format of Q, K and V in attention. None: that of a HealCache in the graph, else `int16` for
     `heal` and `exact`, which needs integers, and `fp32` for `layercast`. With `int24` and `fp32`
@@ -153,8 +149,9 @@ class HealConfig:
         """The configuration that a caller gives, in any of the ways to give one.
 
         Args:
-            options: A configuration, or a mapping whose keys are the fields of this class.
-            **more: Fields of this class; a `mode` of None is not given.
+            options: A configuration, or a mapping whose keys are the fields of this class. A
+                field of `Debug` may stand among them by its own name.
+            **more: The same by keywords; a `mode` of None is not given.
 
         Raises:
             ConfigError: An option is unknown (the nearest name is suggested), or given twice.
@@ -167,6 +164,7 @@ class HealConfig:
             )
         given = _changed(options) if isinstance(options, HealConfig) else dict(options or {})
         given = {name: value for name, value in given.items() if (name, value) != ("mode", None)}
+        given, more = _with_debug(given), _with_debug(more)
         _check_known(cls, [*given, *more])
         for name, value in more.items():
             if name == "mode" and value is None:
@@ -189,7 +187,7 @@ class HealConfig:
     @property
     def rewrites(self) -> bool:
         """Whether the graph is changed at all."""
-        return self.precision != "traced"
+        return self.precision not in UNTOUCHED
 
     @property
     def numerics(self) -> str:
@@ -223,12 +221,7 @@ def _changed(config: HealConfig) -> dict[str, Any]:
 
 def _check_known(cls: type, names: Sequence[str]) -> None:
     known = [option.name for option in dataclasses.fields(cls)]
-    inside = [option.name for option in dataclasses.fields(Debug)]
     for name in names:
-        if cls is not Debug and name in inside:
-            raise ConfigError(
-                f"option {name!r} is one of the debug options. Write debug={{{name!r}: ...}}."
-            )
         if name not in known:
             kind = "debug option" if cls is Debug else "option"
             raise ConfigError(
@@ -236,6 +229,16 @@ def _check_known(cls: type, names: Sequence[str]) -> None:
                 f"Known options: {', '.join(known)}. Inductor's own options are not accepted "
                 "here, because some of them change results."
             )
+
+
+def _with_debug(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the debug options among them where they belong."""
+    names = {option.name for option in dataclasses.fields(Debug)} & given.keys()
+    if not names:
+        return dict(given)
+    rest = {name: value for name, value in given.items() if name not in names}
+    group = _debug(rest.get("debug", {}))
+    return {**rest, "debug": dataclasses.replace(group, **{name: given[name] for name in names})}
 
 
 def _debug(value: Any) -> Debug:
@@ -251,7 +254,8 @@ def _check_combinations(config: HealConfig) -> None:
     if not config.rewrites and (config.debug.simulate or config.debug.order or config.m_invariant):
         raise ConfigError(
             "simulate, order and m_invariant need a precision that rewrites matmuls, but "
-            "precision='traced' leaves them as they are. Use precision='heal' or 'layercast'."
+            f"precision={config.precision!r} leaves them as they are. Use precision='heal' or "
+            "'layercast'."
         )
     if config.precision == "exact" and config.kv == "fp32":
         raise ConfigError(

@@ -19,7 +19,7 @@ from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
 from healpass.graph.context import Context
 from healpass.graph.eligibility import device_reason
-from healpass.graph.nodes import subgraphs, tensors, value
+from healpass.graph.nodes import is_half, is_parameter, subgraphs, tensors, value
 from healpass.graph.passes.attention import rewrite_attention
 from healpass.graph.passes.autocast import shield_from_autocast
 from healpass.graph.passes.cache_reads import fold_cache_reads
@@ -38,6 +38,8 @@ from healpass.graph.verify import calls_without_value, verify, verify_late
 from healpass.report import GraphReport
 
 log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Pass = Callable[[GraphModule, Context], int]
 
@@ -98,13 +100,16 @@ def rewrite(
         What was rewritten, what was kept, and where 16 bits remain.
 
     Raises:
-        ConfigError: `config.debug.disable` names no pass.
+        ConfigError: `config.debug.disable` names no pass, or the model is not in the dtype that
+            `precision="fp32"`, `"fp16"` or `"bf16"` names.
         UnavailableError: `config.m_invariant` is set, and a matmul is on CPU.
         StrictError: A node had to be kept, and `config.strict` is set.
         GraphCheckError: A pass broke the graph (a bug of healpass).
     """
     _check_names(config.debug.disable)
     context = Context(config, _fake_mode(graph_module), outermost)
+    if not config.rewrites:
+        _check_dtype(graph_module, config.precision)
     if not config.rewrites or context.fake_mode is None:
         return context.report
     skipped = (*config.debug.disable, *_unsafe_passes(graph_module, config.debug.disable))
@@ -141,6 +146,20 @@ def finish(
             verify_late(graph, name, unknown)
             _record(name, count, start, report)
             _artifact(f"heal_after_{name}", graph)
+
+
+def _check_dtype(graph_module: GraphModule, precision: str) -> None:
+    """Refuse 16-bit parameters of another dtype than an untouched precision names."""
+    wanted = _DTYPES.get(precision)
+    for node in graph_module.graph.nodes if wanted else ():
+        found = value(node)
+        if is_parameter(node) and is_half(found) and found.dtype != wanted:
+            raise ConfigError(
+                f"precision={precision!r} was asked for, but parameter {node.name!r} is "
+                f"{str(found.dtype).removeprefix('torch.')}, and healpass casts no model.\n"
+                f"Cast it, model.to({wanted}), or use precision='traced' for the dtype it has; "
+                "'layercast' is FP32 arithmetic on 16-bit weights."
+            )
 
 
 def _unsafe_passes(graph_module: GraphModule, disabled: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ try:
 except ImportError as error:
     raise missing_extra("healpass.integrations.lm_eval", "eval", error) from error
 
-OPTIONS = frozenset(field.name for field in dataclasses.fields(HealConfig))
-DEBUG = frozenset(field.name for field in dataclasses.fields(Debug))
+OPTIONS = frozenset(
+    field.name for record in (HealConfig, Debug) for field in dataclasses.fields(record)
+)
 
 
 @register_model("heal-hf")
@@ -48,9 +49,6 @@ class HealHFLM(HFLM):
 
     def __init__(self, pretrained: Any, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in OPTIONS & arguments.keys()}
-        debug = {name: arguments.pop(name) for name in DEBUG & arguments.keys()}
-        if debug:  # one text per argument is all that a command line has
-            options["debug"] = {**options.get("debug", {}), **debug}
         HealConfig.read(options)  # before a model is loaded
         super().__init__(pretrained=pretrained, **arguments)
         heal_model(self.model, **options)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import healpass
@@ -99,6 +100,15 @@ def test_the_untouched_baseline_runs_the_graph_as_traced():
     compiled = Rewritten(model, HealConfig(precision="traced"))
     assert torch.equal(compiled(X), model(X))
     assert not compiled.nodes
+
+
+def test_a_dtype_as_the_precision_is_the_models_or_refused():
+    """It casts nothing: FP32 asked of a BF16 model would be BF16 in silence."""
+    assert torch.equal(Rewritten(tiny(), HealConfig(precision="bf16"))(X), tiny()(X))
+    with pytest.raises(BackendCompilerFailed, match="healpass casts no model"):
+        Rewritten(tiny(), HealConfig(precision="fp32"))(X)
+    wide = tiny().float()
+    assert torch.equal(Rewritten(wide, HealConfig(precision="fp32"))(X.float()), wide(X.float()))
 
 
 def test_training_gives_gradients_rounded_once():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healpass import Debug, HealConfig, HealError
-from healpass.config import CHOICES
+from healpass.config import CHOICES, UNTOUCHED
 from healpass.errors import ConfigError, suggestion
 
 FIELDS = {field.name: field for field in dataclasses.fields(HealConfig)}
@@ -94,8 +94,9 @@ def test_any_value_is_accepted_in_its_domain_or_refused_by_name(name, value):
         ({"debug": {"simulate": "h200"}}, "is not one of"),
         ({"debug": {"order": -1}}, "a seed of 0 or more is needed"),
         ({"debug": "h100"}, "a dict is needed"),
-        ({"simulate": "h100"}, "one of the debug options"),
-        ({"precision": "bf16"}, "Use 'traced'"),
+        ({"simulate": "h200"}, "simulate='h200' is not one of"),
+        ({"disable": "promote"}, "a tuple of pass names is needed"),
+        ({"precision": "bf16", "simulate": "h100"}, "precision='bf16' leaves them as they are"),
         ({"precision": "exact", "exact_accuracy": "highest"}, "Did you mean 'high'"),
         ({"exact_accuracy": "high"}, "needs precision='exact'"),
         ({"precision": "exact", "exact_accuracy": "high", "exact_products": 5}, "say the same"),
@@ -145,7 +146,7 @@ def test_the_key_does_not_depend_on_the_order_of_the_options():
 
 def test_only_the_baselines_leave_the_graph_alone():
     assert all(HealConfig(precision=p).rewrites for p in ("heal", "layercast", "exact"))
-    assert not HealConfig(precision="traced").rewrites
+    assert not any(HealConfig(precision=p).rewrites for p in UNTOUCHED)
 
 
 @given(st.text(), st.lists(st.text(), max_size=4))
@@ -180,6 +181,7 @@ WAYS = {
     "mapping": lambda **fields: HealConfig.read(fields),
     "HealConfig": lambda **fields: HealConfig.read(HealConfig(**fields)),
     "both": lambda precision, **rest: HealConfig.read({"precision": precision}, **rest),
+    "debug options by name": lambda debug, **rest: HealConfig.read(rest, **debug),
     "what it changed": lambda **fields: HealConfig.read(HealConfig(**fields).changed()),
 }
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import healpass
+from healpass import HealConfig
 from healpass.graph.pipeline import PASSES
 from healpass.report import GRAPH_BREAK, SCHEMA, Boundary, GraphReport, HealReport, NodeRecord
 from healpass.report_view import CURES
@@ -157,6 +158,14 @@ def test_every_kind_of_boundary_has_a_cure():
         named |= set(re.findall(r'"((?:cache|buffer) of the caller|foreign operator|graph \w+)"',
                                 path.read_text()))  # fmt: skip
     assert named | {GRAPH_BREAK} == set(CURES)
+
+
+def test_the_old_way_to_call_it_warns_and_works():
+    with pytest.warns(DeprecationWarning, match=r"explain\(model, \*\*options\)\(inputs\)"):
+        found = healpass.explain(lambda x, y: x @ y, X, X.t(), config=HealConfig(kv="int24"))
+    assert found.config["kv"] == "int24"
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        assert len(healpass.explain(lambda *, x: x @ x.t(), x=X).nodes) == 1
 
 
 def test_an_error_of_the_model_reaches_the_user():
