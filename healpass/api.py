@@ -57,7 +57,7 @@ def explain(
             "healpass.explain(model, inputs) is deprecated; use "
             "healpass.explain(model, **options)(inputs).", DeprecationWarning, stacklevel=2,
         )  # fmt: skip
-        given = () if config is None else (config,)
+        given = (config,) if inputs or config is not None else ()
         asked = HealConfig.read(options.pop("config", None))
         return _explain(model, asked, observe, *given, *inputs, **options)
     return partial(_explain, model, HealConfig.read(config, **options), observe)
@@ -135,6 +135,6 @@ def inductor_options(config: Options = None, /, **options: Any) -> dict[str, Any
             "options={'prepack': True}), or leave prepack out."
         )
     lowering.register()
-    if not config.rewrites:
+    if config.precision == "traced":
         return inductor_patches(config)
     return inductor_patches(config) | {"pre_grad_custom_pass": RewritePass(config)}

@@ -86,13 +86,15 @@ def _inductor(
     return compiled
 
 
-def _finish(config: HealConfig, report: GraphReport, graph: Graph) -> None:
+def _finish(config: HealConfig, report: GraphReport | None, graph: Graph) -> None:
     """The passes that run last, on the graph that Inductor is about to lower."""
     from torch._inductor.decomposition import select_decomp_table
 
     from healpass import lowering
 
-    finish(graph, config, select_decomp_table() | lowering.decompositions(), report)
+    exact = config.precision == "exact"
+    table = select_decomp_table() | lowering.decompositions() if exact else {}
+    finish(graph, config, table, report or GraphReport())
 
 
 def inductor_patches(
@@ -120,7 +122,7 @@ def inductor_patches(
     whole = whole and DECOMPOSE not in config.debug.disable
     first = CacheKey(config, inductor.post_grad_custom_pre_pass, whole=whole)
     patches |= {"post_grad_custom_pre_pass": first}
-    last_passes = partial(_finish, config, report or GraphReport())
+    last_passes = partial(_finish, config, report)
     last = CacheKey(config, inductor.post_grad_custom_post_pass, last_passes)
     return patches | {"post_grad_custom_post_pass": last}
 

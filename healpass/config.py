@@ -102,8 +102,8 @@ class HealConfig:
 
     precision: Precision = "heal"
     """Arithmetic of matmuls and attention. `traced` leaves the graph as it came; so do `fp32`,
-    `fp16` and `bf16`, which refuse a model with 16-bit parameters of another dtype: nothing
-    is cast."""
+    `fp16` and `bf16`, which refuse a model that computes in another 16-bit dtype: nothing is
+    cast."""
     kv: KVFormat | None = None
     """Format of Q, K and V in attention. None: that of a HealCache in the graph, else `int16` for
     `heal` and `exact`, which needs integers, and `fp32` for `layercast`. With `int24` and `fp32`
@@ -232,13 +232,25 @@ def _check_known(cls: type, names: Sequence[str]) -> None:
 
 
 def _with_debug(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with the debug options among them where they belong."""
-    names = {option.name for option in dataclasses.fields(Debug)} & given.keys()
-    if not names:
-        return dict(given)
-    rest = {name: value for name, value in given.items() if name not in names}
-    group = _debug(rest.get("debug", {}))
-    return {**rest, "debug": dataclasses.replace(group, **{name: given[name] for name in names})}
+    """Options with the debug options among them where they belong.
+
+    Raises:
+        ConfigError: One is given by its own name and otherwise in the group.
+    """
+    known = [option.name for option in dataclasses.fields(Debug)]
+    named = {name: given[name] for name in known if name in given}
+    rest = {name: value for name, value in given.items() if name not in named}
+    if not named and "debug" not in rest:
+        return rest
+    group, default = _debug(rest.get("debug", {})), Debug()
+    found = dataclasses.replace(group, **named)
+    for name in named:
+        if getattr(group, name) not in (getattr(default, name), getattr(found, name)):
+            raise ConfigError(
+                f"{name}={named[name]!r} and debug={rest['debug']!r} contradict each other. "
+                "Give one of them."
+            )
+    return {**rest, "debug": found}
 
 
 def _debug(value: Any) -> Debug:

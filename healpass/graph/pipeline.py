@@ -19,7 +19,7 @@ from healpass.config import HealConfig
 from healpass.errors import ConfigError, StrictError, suggestion
 from healpass.graph.context import Context
 from healpass.graph.eligibility import device_reason
-from healpass.graph.nodes import is_half, is_parameter, subgraphs, tensors, value
+from healpass.graph.nodes import is_half, subgraphs, tensors, value
 from healpass.graph.passes.attention import rewrite_attention
 from healpass.graph.passes.autocast import shield_from_autocast
 from healpass.graph.passes.cache_reads import fold_cache_reads
@@ -100,8 +100,8 @@ def rewrite(
         What was rewritten, what was kept, and where 16 bits remain.
 
     Raises:
-        ConfigError: `config.debug.disable` names no pass, or the model is not in the dtype that
-            `precision="fp32"`, `"fp16"` or `"bf16"` names.
+        ConfigError: `config.debug.disable` names no pass, or something is 16-bit in another dtype
+            than `precision="fp32"`, `"fp16"` or `"bf16"` names.
         UnavailableError: `config.m_invariant` is set, and a matmul is on CPU.
         StrictError: A node had to be kept, and `config.strict` is set.
         GraphCheckError: A pass broke the graph (a bug of healpass).
@@ -149,16 +149,16 @@ def finish(
 
 
 def _check_dtype(graph_module: GraphModule, precision: str) -> None:
-    """Refuse 16-bit parameters of another dtype than an untouched precision names."""
+    """Refuse what is 16-bit in another dtype than an untouched precision names."""
     wanted = _DTYPES.get(precision)
     for node in graph_module.graph.nodes if wanted else ():
-        found = value(node)
-        if is_parameter(node) and is_half(found) and found.dtype != wanted:
+        found = [t.dtype for t in tensors([value(node)]) if is_half(t) and t.dtype != wanted]
+        if found:
             raise ConfigError(
-                f"precision={precision!r} was asked for, but parameter {node.name!r} is "
-                f"{str(found.dtype).removeprefix('torch.')}, and healpass casts no model.\n"
-                f"Cast it, model.to({wanted}), or use precision='traced' for the dtype it has; "
-                "'layercast' is FP32 arithmetic on 16-bit weights."
+                f"precision={precision!r} was asked for, but {node.name!r} is "
+                f"{str(found[0]).removeprefix('torch.')}, and healpass casts no model.\n"
+                f"Cast it, model.to({wanted}), and leave autocast, or use precision='traced' for "
+                "the dtype it has; 'layercast' is FP32 arithmetic on 16-bit weights."
             )
 
 

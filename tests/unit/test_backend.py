@@ -107,6 +107,13 @@ def test_a_dtype_as_the_precision_is_the_models_or_refused():
     assert torch.equal(Rewritten(tiny(), HealConfig(precision="bf16"))(X), tiny()(X))
     with pytest.raises(BackendCompilerFailed, match="healpass casts no model"):
         Rewritten(tiny(), HealConfig(precision="fp32"))(X)
+    with pytest.raises(BackendCompilerFailed, match="healpass casts no model"):
+        Rewritten(lambda x: x @ x.t(), HealConfig(precision="fp32"))(X)
+    with torch.autocast("cpu", BF16), pytest.raises(BackendCompilerFailed, match="autocast"):
+        Rewritten(lambda x: x @ x.t(), HealConfig(precision="fp32"))(X.float())
+    options = healpass.inductor_options(precision="fp32")
+    with pytest.raises(BackendCompilerFailed, match="healpass casts no model"):
+        torch.compile(tiny(), options=options)(X)
     wide = tiny().float()
     assert torch.equal(Rewritten(wide, HealConfig(precision="fp32"))(X.float()), wide(X.float()))
 

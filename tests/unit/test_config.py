@@ -197,6 +197,15 @@ def test_every_way_to_give_options_means_the_same(way):
     }
 
 
+def test_a_debug_option_that_is_given_twice_must_agree():
+    assert HealConfig.read({"order": 2, "debug": {"order": 2}}).debug.order == 2
+    assert HealConfig.read({"debug": {"order": 2}}, debug=Debug(order=2)).debug.order == 2
+    assert HealConfig.read({"order": 2, "debug": {"simulate": "h100"}}).debug.simulate == "h100"
+    for options in ({"order": 2, "debug": {"order": 3}}, {"order": 0, "debug": {"order": 3}}):
+        with pytest.raises(ConfigError, match="contradict each other"):
+            HealConfig.read(options)
+
+
 def test_what_is_no_set_of_options_is_refused_with_the_way_to_call():
     with pytest.raises(ConfigError, match="second brackets"):
         HealConfig.read(torch.ones(2))

@@ -165,6 +165,8 @@ def test_the_old_way_to_call_it_warns_and_works():
         found = healpass.explain(lambda x, y: x @ y, X, X.t(), config=HealConfig(kv="int24"))
     assert found.config["kv"] == "int24"
     with pytest.warns(DeprecationWarning, match="deprecated"):
+        healpass.explain(lambda x, y: y if x is None else x, None, X)
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         assert len(healpass.explain(lambda *, x: x @ x.t(), x=X).nodes) == 1
 
 

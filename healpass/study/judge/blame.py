@@ -117,14 +117,6 @@ class Blame:
                 found[d.layer] = max(found.get(d.layer, 0.0), d.total)
         return found
 
-    def by_kind(self) -> dict[str, float]:
-        """The median own share of each kind, the largest first."""
-        kinds: dict[str, list[float]] = {}
-        for d in self.deviations:
-            kinds.setdefault(d.kind, []).append(d.own)
-        medians = {kind: statistics.median(shares) for kind, shares in kinds.items()}
-        return dict(sorted(medians.items(), key=lambda item: -item[1]))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         named = {"first": self.first, "largest": self.largest, "suspect": self.suspect}

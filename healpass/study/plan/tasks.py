@@ -28,7 +28,6 @@ Kind = Literal["number", "choice", "label"]
 
 #: What `load` and `healpass check --tasks` call the suite that comes with healpass.
 SUITE = "mission-critical"
-SUITE_TITLE = "Professional Short Answers"
 DOMAINS = ("finance", "medicine", "law")
 
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")

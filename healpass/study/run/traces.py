@@ -66,10 +66,6 @@ class Sketch:
         return cls(values["digest"], float(values["norm"]), tuple(map(float, values["sums"])))
 
 
-#: Operation -> its sketch, in the order in which the model runs.
-Trace = Mapping[str, Sketch]
-
-
 def trace_of(values: Mapping[str, Tensor]) -> dict[str, Sketch]:
     """Sketch the value of every operation."""
     return {name: Sketch.of(value) for name, value in values.items()}
