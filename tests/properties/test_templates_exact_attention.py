@@ -14,9 +14,11 @@ from torch import Tensor
 
 from healpass.lowering.cuda import exact_attention
 from healpass.lowering.cuda.tiles import AttentionTile
-from healpass.ops.attention.exact import planes
-from healpass.ops.attention.exact_chunks import attention_in_parts
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.exact_chunks import attend_in_chunks
+from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
+from healpass.ops.products.numerics import Numerics
 from tests.support.bits import differing
 from tests.support.exact_gpu import Scored, run, source
 from tests.support.fake_cuda import always
@@ -55,6 +57,7 @@ def bits_that_differ(tensors: list[Tensor], scored: Scored, capability: int = 90
         (20, 37, 3, Scored(kv="int24", scale=-0.3), 90),
         (20, 37, 1, Scored(scale=0.0), 80),
         (33, 33, 1, Scored(is_causal=True, kv="int24"), 103),
+        (37, 37, 1, Scored(is_causal=True, window=9), 90),
         (1, 300, 2, Scored(), 90),
         (1, 300, 1, Scored(kv="int24"), 103),
         (1, 1, 1, Scored(is_causal=True), 90),
@@ -95,18 +98,25 @@ def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
 def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
     q, k, v = states(5, 17, 3)
     k[0, 0, 5, 2], v[1, 0, 7, 0] = math.nan, math.inf
-    states_of = [planes(x, kv) for x in (q, k, v)]
-    digits = [part for state in states_of for part in state]
-    for mask, causal in ((None, True), (float_mask(5, 17), False), (float_mask(5, 17) > 0, False)):
-        whole = heal.exact_attention(*digits, mask, causal, 0.25, "exact5")
-        scoring = Scoring(0.25, mask, is_causal=causal)
-        assert differing(attention_in_parts(*states_of, scoring, chunk), whole) == 0
+    mask = float_mask(5, 17)
+    for scoring in (
+        Scoring(0.25, is_causal=True),
+        Scoring(0.25, is_causal=True, window=3),
+        Scoring(0.25, mask),
+        Scoring(0.25, mask > 0),
+    ):
+        asked = attention((q, k, v), scoring, kv)
+        assert differing(attend_in_chunks(asked, chunk), asked.attend()) == 0
+
+
+def attention(states, scoring: Scoring, kv: str = "int16") -> ExactAttention:
+    return ExactAttention(*(Integers.of(x, kv) for x in states), scoring, Numerics.parse("exact5"))
 
 
 def test_what_has_no_kernel_runs_its_reference():
     """On a GPU without the instructions the compile goes on, with one call."""
     text = source(Scored(), states(5, 9), 75)
-    assert "torch.ops.heal.exact_attend.default" in text
+    assert "torch.ops.heal.integer_attention.default" in text
 
 
 # ------------------------------------------------------------------------------ inverse tests
@@ -114,15 +124,11 @@ def test_what_has_no_kernel_runs_its_reference():
 
 def test_a_chunk_with_a_maximum_of_its_own_shows(monkeypatch):
     """A running maximum, as in flash attention, would leave its trace in fixed point."""
-    q, k, v = states(5, 40)
-    states_of = [planes(x, "int16") for x in (q, k, v)]
-    digits = [part for state in states_of for part in state]
-    whole = heal.exact_attention(*digits, None, False, 0.25, "exact5")
-    tops = heal.exact_tops
+    asked, tops = attention(states(5, 40), Scoring(0.25)), heal.exact_tops
 
     def first_chunk_only(*call):
         top, scales = tops(*call)
         return top[:1], scales
 
     monkeypatch.setattr(heal, "exact_tops", first_chunk_only)
-    assert differing(attention_in_parts(*states_of, Scoring(0.25), 8), whole) > 0
+    assert differing(attend_in_chunks(asked, 8)[0], asked.attend()[0]) > 0

@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 import healpass
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name
+from tests.support.bits import differing
 from tests.support.rewriting import Rewritten
 
 heal = torch.ops.heal
@@ -133,6 +134,45 @@ def test_an_fp32_cache_keeps_attention_in_fp32():
         compiled(query, key, key)
     (node,) = [n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::sdpa"]
     assert node.kwargs["kv"] == "fp32"
+
+
+EXACT = HealConfig(precision="exact", outputs="fp32")
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("name", ["grouped", "masked", "cut"])
+def test_exact_attention_reads_the_digits_too_with_the_bits_of_the_values(name, kv):
+    operands = states(kv)
+    whole = HealConfig(
+        precision="exact", kv=kv, outputs="fp32", debug={"disable": ("cache_reads",)}
+    )
+    folded, apart = (Rewritten(FOLDED[name], config) for config in (EXACT, whole))
+    with torch.no_grad():
+        found, wanted = folded(*operands), apart(*operands)
+    assert operators(folded)[:2] == ["heal::quantize", "heal::integer_attention"]
+    assert "heal::sdpa" in operators(apart)
+    assert differing(found, wanted) == 0
+
+
+def test_exact_attention_rounds_an_fp32_cache_and_caps_the_values():
+    def fp32_cache(query, key, value):
+        key, value = (heal.stored(x).to(query.dtype) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def capped(query, *cache):
+        key, value = (heal.dequantize(*x).to(query.dtype) for x in (cache[:2], cache[2:]))
+        return heal.sdpa(query, key, value, enable_gqa=True, softcap=3.0)
+
+    query, key = torch.randn(1, 2, 3, 8).to(BF16), torch.randn(1, 2, 5, 8)
+    for function, operands, kv in (
+        (fp32_cache, (query, key, key), "int16"),
+        (capped, states("int24"), "int24"),
+    ):
+        compiled = Rewritten(function, EXACT)
+        with torch.no_grad():
+            assert compiled(*operands).isfinite().all()
+        (node,) = [n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::sdpa"]
+        assert node.kwargs["kv"] == kv
 
 
 @pytest.mark.parametrize("kv", ["int16", "fp32"])

@@ -66,7 +66,7 @@ REWRITTEN = {
     "attention": (
         lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
         (x(1, 2, 4, 8),),
-        {"exact_sdpa"},
+        {"sdpa"},
     ),
 }
 

@@ -46,6 +46,50 @@ class Operand(Protocol):
         """`[B, H, S, E]` in a floating-point format that FP32 holds."""
 
 
+class Attends(Protocol):
+    """What an operator makes of the arguments of one call, and asks for its results."""
+
+    @property
+    def query(self) -> Operand:
+        """Q."""
+
+    @property
+    def key(self) -> Operand:
+        """K."""
+
+    @property
+    def value(self) -> Operand:
+        """V."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """All else that decides a weight."""
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output and the logsumexp."""
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp."""
+
+    def gradients(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+        """Those of Q, K and V, in FP32.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: FP32 `[B, H, L, Ev]`, of the forward pass.
+            logsumexp: FP32 `[B, H, L]`, of the forward pass.
+        """
+
+    def mask_gradient(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+        """That of a float mask, in FP32 and in its shape.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: FP32 `[B, H, L, Ev]`, of the forward pass.
+            logsumexp: FP32 `[B, H, L]`, of the forward pass.
+        """
+
+
 @dataclass(frozen=True)
 class Attention(ABC):
     """One attention: operands, scoring, and whose adders add."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from healpass.ops.attention import register
-from healpass.ops.attention.blockwise import Attention, fold
+from healpass.ops.attention.blockwise import fold
+from healpass.ops.attention.gradients import DifferentiableAttention
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.matmul import check_operands
 from healpass.ops.products.numerics import Numerics
@@ -47,7 +48,7 @@ class Floats:
         return self.states
 
 
-class FloatAttention(Attention):
+class FloatAttention(DifferentiableAttention):
     """Attention on `Floats`."""
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -114,34 +114,56 @@ class Scoring:
             rows: The queries of the block.
             columns: The keys of the block.
         """
-        mask = self.mask_block(rows, columns)
+        scores, visible = self.masked(scores, rows, columns)
+        return scores if visible is None else scores.masked_fill(~visible, -math.inf)
+
+    def masked(self, scores: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """The scores with a float mask added, and which keys are visible.
+
+        Args:
+            scores: `[B, H, rows, columns]`, capped.
+            rows: The queries of the block.
+            columns: The keys of the block.
+
+        Returns:
+            The scores, and a bool tensor that broadcasts to them; None where every key is visible.
+        """
+        mask, near = self.mask_block(rows, columns), self.near(rows, columns, scores.device)
         if mask is not None and mask.dtype != torch.bool:
             scores, mask = scores + mask, mask != -math.inf
-        for visible in (mask, self._visible(rows, columns, scores.device)):
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -math.inf)
-        return scores
+        if mask is None or near is None:
+            return scores, near if mask is None else mask
+        return scores, mask & near
 
-    def _visible(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+    def near(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+        """What causality and the window let a query see, bool `[rows, columns]`; None is all.
+
+        Args:
+            rows: The queries of the block.
+            columns: The keys of the block.
+            device: Of the result.
+        """
         if not self.is_causal and self.window is None:
             return None
-        query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        query = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
         key = torch.arange(columns.start, columns.stop, device=device)
-        visible = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=device)
-        if self.is_causal:
-            visible &= key <= query
-        if self.window is not None:
-            visible &= key > query - self.window
-        return visible
+        visible = key <= query if self.is_causal else (key >= 0).expand(query.shape[0], -1)
+        return visible if self.window is None else visible & (key > query - self.window)
 
     def mask_block(self, rows: slice, columns: slice) -> Tensor | None:
-        """The part of the mask for a block; a dimension of size 1 stays, it broadcasts."""
-        if self.attn_mask is None:
-            return None
+        """The part of the mask for a block; a dimension of size 1 stays, it broadcasts.
+
+        Args:
+            rows: The queries of the block.
+            columns: The keys of the block.
+        """
         mask = self.attn_mask
-        if mask.dim() > 1 and mask.shape[-2] > 1:
-            mask = mask[..., rows, :]
-        return mask[..., columns] if mask.shape[-1] > 1 else mask
+        if mask is None:
+            return None
+        for dim, span in ((-2, rows), (-1, columns)):
+            if mask.dim() >= -dim and mask.shape[dim] != 1:
+                mask = part(mask, dim, span)
+        return mask
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and the logarithm of their denominator.
@@ -174,6 +196,18 @@ class Scoring:
         words = dropout_words(self.seed, shape, rows, columns)
         kept = words >= math.floor(self.dropout_p * _WORD)
         return kept.to(torch.float32) * (1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0)
+
+
+def part(x: Tensor, dim: int, span: slice) -> Tensor:
+    """`x` narrowed along one dimension; itself where that is all of it.
+
+    Args:
+        x: Any tensor.
+        dim: Of `x`.
+        span: Where it begins and ends.
+    """
+    count = span.stop - span.start
+    return x if x.shape[dim] == count else x.narrow(dim, span.start, count)
 
 
 def dropout_words(seed: Tensor, shape: torch.Size, rows: slice, columns: slice) -> Tensor:
