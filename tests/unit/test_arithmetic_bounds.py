@@ -11,6 +11,7 @@ from healpass.arithmetic.bounds import HARDWARE, Kernel, matmul_bound, matmul_ma
 from healpass.arithmetic.formats import FORMATS
 from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, U
 from healpass.tensorcore import RULES, heal_matmul
+from tests.support.against_torch import chance
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
 #: From this K on, twice the FP32 chain's bound is promised on every generation.
@@ -97,7 +98,7 @@ def test_tightness_on_gaussian_data(rule):
 
 @pytest.mark.parametrize("rule", GENERATIONS)
 def test_long_reductions_are_as_good_as_fp32(rule):
-    """Synthetic data, K up to 14336: at most 1.2 times the error of an FP32 matmul.
+    """Synthetic data, K up to 14336: not above the error of an FP32 matmul by more than chance.
 
     (Below some 10 rows MKL keeps more partial sums and errs half as much.)
     """
@@ -111,7 +112,7 @@ def test_long_reductions_are_as_good_as_fp32(rule):
             for y in (heal_matmul(a, b, rule), a @ b.float())
         )
         print(f"{rule}, K={k}: heal {heal:.2e}, FP32 {fp32:.2e}")
-        assert heal <= 1.2 * fp32
+        assert heal <= chance(exact.numel()) * fp32
 
 
 def test_a_bound_says_what_it_is_made_of():
