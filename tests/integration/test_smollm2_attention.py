@@ -2,8 +2,7 @@
 
 The limits follow from the formats. A row of 64 elements with the RMS r has a maximum of at most
 sqrt(64) r, so INT16 (32,639 steps to the maximum) errs by at most 8 / (32639 sqrt(12)) r in the
-RMS, and BF16, whose step is between 2^-8 and 2^-7 of an element, half of it either way, by at
-least 2^-9 / sqrt(12) r. Errors of either size reach the logits the same way; INT16 rounds the
+RMS, and BF16, whose step is at least 2^-8 of an element, by at least 2^-8 / sqrt(12) r. Errors of either size reach the logits the same way; INT16 rounds the
 queries, too, which adds at most as much as the keys. INT24's steps are 256 times finer.
 """
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.model
 
 HEAD = 64
 #: INT16's error over that of a BF16 cache, at most.
-OF_BF16 = math.sqrt(2) * math.sqrt(HEAD) / INT16.limit * 2**9
+OF_BF16 = math.sqrt(2) * math.sqrt(HEAD) / INT16.limit * 2**8
 FINER = INT24.limit / INT16.limit
 
 
