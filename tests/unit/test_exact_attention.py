@@ -209,6 +209,9 @@ def test_what_has_no_reference_is_refused():
     for scoring in (Scoring(0.25, softcap=2.0), Scoring(0.25, sinks=torch.zeros(4))):
         with pytest.raises(ValueError, match="Call heal::sdpa"):
             heal.integer_attention(*digits, *scoring.arguments, "exact5")
+    one = (digits[0][:, :, :1], *digits[1:])
+    with pytest.raises(ValueError, match=r"of \[1, 2, 2\] digits"):
+        heal.integer_attention(*one, *Scoring(0.25).arguments, "exact5")
     with pytest.raises(TypeError, match=r"got a torch\.float64 operand"):
         torch.ops.heal.silu(q.double())
 

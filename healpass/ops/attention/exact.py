@@ -54,8 +54,14 @@ class ExactAttention:
         """Refuse what the steps have no room for.
 
         Raises:
-            OperandError: A cap, or sinks.
+            OperandError: A cap, or sinks; or integers of other formats than INT16 and INT24.
         """
+        counts = [x.digits.shape[-3] for x in (self.query, self.key, self.value)]
+        if not set(counts) <= MOST_KEYS.keys():
+            raise OperandError(
+                f"exact attention got Q, K and V of {counts} digits; it takes two (INT16) or three "
+                "(INT24).\nMake them by heal::quantize."
+            )
         if self.scoring.softcap is not None or self.scoring.sinks is not None:
             raise OperandError(
                 "heal::integer_attention was asked for an exact precision with a cap or sinks, "
