@@ -71,7 +71,7 @@ def attend_on_cuda(*call: Any) -> Any:
     if asked is None:
         return NotImplemented
     size = max(asked.query.shape[-1], asked.value.shape[-1])
-    fits = asked.key.shape[2] <= 1 << MOST_KEYS[asked.value.digits.shape[2]]
+    fits = asked.key.shape[2] <= 1 << MOST_KEYS[asked.value.planes]
     if size > LARGEST_HEAD or not fits or asked.is_empty:
         return NotImplemented
     rows = heads_per_key(asked.query.digits, asked.key.digits) * asked.query.shape[2]

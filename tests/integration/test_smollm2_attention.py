@@ -2,8 +2,9 @@
 
 The limits follow from the formats. A row of 64 elements with the RMS r has a maximum of at most
 sqrt(64) r, so INT16 (32,639 steps to the maximum) errs by at most 8 / (32639 sqrt(12)) r in the
-RMS, and BF16, whose step is at least 2^-8 of an element, by at least 2^-8 / sqrt(12) r. Errors of either size reach the logits the same way; INT16 rounds the
-queries, too, which adds at most as much as the keys. INT24's steps are 256 times finer.
+RMS, and BF16, whose step is at least 2^-8 of an element, by at least 2^-8 / sqrt(12) r. Errors of
+either size reach the logits the same way; INT16 rounds the queries, too, which adds at most as
+much as the keys. INT24's steps are 256 times finer.
 """
 
 import math

@@ -82,9 +82,13 @@ def test_masks_and_what_is_not_finite(boolean):
 
 
 def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
-    tensors, scored = states(20, 150), Scored(is_causal=True)
-    (wanted,) = scored(*tensors)
-    for chunk, rows, keys, span in ((64, 16, 32, 1 << 20), (256, 32, 64, 64)):
+    window = Scored(is_causal=True, window=9)  # a tile of queries begins past whole blocks of keys
+    for tensors, scored, chunk, rows, keys, span in (
+        (states(20, 150), Scored(is_causal=True), 64, 16, 32, 1 << 20),
+        (states(20, 150), Scored(is_causal=True), 256, 32, 64, 64),
+        (states(100, 100), window, 64, 16, 32, 1 << 20),
+    ):
+        (wanted,) = scored(*tensors)
         monkeypatch.setattr(exact_attention, "PREFILL_CHUNK", chunk)
         monkeypatch.setattr(exact_attention, "BLOCK_N", keys)
         monkeypatch.setattr(exact_attention, "terms", always(span))

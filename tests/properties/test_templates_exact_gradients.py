@@ -140,7 +140,7 @@ def states(length: int, keys: int, group: int = 1, value_size: int = 16) -> list
 @pytest.mark.parametrize(
     ("length", "keys", "group", "attended", "capability"),
     [
-        (9, 9, 3, Attended(is_causal=True), 90),
+        (9, 9, 3, Attended(is_causal=True, window=4), 90),
         (5, 21, 2, Attended(kv="int24", scale=-0.3, numerics="exact8"), 103),
         pytest.param(70, 70, 2, Attended(is_causal=True), 80, marks=pytest.mark.deep),
         pytest.param(1, 5, 2, Attended(), 90, marks=pytest.mark.deep),

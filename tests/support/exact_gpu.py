@@ -126,12 +126,14 @@ class Attended:
     scale: float = 0.25
     kv: str = "int16"
     numerics: str = "exact5"
+    window: int | None = None
 
     def __call__(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
     ) -> tuple[Tensor, ...]:
         """Of Q, K and V, with a mask if there is one."""
-        scoring = Scoring(self.scale, mask[0] if mask else None, is_causal=self.is_causal)
+        given = mask[0] if mask else None
+        scoring = Scoring(self.scale, given, is_causal=self.is_causal, window=self.window)
         call = (*integer_states(query, key, value, kv=self.kv), *scoring.arguments, self.numerics)
         results = (grad, grad.select(-1, 0))  # exact gradients do not read them
         return torch.ops.heal.integer_attention_backward(grad, *call, *results)

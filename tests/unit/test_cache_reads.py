@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,31 @@ def test_exact_attention_reads_the_digits_too_with_the_bits_of_the_values(name, 
     assert operators(folded)[:2] == ["heal::quantize", "heal::integer_attention"]
     assert "heal::sdpa" in operators(apart)
     assert differing(found, wanted) == 0
+
+
+def test_one_graph_of_exact_attention_reads_digits_of_every_length():
+    compiled = Rewritten(FOLDED["grouped"], EXACT, dynamic=True)
+    for kv in ("int16", "int24"):
+        torch._dynamo.reset()
+        found = compiled(*states(kv))
+        query, *cache = states(kv)
+        key, value = heal.dequantize(*cache[:2]), heal.dequantize(*cache[2:])
+        wanted = heal.sdpa(query, key, value, enable_gqa=True, kv=kv, numerics="exact5")
+        assert differing(found, wanted) == 0
+
+
+@pytest.mark.parametrize("size", [96, 112, 128])
+def test_a_folded_read_has_torchs_scale(size):
+    """For these heads `size**-0.5` is another number than `1 / sqrt(size)`."""
+    query, cache = torch.randn(1, 2, 1, size), heal.quantize(torch.randn(1, 2, 5, size), "int16")
+    compiled = Rewritten(lambda *x: attend(*x), EXACT)
+    with torch.no_grad():
+        compiled(query, *cache, *cache)
+    (node,) = [
+        n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::integer_attention"
+    ]
+    schema = [argument.name for argument in heal.integer_attention.default._schema.arguments]
+    assert node.args[schema.index("scale")] == 1 / math.sqrt(size) != size**-0.5
 
 
 def test_exact_attention_rounds_an_fp32_cache_and_caps_the_values():

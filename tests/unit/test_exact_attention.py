@@ -216,6 +216,41 @@ def test_what_has_no_reference_is_refused():
         torch.ops.heal.silu(q.double())
 
 
+@pytest.mark.parametrize(
+    "shape", [(4, 9), (9, 4), (12, 9), (9, 12), (3, 1, 1, 9), (1, 1, 1, 9, 9)]
+)
+@pytest.mark.parametrize("numerics", ["exact5", "heal"])
+@pytest.mark.parametrize("kv", ["int16", "fp32"])
+def test_a_mask_of_another_size_is_refused(shape, numerics, kv):
+    """A mask of a part of the queries must not be used for each block of them."""
+    q, k, v = states()
+    if kv == "fp32" and numerics == "exact5":
+        return
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"broadcast|shape"):
+        heal.sdpa(q, k, v, mask, enable_gqa=True, kv=kv, numerics=numerics)
+    with pytest.raises(RuntimeError, match="does not broadcast"):
+        heal.integer_attention(
+            *integer_states(q, k, v, kv="int16"), *Scoring(0.25, mask).arguments, numerics
+        )
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "length", "keys"])
+@pytest.mark.parametrize("numerics", ["exact5", "heal"])
+def test_the_gradients_of_nothing_are_zeros(empty, numerics):
+    batch, heads = (0 if empty == "batch" else 2), (0 if empty == "heads" else 2)
+    length, keys = (0 if empty == "length" else 3), (0 if empty == "keys" else 4)
+    if numerics == "heal" and empty == "heads":
+        return  # torch's reshape of no head by no head
+    q = torch.randn(batch, heads, length, 8, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, 8, requires_grad=True) for _ in range(2))
+    bias = torch.zeros(length, keys, requires_grad=True)
+    attend(q, k, v, bias, numerics=numerics).sum().backward()
+    for x in (q, k, v, bias):
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all()
+
+
 @pytest.mark.parametrize("kv", ["int16", "int24"])
 def test_the_logsumexp_is_that_of_fp64(kv):
     q, k, v = states(5, 40)

@@ -84,6 +84,13 @@ def _configure(node: Node, context: Context) -> bool:
     return True
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of a `heal::sdpa` node by name, defaults filled in."""
+    schema = torch.ops.heal.sdpa.default._schema.arguments
+    named = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+    return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
+
+
 def bound_of_attention(operator: Node, config: HealConfig) -> str:
     """The worst-case error of `heal::sdpa` in one line (`arithmetic.attention_bounds`)."""
     query, key = (value(argument) for argument in node_inputs(operator)[:2])

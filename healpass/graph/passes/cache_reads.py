@@ -25,7 +25,9 @@ from healpass.errors import ConfigError
 from healpass.graph.context import Context
 from healpass.graph.nodes import Builder, heal_name, op_name, set_value, value
 from healpass.graph.operator_names import words
+from healpass.graph.passes.attention import arguments
 from healpass.ops.attention.quantize import FORMATS
+from healpass.ops.attention.sdpa import default_scale
 from healpass.ops.products.numerics import Numerics
 
 heal = torch.ops.heal
@@ -111,13 +113,6 @@ def _check(config: HealConfig, found: str) -> None:
         )
 
 
-def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a `heal::sdpa` node by name, defaults filled in."""
-    schema = heal.sdpa.default._schema.arguments
-    named = {a.name: a.default_value if a.has_default_value() else None for a in schema}
-    return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
-
-
 # ---------------------------------------------------------------------------- looking through
 
 
@@ -195,7 +190,7 @@ def _fold(node: Node, given: dict[str, Any], reads: tuple[Read, Read], builder: 
     """Replace `heal::sdpa` by `heal::integer_attention` on the cache's digits."""
     query = given["query"]
     if given["scale"] is None:
-        given["scale"] = value(query).shape[-1] ** -0.5
+        given["scale"] = default_scale(value(query).shape[-1])
     quantized = builder.call(heal.quantize.default, query, reads[0].format)
     rest = ("attn_mask", "sinks", "seed", "is_causal", "scale", "window", "softcap", "dropout_p")
     attended = builder.call(

@@ -37,6 +37,7 @@ from healpass.graph.nodes import (
     tensors,
     value,
 )
+from healpass.graph.passes.attention import arguments
 from healpass.graph.passes.exact_reads import READS, reads_by_index
 from healpass.graph.passes.exact_rules import (
     EXPANDING,
@@ -79,7 +80,7 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
     name = op_name(node)
     if str(node.target) == "scan" and _is_trained(node):
         raise UnavailableError(SCAN_GRADIENT)
-    if heal_name(node) == "heal::sdpa" and node.kwargs.get("dropout_p"):
+    if heal_name(node) == "heal::sdpa" and arguments(node)["dropout_p"]:
         context.keep(node, "scaled_dot_product_attention", "dropout draws random numbers")
         return False
     if heal_name(node) == "heal::matmul" and _weighs(node):

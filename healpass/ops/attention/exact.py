@@ -25,6 +25,7 @@ from healpass.ops.attention.exact_steps import (
     attend_scores,
     visible_scores,
 )
+from healpass.ops.attention.gradients import memory
 from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Adders, sum_products
@@ -56,11 +57,11 @@ class ExactAttention:
         Raises:
             OperandError: A cap, or sinks; or integers of other formats than INT16 and INT24.
         """
-        counts = [x.digits.shape[-3] for x in (self.query, self.key, self.value)]
+        counts = [x.planes for x in (self.query, self.key, self.value)]
         if not set(counts) <= MOST_KEYS.keys():
             raise OperandError(
-                f"exact attention got Q, K and V of {counts} digits; it takes two (INT16) or three "
-                "(INT24).\nMake them by heal::quantize."
+                f"exact attention got Q, K and V of {counts} digits; it takes two (INT16) or "
+                "three (INT24).\nMake them by heal::quantize."
             )
         if self.scoring.softcap is not None or self.scoring.sinks is not None:
             raise OperandError(
@@ -91,11 +92,11 @@ class ExactAttention:
             OperandError: E or S is past what INT64 holds.
         """
         (*_, keys, _), size = self.key.shape, self.query.shape[-1]
-        most = 1 << MOST_KEYS[self.value.digits.shape[2]]
+        most = 1 << MOST_KEYS[self.value.planes]
         if size > LARGEST_HEAD or keys > most:
             raise OperandError(
                 f"exact attention over {keys} keys of size {size} may overflow INT64: V of "
-                f"{self.value.digits.shape[2]} digits allows {most} keys, heads may have "
+                f"{self.value.planes} digits allows {most} keys, heads may have "
                 f"{LARGEST_HEAD} elements.\n"
                 "Use kv='int16', which allows more keys, or a sliding window."
             )
@@ -121,6 +122,8 @@ class ExactAttention:
             logsumexp: Of the forward pass; it is not needed.
         """
         del output, logsumexp
+        if self.is_empty:
+            return tuple(gradient.zero_() for gradient in memory(self))
         return exact_gradients.attend_gradients(
             grad, self.states, *self.scores(), self.scoring.scale, self.how.multiply
         )
@@ -136,6 +139,8 @@ class ExactAttention:
         del output, logsumexp
         mask = self.scoring.attn_mask
         assert mask is not None, "asked for the gradient of a mask"
+        if self.is_empty:
+            return torch.zeros_like(mask, dtype=torch.float32)
         value, multiply = self.value.dequantized(), self.how.multiply
         return exact_gradients.mask_gradient(grad, value, *self.scores(), mask, multiply)
 

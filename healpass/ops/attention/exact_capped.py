@@ -37,7 +37,7 @@ def attend_by_weights(
     """
     query, key, value = (round_trip(x, FORMATS[kv]) for x in states)
     (batch, heads, length, size), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
-    rows = query.reshape(batch, kv_heads, (heads // kv_heads) * length, size)
+    rows = query.reshape(batch, kv_heads, heads // max(kv_heads, 1) * length, size)
     products = heal.matmul(rows, key.mT, numerics).reshape(batch, heads, length, keys)
     scores = _hidden(_capped(products * scoring.scale, scoring.softcap), scoring)
     weights = _softmax(scores, scoring.sinks)

@@ -97,8 +97,9 @@ def read(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> FloatAttentio
         query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
         lambda: "heal::attention: head sizes of Q and K, or lengths of K and V, differ",
     )
-    states = (Floats(query), Floats(key), Floats(value))
-    return FloatAttention(*states, Scoring.read(*scoring), Numerics.parse(numerics))
+    states, how = (Floats(query), Floats(key), Floats(value)), Scoring.read(*scoring)
+    how.check_mask(query.shape, key.shape)
+    return FloatAttention(*states, how, Numerics.parse(numerics))
 
 
 OPERATORS = register.define("attention", "Tensor query, Tensor key, Tensor value", read)

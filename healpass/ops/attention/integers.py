@@ -105,6 +105,7 @@ def read(
         lambda: "heal::integer_attention: head sizes of Q and K, or lengths of K and V, differ",
     )
     scoring, numerics = Scoring.read(*rest[:-1]), rest[-1]
+    scoring.check_mask(query.shape, key.shape)
     how = Numerics.parse(numerics)
     exact = how.products is not None and not scoring.dropout_p  # random numbers are not exact
     return (ExactAttention if exact else IntegerAttention)(query, key, value, scoring, how)

@@ -63,7 +63,12 @@ class Integers(NamedTuple):
     @property
     def format(self) -> int16.IntegerFormat:
         """INT16 or INT24, by the number of digits."""
-        return next(fmt for fmt in FORMATS.values() if fmt.digits == self.digits.shape[-3])
+        return next(fmt for fmt in FORMATS.values() if fmt.digits == self.planes)
+
+    @property
+    def planes(self) -> int:
+        """How many digits an integer has."""
+        return int(self.digits.shape[-3])
 
     def check(self, name: str) -> None:
         """Refuse what `heal::quantize` does not make."""

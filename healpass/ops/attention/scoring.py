@@ -7,6 +7,7 @@ that no score matrix of a whole sequence exists.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,29 @@ class Scoring:
             self.attn_mask, self.sinks, self.seed, self.is_causal, self.scale, self.window,
             self.softcap, self.dropout_p,
         )  # fmt: skip
+
+    def check_mask(self, query: Sequence[int], key: Sequence[int]) -> None:
+        """Refuse a mask that does not broadcast to `[B, H, L, S]`; sizes that vary pass.
+
+        Args:
+            query: B, H, L, E.
+            key: B, Hkv, S, E.
+
+        Raises:
+            RuntimeError: It does not.
+        """
+        if self.attn_mask is None:
+            return
+        given, sizes = self.attn_mask.shape, (*query[:3], key[2])
+        pairs = list(zip(reversed(given), reversed(sizes), strict=False))
+        fixed = [pair for pair in pairs if all(isinstance(size, int) for size in pair)]
+        torch._check(
+            len(given) <= len(sizes) and all(have in (1, wanted) for have, wanted in fixed),
+            lambda: (
+                f"attn_mask {list(given)} does not broadcast to [B, H, L, S] = {list(sizes)}: "
+                "each size must be 1 or that one"
+            ),
+        )
 
     def columns(self, rows: slice, keys: int) -> slice:
         """The keys that some query of `rows` may see, causality and window considered."""
@@ -199,7 +223,7 @@ class Scoring:
 
 
 def part(x: Tensor, dim: int, span: slice) -> Tensor:
-    """`x` narrowed along one dimension; itself where that is all of it.
+    """`x` narrowed along one dimension; itself where the span is all of it.
 
     Args:
         x: Any tensor.
@@ -207,7 +231,8 @@ def part(x: Tensor, dim: int, span: slice) -> Tensor:
         span: Where it begins and ends.
     """
     count = span.stop - span.start
-    return x if x.shape[dim] == count else x.narrow(dim, span.start, count)
+    whole = isinstance(span.start, int) and span.start == 0 and x.shape[dim] == count
+    return x if whole else x.narrow(dim, span.start, count)
 
 
 def dropout_words(seed: Tensor, shape: torch.Size, rows: slice, columns: slice) -> Tensor:

@@ -80,12 +80,18 @@ def sdpa(
     )
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = default_scale(query.shape[-1]) if scale is None else scale
     shape = (*leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
     states = four_dimensional(query, key, value, enable_gqa)
     mask = None if attn_mask is None else mask_four_dimensional(attn_mask, shape)
     scoring = Scoring(factor, mask, sinks, seed, is_causal, window, softcap, dropout_p)
+    scoring.check_mask(states[0].shape, states[1].shape)
     return _attention(scoring, kv, numerics)(*states, scoring, kv, numerics).reshape(shape)
+
+
+def default_scale(size: int) -> float:
+    """The factor of the scores for heads of `size` elements, as torch computes it."""
+    return 1.0 / math.sqrt(size)
 
 
 def _attention(scoring: Scoring, kv: str, numerics: str) -> Callable[..., Tensor]:
