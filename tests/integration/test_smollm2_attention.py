@@ -49,11 +49,16 @@ def test_int16_is_coarse_int24_is_fp32_and_a_bf16_cache_is_worse_than_either(tab
 
 @pytest.mark.deep
 def test_the_compiled_model_meets_the_same_limits(table):
-    """On CPU, BF16 weights, `backend="heal"`, over 2,048 tokens."""
+    """On CPU, BF16 weights, `backend="heal"`, over 2,048 tokens.
+
+    Compiled kernels add in another order than torch's: FP32's own error and theirs are two
+    evaluations, of which one may be twice as far as the other (`tests.support.against_torch`).
+    """
     names = ("BF16 cache", "FP32 model", "INT16", *table.COMPILED)
     runs = {name: (table.EAGER | table.COMPILED)[name] for name in names}
     found = table.errors(table.text(2048), runs)
     print({name: f"{error:.2e}" for name, error in found.items()})
     assert found["INT16, compiled"] <= OF_BF16 * found["BF16 cache"]
-    assert found["INT24, compiled"] <= fp32_and_its_step(found, 2048)
-    assert found["FP32, compiled"] <= chance(2048) * found["FP32 model"]
+    assert found["INT24, compiled"] <= 2 * fp32_and_its_step(found, 2048)
+    assert found["FP32, compiled"] <= 2 * found["FP32 model"]
+    assert found["INT16, compiled"] > 2 * fp32_and_its_step(found, 2048), "the inverse"
