@@ -17,6 +17,7 @@ from healpass.ops.attention import (
     flex,
     floats,
     integers,
+    paged,
     quantize,
     sdpa,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "integers",
     "matmul",
     "norms",
+    "paged",
     "quantize",
     "reduce",
     "sdpa",

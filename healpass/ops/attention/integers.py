@@ -106,8 +106,22 @@ def read(
     )
     scoring, numerics = Scoring.read(*rest[:-1]), rest[-1]
     scoring.check_mask(query.shape, key.shape)
-    how = Numerics.parse(numerics)
-    exact = how.products is not None and not scoring.dropout_p  # random numbers are not exact
+    return attention_of(query, key, value, scoring, Numerics.parse(numerics))
+
+
+def attention_of(
+    query: Integers, key: Integers, value: Integers, scoring: Scoring, how: Numerics
+) -> Attends:
+    """Exact where the precision is, unless there is dropout: random numbers are not.
+
+    Args:
+        query: `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        scoring: All else that decides a weight.
+        how: The precision.
+    """
+    exact = how.products is not None and not scoring.dropout_p
     return (ExactAttention if exact else IntegerAttention)(query, key, value, scoring, how)
 
 

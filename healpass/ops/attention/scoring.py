@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Scoring:
         window: Hide key s from query l where s <= l - window.
         softcap: Scores become `softcap * tanh(score / softcap)` before they are masked.
         dropout_p: Probability of dropping a weight.
+        offset: Keys before the first query's own; causality and the window count from there.
     """
 
     scale: float
@@ -46,6 +47,7 @@ class Scoring:
     window: int | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
+    offset: int = 0
 
     @classmethod
     def read(
@@ -94,6 +96,10 @@ class Scoring:
             self.softcap, self.dropout_p,
         )  # fmt: skip
 
+    def at(self, offset: int) -> Scoring:
+        """The same for queries that begin at another key."""
+        return replace(self, offset=offset)
+
     def check_mask(self, query: Sequence[int], key: Sequence[int]) -> None:
         """Refuse a mask that does not broadcast to `[B, H, L, S]`; sizes that vary pass.
 
@@ -119,8 +125,9 @@ class Scoring:
 
     def columns(self, rows: slice, keys: int) -> slice:
         """The keys that some query of `rows` may see, causality and window considered."""
-        first = 0 if self.window is None else max(0, rows.start - self.window + 1)
-        last = min(keys, rows.stop) if self.is_causal else keys
+        start, stop = rows.start + self.offset, rows.stop + self.offset
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        last = min(keys, stop) if self.is_causal else keys
         return slice(min(first, last), last)
 
     def cap(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +176,7 @@ class Scoring:
         """
         if not self.is_causal and self.window is None:
             return None
-        query = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+        query = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1) + self.offset
         key = torch.arange(columns.start, columns.stop, device=device)
         visible = key <= query if self.is_causal else (key >= 0).expand(query.shape[0], -1)
         return visible if self.window is None else visible & (key > query - self.window)
