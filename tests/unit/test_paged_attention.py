@@ -208,6 +208,17 @@ def test_what_does_not_fit_is_refused():
     table = torch.tensor([pages.owned[0]])
     with pytest.raises(ValueError, match="3 query heads do not share 2 key heads"):
         heal.paged_attention(q[:, :3], pages.pages, starts, lengths, table, *rest)
+    for begins, keys, listed, message in (
+        ([0, 4], 9, table, r"9 keys on the pages \[\d+\] of 4 each"),  # fewer than it needs
+        ([0, 4], 4, -torch.ones_like(table), r"on the pages \[-1\]"),
+        ([0, 4], 4, table * 0 + 64, r"there are 64 pages"),
+        ([0, 5], 5, table, "has the queries 0 to 5 of 4"),
+        ([0, 4], 3, table, "and 3 keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            heal.paged_attention(
+                q, pages.pages, torch.tensor(begins), torch.tensor([keys]), listed, *rest
+            )
     with pytest.raises(ValueError, match="1 requests need 2 starts"):
         heal.paged_attention(q, pages.pages, starts[:1], lengths, table, *rest)
 

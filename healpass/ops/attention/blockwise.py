@@ -127,10 +127,8 @@ class Attention(ABC):
             yield rows, self.scoring.columns(rows, keys)
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Memory for the output `[B, H, L, Ev]` and the logsumexp `[B, H, L]`, in FP32."""
-        *lead, _ = self.query.shape
-        new = functools.partial(torch.empty, dtype=torch.float32, device=self.query.device)
-        return new((*lead, self.value.shape[-1])), new(lead)
+        """Memory for the output and the logsumexp."""
+        return results(self.query, self.value)
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Output and the natural logarithm of each row's denominator."""
@@ -144,6 +142,13 @@ class Attention(ABC):
                 weights = weights if kept is None else weights * kept
                 output[:, :, rows] = self.weighted_sum(weights, scores != -torch.inf, columns)
         return output, logsumexp
+
+
+def results(query: Operand, value: Operand) -> tuple[Tensor, Tensor]:
+    """Memory for the output `[B, H, L, Ev]` and the logsumexp `[B, H, L]`, in FP32."""
+    *lead, _ = query.shape
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    return new((*lead, value.shape[-1])), new(lead)
 
 
 def fold(states: Tensor, heads: int) -> Tensor:

@@ -8,7 +8,6 @@ gradients in `attention.exact_gradients`; kernels compute it chunk by chunk
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from healpass.arithmetic.digits import integer_digits
 from healpass.errors import OperandError
 from healpass.ops.attention import exact_gradients
+from healpass.ops.attention.blockwise import results
 from healpass.ops.attention.exact_steps import (
     LARGEST_HEAD,
     MOST_KEYS,
@@ -80,10 +80,8 @@ class ExactAttention:
         return self.how.simulate is None and self.how.order == 0
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Memory for the output `[B, H, L, Ev]` and the logsumexp `[B, H, L]`, in FP32."""
-        *lead, _ = self.query.shape
-        new = functools.partial(torch.empty, dtype=torch.float32, device=self.query.device)
-        return new((*lead, self.value.shape[-1])), new(lead)
+        """Memory for the output and the logsumexp."""
+        return results(self.query, self.value)
 
     def check(self) -> None:
         """Refuse sizes that may leave INT64.

@@ -212,8 +212,25 @@ class PagedAttention:
             if rows.stop <= rows.start or not keys:
                 continue
             pages = self.blocks[request, : -(-keys // room)].to(torch.int64)
+            self._check_request(request, rows, keys, pages)
             cells = self.pages[pages].transpose(0, 1).flatten(1, 2)[:, :keys]
             yield rows, *self.cell.unpack(cells)
+
+    def _check_request(self, request: int, rows: slice, keys: int, pages: Tensor) -> None:
+        """Refuse what would be read from nowhere, or from a page of nobody."""
+        count, room, tokens = self.pages.shape[0], self.pages.shape[2], len(self.query)
+        queries = rows.stop - rows.start
+        if not 0 <= rows.start <= rows.stop <= tokens or queries > keys:
+            raise OperandError(
+                f"request {request} has the queries {rows.start} to {rows.stop} of {tokens}, and "
+                f"{keys} keys.\nlengths counts a request's queries, too, and starts ends with "
+                "their number."
+            )
+        if len(pages) * room < keys or int(pages.min()) < 0 or int(pages.max()) >= count:
+            raise OperandError(
+                f"request {request} has {keys} keys on the pages {pages.tolist()} of {room} each; "
+                f"there are {count} pages.\nList its pages in blocks, in order."
+            )
 
     def _attended(
         self, query: Integers, key: Integers, value: Integers, scoring: Scoring

@@ -91,6 +91,7 @@ class Scoring:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments `SCORING` of an operator."""
+        assert self.offset == 0, "operators count from the first query and the first key"
         return (
             self.attn_mask, self.sinks, self.seed, self.is_causal, self.scale, self.window,
             self.softcap, self.dropout_p,
