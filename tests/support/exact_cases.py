@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from healpass.ops.attention.scoring import Scoring
 from tests.support.exact_gpu import source
 from tests.support.fake_cuda import Kernel, kernels
 
@@ -67,8 +66,8 @@ class ExactAttentionCase:
 
     def __call__(self, *states: Tensor) -> tuple[Tensor]:
         """The operator, as a graph has it."""
-        scoring = Scoring(self.head_size**-0.5, is_causal=self.length > 1)
-        return (torch.ops.heal.integer_attention(*states, *scoring.arguments, "exact5")[0],)
+        rest = (None, self.length > 1, self.head_size**-0.5, "exact5")
+        return (torch.ops.heal.exact_attention(*states, *rest),)
 
     def templates(self, capability: int = 90) -> list[Kernel]:
         """The kernels of the two passes."""

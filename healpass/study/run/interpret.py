@@ -40,6 +40,7 @@ _MOVES = {
 _NAMES = {
     "scaled_dot_product_attention": "attention",
     "sdpa": "attention",
+    "exact_sdpa": "attention",
     "integer_attention": "attention",
 }
 
