@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from healpass.integrations import smollm2
-from healpass.tensorcore import heal_matmul, simulate_matmul
+from healpass.tensorcore import Schedule, heal_matmul, simulate_matmul
 
 PROMPT = (
     "The tides are caused by the pull of the moon and of the sun on the water of the oceans. "
@@ -70,7 +70,9 @@ def fp32(activation: Tensor, weight: Tensor) -> Tensor:
 
 def layercast(activation: Tensor, weight: Tensor) -> Tensor:
     """One FP32 fused multiply-add after the other, over all of K."""
-    return simulate_matmul([activation], [weight.float().t()], "sgemm", promote_every=None)
+    return simulate_matmul(
+        [activation], [weight.float().t()], "sgemm", Schedule(promote_every=None)
+    )
 
 
 def heal(rule: str) -> Callable[[Tensor, Tensor], Tensor]:

@@ -2,8 +2,8 @@
 
 They are plain Inductor expressions, so that quantization is written by the kernel that makes its
 operand (a projection's epilogue, RoPE) and dequantization by the one that reads it. Each mirrors
-`arithmetic.int16` operation for operation; on CPU the bits are those of the operators' reference
-implementation.
+`arithmetic.int16` operation for operation, in FP64 where it matters, and has its bits: exact
+attention reads what it writes.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ import torch
 from sympy import Expr, Integer, Rational, Symbol
 from torch import Tensor
 
-from healpass.arithmetic.bounds import HARDWARE, matmul_bound
+from healpass.arithmetic.bounds import HARDWARE, Kernel, matmul_bound
 from healpass.arithmetic.int16 import INT16, INT24
 from healpass.arithmetic.pieces import row_scale
 from healpass.arithmetic.symbols import (
@@ -174,7 +174,7 @@ def _raw_scores_bound(shape: AttentionShape) -> Bound:
         left="fp32",
         right="fp32",
         rule=shape.rule,
-        promote_every=every,
+        kernel=Kernel(promote_every=every),
     )
 
 

@@ -50,7 +50,7 @@ from healpass.arithmetic.symbols import (
 )
 from healpass.errors import NoRuleError
 
-__all__ = ["HARDWARE", "Bound", "Hardware", "Term", "matmul_bound", "matmul_magnitudes"]
+__all__ = ["HARDWARE", "Bound", "Hardware", "Kernel", "Term", "matmul_bound", "matmul_magnitudes"]
 
 #: What a tiny element loses beside its row's maximum: 2^-25 under a scale that maps that to 2^15.
 LOST = Rational(1, 2**40) * (1 + H)
@@ -107,6 +107,28 @@ HARDWARE: dict[str, Hardware] = {
 }
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel cuts a reduction.
+
+    Attributes:
+        promote_every: K of a chain; by default what the rule asks for, None for one over all K.
+        tile_k: K of a tile: all low products of a tile (or of a shorter chain) come before its
+            high ones.
+        split_k: Parts of K summed apart.
+        headroom: Bits that row and channel scales leave unused: 0 for `pieces`, 1 for a kernel
+            that maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
+    """
+
+    promote_every: int | Literal["rule"] | None = "rule"
+    tile_k: int = TILE_K
+    split_k: int = 1
+    headroom: int = 0
+
+
+PLAIN = Kernel()
+
+
 @functools.cache
 def matmul_bound(
     precision: str,
@@ -115,10 +137,7 @@ def matmul_bound(
     left: str = "fp32",
     right: str = "bf16",
     rule: str | None = None,
-    promote_every: int | Literal["rule"] | None = "rule",
-    tile_k: int = TILE_K,
-    split_k: int = 1,
-    headroom: int = 0,
+    kernel: Kernel = PLAIN,
 ) -> Bound:
     """Forward error of one element of `heal::mm` with `k` terms.
 
@@ -130,12 +149,7 @@ def matmul_bound(
         right: Format of the right operand.
         rule: For `heal`, who adds: a GPU generation, `fp32` (pieces and FP32 additions), or None
             for what CPU runs unsimulated, FP32 arithmetic on the upcast operands.
-        promote_every: K of a chain; by default what the rule asks for, None for one over all K.
-        tile_k: K of a tile: all low products of a tile (or of a shorter chain) come before its
-            high ones.
-        split_k: Parts of K summed apart.
-        headroom: Bits that row and channel scales leave unused: 0 for `pieces`, 1 for a kernel
-            that maps the maximum to [2^14, 2^15). Each doubles what a tiny element loses.
+        kernel: For `heal` with a rule, how the reduction is cut.
 
     Raises:
         NoRuleError: The precision or the rule has no bound here.
@@ -150,9 +164,10 @@ def matmul_bound(
             f"a rule among {', '.join(HARDWARE)}), layercast, fp32, bf16 and fp16."
         )
     hardware = HARDWARE[rule]
-    every = hardware.promote_every if promote_every == "rule" else promote_every
-    problem = _Problem.of(k, every or max(k, 1), tile_k, split_k)
-    return _heal_bound(problem, *_sides(left, right, headroom), hardware, rule)
+    asked = kernel.promote_every
+    every = hardware.promote_every if asked == "rule" else asked
+    problem = _Problem.of(k, every or max(k, 1), kernel.tile_k, kernel.split_k)
+    return _heal_bound(problem, *_sides(left, right, kernel.headroom), hardware, rule)
 
 
 @dataclass(frozen=True)

@@ -75,28 +75,13 @@ def quantize(x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain") -
         fmt: INT16 or INT24.
         kind: A plain scale is finer, a power of two makes the dequantization exact.
     """
-    integers, scale = whole_numbers(x, fmt, kind)
-    return Quantized(integers.to(fmt.dtype), scale)
-
-
-def whole_numbers(
-    x: Tensor, fmt: IntegerFormat = INT16, kind: ScaleKind = "plain"
-) -> tuple[Tensor, Tensor]:
-    """The payload of `quantize` in FP64, which compilers vectorize and INT16 not, and its scale.
-
-    The quotient and its rounding are FP64: in FP32 the division alone would cost INT24 another
-    quarter of a step.
-
-    Args:
-        x: `[..., E]`, floating point: one row per (token, head).
-        fmt: INT16 or INT24.
-        kind: As in `quantize`.
-    """
+    # In FP32 the division alone would cost INT24 another quarter of a step.
     scale = _scale(finite_amax(x, -1), fmt.limit, kind)
     quotient = x.detach().to(torch.float64) / scale.to(torch.float64)
     finite = quotient.isfinite()
     payload = torch.where(finite, quotient, 0.0).round().clamp(-fmt.limit, fmt.limit)
-    return payload, torch.where(finite.all(-1, keepdim=True), scale, torch.nan)
+    scale = torch.where(finite.all(-1, keepdim=True), scale, torch.nan)
+    return Quantized(payload.to(fmt.dtype), scale)
 
 
 def dequantize(quantized: Quantized) -> Tensor:

@@ -15,14 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
-    get_layer_types_and_kwargs,
 )
 
 from healpass.config import CHOICES
@@ -209,10 +208,9 @@ def _make_layers(config: Any, max_cache_len: int | None, kv: str) -> Iterator[An
             f"{', '.join(foreign)} keep a state that is not keys and values. Use the cache of "
             "transformers; it rounds to 16 bits."
         )
-    types, arguments = get_layer_types_and_kwargs(config)
-    for kind, extra in zip(types, arguments, strict=True):
+    for kind, extra in _kinds(config):
         if kind not in _DYNAMIC:
-            yield DummyLayer(**extra)
+            yield cache_utils.DummyLayer(**extra)
             continue
         length = {} if max_cache_len is None else {"max_cache_len": max_cache_len}
         wide, plain = (_STATIC if length else _DYNAMIC)[kind]
@@ -220,9 +218,22 @@ def _make_layers(config: Any, max_cache_len: int | None, kv: str) -> Iterator[An
         yield made() if kv == "fp32" else HealIntegerLayer(made, kv)
 
 
+def _kinds(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kind of each layer and what its class takes.
+
+    Before transformers 5.19 there is one mapping for all layers; before 5.20 a layer that shares
+    the keys of another has no place in the list, later it is a `DummyLayer`.
+    """
+    types, arguments = cache_utils.get_layer_types_and_kwargs(config)
+    if isinstance(arguments, dict):
+        windowed = ("sliding_attention", "chunked_attention")
+        arguments = [arguments if kind in windowed else {} for kind in types]
+    yield from zip(types, arguments, strict=False)
+
+
 def stores_of(layer: Any) -> tuple[Any, ...]:
     """The layers of transformers that hold a layer's tensors; none for a layer that shares."""
-    return () if isinstance(layer, DummyLayer) else layer.stores
+    return getattr(layer, "stores", ())
 
 
 def _counters(store: Any) -> list[str]:
@@ -265,7 +276,7 @@ def _restore(store: Any, name: str, tensors: dict[str, Tensor]) -> None:
 
 def foreign_layers(config: Any) -> list[str]:
     """The layer types of a model that keep more than keys and values."""
-    return sorted(set(get_layer_types_and_kwargs(config)[0]) - {*_DYNAMIC, "dummy"})
+    return sorted({kind for kind, _ in _kinds(config)} - {*_DYNAMIC, "dummy"})
 
 
 def _is_bounded(layer: Any) -> bool:

@@ -6,18 +6,18 @@
 
 Primitive operators carry their own autograd formula and are what a lowering replaces: `mm`, `bmm`,
 `grouped_mm`, `attention`. So are the integer ones, which carry no gradient: `quantize`,
-`dequantize`, `integer_attention`. The gradients of both attentions are operators, too. Composite
+`dequantize`, `integer_attention`. The gradients of both attentions are operators, too. `numerics`
+decides in all of them: `heal`, `layercast`, or `exact` with its number of products. Composite
 operators are written in terms of those and of plain torch, so autograd, fake tensors and tracing
 see through them: `linear`, `matmul`, `sdpa`.
 """
 
 from healpass.ops.attention import (
-    exact,
     exact_chunks,
-    exact_sdpa,
     flex,
     floats,
     integers,
+    paged,
     quantize,
     sdpa,
 )
@@ -44,14 +44,13 @@ __all__ = [
     "digits",
     "elementary",
     "embedding",
-    "exact",
     "exact_chunks",
-    "exact_sdpa",
     "flex",
     "floats",
     "integers",
     "matmul",
     "norms",
+    "paged",
     "quantize",
     "reduce",
     "sdpa",

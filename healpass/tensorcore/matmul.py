@@ -53,6 +53,14 @@ class Accumulation:
                 f"accumulation rule {self.rule!r} is unknown; known: {', '.join((IDEAL, *RULES))}."
             )
 
+    @property
+    def schedule(self) -> Schedule:
+        """In which order K is visited."""
+        every = self.promote_every
+        if every == "rule":
+            every = TILE_K if self.rule == IDEAL else RULES[self.rule].promote_every
+        return Schedule(promote_every=every, order=self.order, split_k=self.split_k)
+
 
 def heal_matmul(a: Tensor, b: Tensor, accumulate: Accumulation | str = IDEAL) -> Tensor:
     """`a @ b` by products of 16-bit pieces.
@@ -139,14 +147,7 @@ def _sum_products(pairs: list[tuple[Tensor, Tensor]], how: Accumulation) -> Tens
 
 
 def _simulated(left: Sequence[Tensor], right: Sequence[Tensor], how: Accumulation) -> Tensor:
-    return simulate_matmul(
-        left,
-        right,
-        how.rule,
-        promote_every=how.promote_every,
-        order=how.order,
-        split_k=how.split_k,
-    )
+    return simulate_matmul(left, right, how.rule, how.schedule)
 
 
 def _flattened(pieces: tuple[Tensor, ...], batch: torch.Size) -> list[Tensor]:
@@ -163,8 +164,7 @@ def _ideal(left: tuple[Tensor, ...], right: tuple[Tensor, ...], how: Accumulatio
     k = left[0].shape[-1]
     wide = [(a.to(torch.float32), b.to(torch.float32)) for a, b in zip(left, right, strict=True)]
     total = torch.matmul(wide[0][0][..., :0], wide[0][1][..., :0, :])
-    every = TILE_K if how.promote_every == "rule" else how.promote_every
-    for steps in Schedule(promote_every=every, order=how.order, split_k=how.split_k).splits(k):
+    for steps in how.schedule.splits(k):
         register = torch.zeros_like(total)
         for chains in steps:
             parts = [_ideal_chain(wide, dots) for dots in chains]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from healpass.arithmetic.promotion import TILE_K, promotion_interval
 
@@ -101,6 +101,17 @@ class Schedule:
             )
         if self.split_k < 1:
             raise ValueError(f"split_k={self.split_k} must be at least 1.")
+
+    @classmethod
+    def of(cls, rule: AccumulationRule | str, **changes: Any) -> Schedule:
+        """Chains as long as a rule asks for.
+
+        Args:
+            rule: An accumulation rule or its name.
+            **changes: Other attributes.
+        """
+        named = RULES[rule] if isinstance(rule, str) else rule
+        return cls(**{"promote_every": named.promote_every, **changes})
 
     def splits(self, k: int) -> list[list[list[list[range]]]]:
         """Splits of steps of chains of dots, each dot its range of K, clipped to `k`.

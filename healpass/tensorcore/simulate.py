@@ -12,14 +12,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from healpass.arithmetic.formats import FORMATS, FloatFormat
-from healpass.arithmetic.promotion import TILE_K
 from healpass.tensorcore import narrow, wide
 from healpass.tensorcore.rules import INSTRUCTION_K, RULES, AccumulationRule, Schedule
 from healpass.tensorcore.tiles import TILE_N, Grid, Operand, padded
@@ -57,11 +56,8 @@ def simulate_matmul(
     a_pieces: Sequence[Tensor],
     b_pieces: Sequence[Tensor],
     rule: AccumulationRule | str,
+    schedule: Schedule | None = None,
     *,
-    tile_k: int = TILE_K,
-    promote_every: int | Literal["rule"] | None = "rule",
-    order: int = 0,
-    split_k: int = 1,
     compiled: bool | None = None,
 ) -> Tensor:
     """sum_i a_pieces[i] @ b_pieces[i], added as a kernel on the given hardware adds.
@@ -71,10 +67,7 @@ def simulate_matmul(
             the order of the chain: the lowest products first. Or `[B, M, K]`, one product each.
         b_pieces: `[K, N]` or `[B, K, N]` tensors of that dtype, one per tensor of `a_pieces`.
         rule: An accumulation rule or its name.
-        tile_k: K of a tile.
-        promote_every: K of a chain; by default what the rule asks for, None is one over all of K.
-        order: Seed of another order of the tiles.
-        split_k: Parts of K that are summed apart.
+        schedule: In which order K is visited; None is what the rule asks for.
         compiled: Whether to compile; None decides by size. The result is the same.
 
     Returns:
@@ -84,8 +77,7 @@ def simulate_matmul(
         ValueError: Pieces do not pair up, or have dtypes that the rule does not multiply.
     """
     rule = RULES[rule] if isinstance(rule, str) else rule
-    every = rule.promote_every if promote_every == "rule" else promote_every
-    schedule = Schedule(tile_k, every, order, split_k)
+    schedule = schedule or Schedule.of(rule)
     _check_pieces(a_pieces, b_pieces, rule)
     (*batch, m, k), n = a_pieces[0].shape, b_pieces[0].shape[-1]
     if 0 in (*batch, m, k, n):

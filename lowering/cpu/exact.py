@@ -26,9 +26,12 @@ import torch
 from torch import Tensor
 
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX, scaled_digits
-from healpass.arithmetic.int16 import IntegerFormat, whole_numbers
-from healpass.ops.attention.exact import FORMATS, P_BITS, attend_scores, scaled_scores
-from healpass.ops.attention.scoring import Scoring
+from healpass.arithmetic.int16 import IntegerFormat
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.exact_steps import P_BITS, attend_scores, scaled_scores
+from healpass.ops.attention.integers import read
+from healpass.ops.attention.quantize import integers
+from healpass.ops.attention.scoring import Scoring, part
 from healpass.ops.products.exact import Scheme, fastest_route, scale_of, scheme
 from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible import fp64
@@ -139,79 +142,57 @@ def _int8_sums(a: Tensor, weight: Tensor, a_scale: Tensor, scale: Tensor, plan: 
 # ------------------------------------------------------------------------------------- attention
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    kv: str,
-    numerics: str,
-) -> Any:
-    """`heal::exact_attend`; NotImplemented where the reference implementation has to run.
+def attend(*call: Any) -> Any:
+    """`heal::integer_attention`, exact; NotImplemented where its lowering or reference has to run.
 
     Args:
-        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
-        key: `[B, Hkv, S, E]`, any of those.
-        value: `[B, Hkv, S, Ev]`, any of those.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        kv: `int16` or `int24`: what Q, K and V are rounded to.
-        numerics: As the operator takes it.
+        *call: The arguments of the operator.
     """
-    fmt, how = FORMATS[kv], Numerics.parse(numerics)
-    if not _is_plain(how, query) or not _attention_fits(query, key, value, fmt):
+    asked = read(*call)
+    if not isinstance(asked, ExactAttention) or not _takes(asked):
         return NotImplemented
-    q, k, v = (whole_numbers(x, fmt) for x in (query, key, value))
-    blocks = []
-    for rows, columns in _visible_parts(query.shape[2], key.shape[2], is_causal):
-        block_q, (keys, k_scale), (values, v_scale) = (
-            tuple(_part(x, 2, span) for x in state)
-            for state, span in ((q, rows), (k, columns), (v, columns))
-        )
-        mask = _part_of_mask(attn_mask, rows, columns)
+    (q, q_scale), (k, k_scale), (v, v_scale) = (
+        (integers(state.digits), state.scale) for state in (asked.query, asked.key, asked.value)
+    )
+    blocks, weighted = [], partial(_weighted, fmt=asked.value.format)
+    for rows, columns in visible_blocks(q.shape[2], k.shape[2], asked.scoring):
         scores, visible = scaled_scores(
-            _products(block_q[0], keys),
-            block_q[1].squeeze(-1),
-            k_scale.squeeze(-1),
-            Scoring(scale, mask, is_causal=is_causal),
-            rows.start,
+            _products(part(q, 2, rows), part(k, 2, columns)),
+            part(q_scale, 2, rows),
+            part(k_scale, 2, columns),
+            asked.scoring,
+            rows,
+            columns,
         )
-        weigh = partial(_weighted, value=values, fmt=fmt)
-        blocks.append(attend_scores(scores, visible, v_scale.squeeze(-1), weigh))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+        weigh = partial(weighted, value=part(v, 2, columns))
+        blocks.append(attend_scores(scores, visible, part(v_scale, 2, columns), weigh))
+    if len(blocks) == 1:
+        return blocks[0]
+    outputs, logsumexps = zip(*blocks, strict=True)
+    return torch.cat(outputs, 2), torch.cat(logsumexps, 2)
 
 
-def _visible_parts(length: Any, keys: Any, is_causal: bool) -> list[tuple[slice, slice]]:
+def visible_blocks(length: Any, keys: Any, scoring: Scoring) -> list[tuple[slice, slice]]:
     """Blocks of rows, and the keys that they may see: half of the work where a mask is causal.
 
-    A row's bits depend on what it sees alone (`attention.exact`).
+    A row's bits depend on what it sees alone (`attention.exact_steps`).
+
+    Args:
+        length: Queries.
+        keys: Keys, at least one.
+        scoring: Its causality and window decide.
     """
-    if not (is_causal and isinstance(length, int) and isinstance(keys, int)):
+    sizes = (length, keys, scoring.window or 0)
+    limited = scoring.is_causal or scoring.window is not None
+    if not limited or not all(isinstance(size, int) for size in sizes):
         return [(slice(0, length), slice(0, keys))]
     count = max(FEWEST_ROWS, -(-length // MOST_BLOCKS))
-    ends = [min(start + count, length) for start in range(0, length, count)]
+    spans = [slice(start, min(start + count, length)) for start in range(0, length, count)]
+    seen = [scoring.columns(rows, keys) for rows in spans]  # none: one key, which is hidden
     return [
-        (slice(start, end), slice(0, min(end, keys)))
-        for start, end in zip([0, *ends], ends, strict=False)
+        (rows, slice(min(columns.start, columns.stop - 1), columns.stop))
+        for rows, columns in zip(spans, seen, strict=True)
     ]
-
-
-def _part(x: Tensor, dim: int, span: slice) -> Tensor:
-    count = span.stop - span.start
-    return x if x.shape[dim] == count else x.narrow(dim, span.start, count)
-
-
-def _part_of_mask(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
-    """Of a mask that broadcasts to `[B, H, L, S]`."""
-    if mask is None:
-        return None
-    spans = [(dim, span) for dim, span in ((-2, rows), (-1, columns)) if mask.dim() >= -dim]
-    for dim, span in spans:
-        mask = mask if mask.shape[dim] == 1 else _part(mask, dim, span)
-    return mask
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
@@ -225,12 +206,14 @@ def _grouped(x: Tensor, key: Tensor) -> Tensor:
     return x.reshape(batch, key.shape[1], heads // key.shape[1] * length, size)
 
 
-def _attention_fits(query: Tensor, key: Tensor, value: Tensor, fmt: IntegerFormat) -> bool:
-    if any(size == 0 for x in (query, key, value) for size in x.shape):
+def _takes(asked: ExactAttention) -> bool:
+    """Whether it is real, on CPU, and within the budgets of FP64."""
+    if not asked.is_plain or asked.query.device.type != "cpu" or asked.is_empty:
         return False
-    room = 1 << FP64_BITS
-    terms = query.shape[-1] * fmt.limit**2 <= room
-    return bool(terms and key.shape[2] * (_largest_part(fmt) << P_BITS) <= room)
+    room, keys = 1 << FP64_BITS, asked.key.shape[2]
+    q, k, v = (state.format for state in (asked.query, asked.key, asked.value))
+    terms = asked.query.shape[-1] * q.limit * k.limit <= room
+    return bool(terms and keys * (_largest_part(v) << P_BITS) <= room)
 
 
 def _largest_part(fmt: IntegerFormat) -> int:
@@ -253,5 +236,5 @@ def _weighted(fixed: Tensor, value: Tensor, fmt: IntegerFormat) -> Tensor:
 #: Operator -> a traceable function with its bits, or NotImplemented.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     heal.mm.default: mm,
-    heal.exact_attend.default: attend,
+    heal.integer_attention.default: attend,
 }

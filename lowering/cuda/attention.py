@@ -70,20 +70,30 @@ class AttentionProblem:
     @classmethod
     def of_integers(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::integer_attention`."""
-        return cls._read([States(call[i], call[i + 1]) for i in (0, 2, 4)], *call[6:])
+        states = [States(call[i], call[i + 1]) for i in (0, 2, 4)]
+        return cls.of_states(states, Scoring.read(*call[6:-1]), call[-1])
 
     @classmethod
     def of_floats(cls, *call: Any) -> AttentionProblem:
         """Read the arguments of `heal::attention`."""
-        return cls._read([States(x) for x in call[:3]], *call[3:])
+        states = [States(x) for x in call[:3]]
+        return cls.of_states(states, Scoring.read(*call[3:-1]), call[-1])
 
     @classmethod
-    def _read(cls, states: Sequence[States], *rest: Any) -> AttentionProblem:
+    def of_states(
+        cls, states: Sequence[States], scoring: Scoring, numerics: str
+    ) -> AttentionProblem:
+        """With a window that is a number.
+
+        Args:
+            states: Q, K and V.
+            scoring: All else that decides a weight.
+            numerics: As the operator takes it.
+        """
         query, key, value = states
-        scoring = Scoring.read(*rest[:-1])
         if scoring.window is not None:
             scoring = replace(scoring, window=compat.as_int(scoring.window))
-        return cls(query, key, value, scoring, rest[-1])
+        return cls(query, key, value, scoring, numerics)
 
     @property
     def device(self) -> torch.device:

@@ -1,11 +1,10 @@
-"""`heal::exact_attend` and `heal::exact_attention` on CUDA: two passes over the keys.
+"""`heal::integer_attention` on CUDA where it is exact: two passes over the keys.
 
 May import `attention` (launches), `compat`, `exact_matmul` (budgets), `exact_tiles`, `selfcheck`.
-`DECOMPOSITIONS` opens the operators into digits and `attention.exact_chunks`, of which
-`heal::exact_tops` and `heal::exact_sums` become templates; what is between and behind them is
-plain Inductor code. Chunks, tiles and spans are tuning: all that crosses them is exact.
-`heal::exact_attend_backward` becomes products (`exact_matmul`) and bit-reproducible steps between
-them.
+`DECOMPOSITIONS` makes `attention.exact_chunks` of it, of which `heal::exact_tops` and
+`heal::exact_sums` become templates; what is between and behind them is plain Inductor code.
+Chunks, tiles and spans are tuning: all that crosses them is exact. Its gradients become products
+(`exact_matmul`) and bit-reproducible steps between them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided
 
-from healpass.arithmetic.int16 import round_trip
 from healpass.errors import OperandError
 from healpass.lowering import compat
 from healpass.lowering.cuda import selfcheck
@@ -34,20 +32,14 @@ from healpass.lowering.cuda.attention import (
 from healpass.lowering.cuda.exact_matmul import capability, has_kernels, terms
 from healpass.lowering.cuda.exact_tiles import exact_attention_tiles, prefers_half
 from healpass.lowering.states import States
-from healpass.ops.attention.exact import (
-    FORMATS,
-    MOST_KEYS,
-    P_DIGITS,
-    Planes,
-    planes,
-    scaled_scores,
-)
-from healpass.ops.attention.exact_chunks import attention_in_parts, heads_per_key
-from healpass.ops.attention.exact_sdpa import attend_gradients
-from healpass.ops.attention.scoring import Scoring
+from healpass.ops.attention import exact_gradients
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.exact_chunks import attend_in_chunks, heads_per_key
+from healpass.ops.attention.exact_chunks import read as read_how
+from healpass.ops.attention.exact_steps import MOST_KEYS, P_DIGITS, scaled_scores
+from healpass.ops.attention.integers import read
 from healpass.ops.products.digits import digit_sums
 from healpass.ops.products.exact import Scheme
-from healpass.ops.products.numerics import Numerics
 from healpass.ops.reproducible import fp64, fp64_coefficients
 from healpass.ops.reproducible.reduce import from_integers
 
@@ -66,121 +58,58 @@ EXP = {
 heal = torch.ops.heal
 
 
-def attend_on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    kv: str,
-    numerics: str,
-) -> Tensor:
-    """Decompose `heal::exact_attend`: the digits are made by what makes Q, K and V.
+def attend_on_cuda(*call: Any) -> Any:
+    """Decompose `heal::integer_attention` where it is exact.
+
+    NotImplemented leaves it to its lowering, or to its reference implementation: simulated adders,
+    other devices, heads above 256, nothing to attend to, and what the reference refuses.
 
     Args:
-        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
-        key: `[B, Hkv, S, E]`, any of those.
-        value: `[B, Hkv, S, Ev]`, any of those.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        kv: `int16` or `int24`: what Q, K and V are rounded to.
-        numerics: As the operator takes it.
+        *call: The arguments of the operator.
     """
-    if not has_kernels(query.device):
+    asked = _exact(*call)
+    if asked is None:
         return NotImplemented
-    digits = [part for x in (query, key, value) for part in planes(x, kv)]
-    return heal.exact_attention(*digits, attn_mask, is_causal, scale, numerics)
-
-
-def attention_on_cuda(
-    query_digits: Tensor,
-    query_scale: Tensor,
-    key_digits: Tensor,
-    key_scale: Tensor,
-    value_digits: Tensor,
-    value_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str,
-) -> Tensor:
-    """Decompose `heal::exact_attention`; NotImplemented leaves it to its reference implementation.
-
-    Left are simulated adders, other devices, heads above 256, nothing to attend to, and what the
-    reference implementation refuses.
-
-    Args:
-        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
-        query_scale: FP32 `[B, H, L]`.
-        key_digits: INT8 `[B, Hkv, D, S, E]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
-        value_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        numerics: An exact precision.
-    """
-    how, keys = Numerics.parse(numerics), key_digits.shape[3]
-    if how.simulate or how.order or not has_kernels(query_digits.device):
+    size = max(asked.query.shape[-1], asked.value.shape[-1])
+    fits = asked.key.shape[2] <= 1 << MOST_KEYS[asked.value.planes]
+    if size > LARGEST_HEAD or not fits or asked.is_empty:
         return NotImplemented
-    fits = max(query_digits.shape[-1], value_digits.shape[-1]) <= LARGEST_HEAD
-    fits = fits and keys <= 1 << MOST_KEYS[value_digits.shape[2]]
-    if not fits or 0 in (*query_digits.shape, *value_digits.shape):
-        return NotImplemented
-    few = heads_per_key(query_digits, key_digits) * query_digits.shape[3] <= DECODE_ROWS
-    chunk = DECODE_CHUNK if few else PREFILL_CHUNK
-    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
-    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
-    return attention_in_parts(query, key, Planes(value_digits, value_scale), scoring, chunk)
+    rows = heads_per_key(asked.query.digits, asked.key.digits) * asked.query.shape[2]
+    return attend_in_chunks(asked, DECODE_CHUNK if rows <= DECODE_ROWS else PREFILL_CHUNK)
 
 
-def gradients_on_cuda(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    kv: str,
-    numerics: str,
-) -> Any:
-    """Decompose `heal::exact_attend_backward`: digit products, and what lies between them.
+def gradients_on_cuda(grad: Tensor, *call: Any) -> Any:
+    """Decompose `heal::integer_attention_backward`: digit products, and what lies between them.
 
     The scores are formed again, and here they have a matrix in memory. NotImplemented as above.
 
     Args:
         grad: `[B, H, L, Ev]`.
-        query: `[B, H, L, E]` in FP16, BF16 or FP32; H is a multiple of Hkv.
-        key: `[B, Hkv, S, E]`, any of those.
-        value: `[B, Hkv, S, Ev]`, any of those.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        kv: `int16` or `int24`: what Q, K and V are rounded to.
-        numerics: As the operator takes it.
+        *call: The arguments of `heal::integer_attention`, and its results.
     """
-    how = Numerics.parse(numerics)
-    if how.simulate or how.order or not has_kernels(query.device):
+    asked = _exact(*call[:-2])
+    if asked is None or asked.is_empty:
         return NotImplemented
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return NotImplemented
-    (q, q_scale), (k, k_scale) = planes(query, kv), planes(key, kv)
-    rows = [plane.reshape(*key.shape[:2], -1, key.shape[3]) for plane in q.unbind(2)]
-    sums = digit_sums(rows, [plane.mT for plane in k.unbind(2)])
-    sums = sums.reshape(*query.shape[:3], key.shape[2])
-    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
-    scores, visible = scaled_scores(from_integers(sums), q_scale, k_scale, scoring)
-    states = tuple(round_trip(x, FORMATS[kv]) for x in (query, key, value))
+    query, key = asked.query, asked.key
+    rows = [plane.reshape(*key.shape[:2], -1, key.shape[3]) for plane in query.digits.unbind(2)]
+    sums = digit_sums(rows, [plane.mT for plane in key.digits.unbind(2)])
+    sums = from_integers(sums.reshape(*query.shape[:3], key.shape[2]))
+    scores = scaled_scores(sums, query.scale, key.scale, asked.scoring)
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:
-        product: Tensor = heal.matmul(a, b, numerics)
+        product: Tensor = heal.matmul(a, b, str(asked.how))
         return product
 
-    return attend_gradients(grad, states, scores, visible, scale, multiply)
+    scale = asked.scoring.scale
+    return exact_gradients.attend_gradients(grad, asked.states, *scores, scale, multiply)
+
+
+def _exact(*call: Any) -> ExactAttention | None:
+    """The attention if it is exact, and a GPU has kernels for it."""
+    asked = read(*call)
+    if not isinstance(asked, ExactAttention) or not asked.is_plain:
+        return None
+    return asked if has_kernels(asked.query.device) else None
 
 
 def lower_tops(
@@ -189,10 +118,7 @@ def lower_tops(
     key_digits: ir.TensorBox,
     key_scale: ir.TensorBox,
     value_scale: ir.TensorBox,
-    mask: ir.TensorBox | None,
-    is_causal: bool,
-    scale: float,
-    chunk: int,
+    *how: Any,
 ) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::exact_tops` on CUDA; None, its reference, where a GPU has no kernels.
 
@@ -202,14 +128,10 @@ def lower_tops(
         key_digits: INT8 `[B, Hkv, D, S, E]`.
         key_scale: FP32 `[B, Hkv, S]`.
         value_scale: FP32 `[B, Hkv, S]`.
-        mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        chunk: Keys per chunk.
+        *how: As in `exact_chunks.read`.
     """
     query, key = States(query_digits, query_scale), States(key_digits, key_scale)
-    scoring: Any = Scoring(scale, mask, is_causal=is_causal)  # type: ignore[arg-type]
-    problem = AttentionProblem(query, key, key, scoring, "exact5")
+    problem, chunk = _problem((query, key, key), *how)
     if not has_kernels(problem.device):
         return None
     name, size = "exact_attention_tops", _size(problem, chunk)
@@ -227,52 +149,25 @@ def lower_tops(
     return select(launch, knobs, _tiles(problem)), largest
 
 
-def lower_sums(
-    query_digits: ir.TensorBox,
-    query_scale: ir.TensorBox,
-    key_digits: ir.TensorBox,
-    key_scale: ir.TensorBox,
-    value_digits: ir.TensorBox,
-    value_scale: ir.TensorBox,
-    mask: ir.TensorBox | None,
-    is_causal: bool,
-    scale: float,
-    chunk: int,
-    top: ir.TensorBox,
-    factor: ir.TensorBox,
-    unit: float,
-) -> tuple[ir.TensorBox, ir.TensorBox] | None:
+def lower_sums(*call: Any) -> tuple[ir.TensorBox, ir.TensorBox] | None:
     """Lower `heal::exact_sums` on CUDA; None, its reference, where a GPU has no kernels.
 
     Args:
-        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
-        query_scale: FP32 `[B, H, L]`.
-        key_digits: INT8 `[B, Hkv, D, S, E]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
-        value_scale: FP32 `[B, Hkv, S]`.
-        mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        chunk: Keys per chunk.
-        top: FP64 `[B, H, L]`, the largest score of the row.
-        factor: FP64 `[B, H, L]`, what p times V's scale is multiplied by before it is rounded.
-        unit: What p is multiplied by before it is rounded.
+        *call: The arguments of the operator: digits and scales of Q, K and V, and the rest.
     """
-    query, key = States(query_digits, query_scale), States(key_digits, key_scale)
-    value = States(value_digits, value_scale)
-    scoring: Any = Scoring(scale, mask, is_causal=is_causal)  # type: ignore[arg-type]
-    problem = AttentionProblem(query, key, value, scoring, "exact5")
+    states, (*how, top, factor, unit) = call[:6], call[6:]
+    query, key, value = (States(*states[i : i + 2]) for i in (0, 2, 4))
+    problem, chunk = _problem((query, key, value), *how)
     if not has_kernels(problem.device):
         return None
     name, size = "exact_attention_sums", _size(problem, chunk)
     selfcheck.require(name, problem.device)
     total = _buffer(problem, size, torch.int64)
-    states = [node for x in (query, key, value) for node in x.nodes()]
+    inputs = [node for x in (query, key, value) for node in x.nodes()]
     rows = [compat.realize_inputs(x) for x in (top, factor)]
     launch = Launch(
         name,
-        [*states, *rows, *_mask(problem), total],
+        [*inputs, *rows, *_mask(problem), total],
         _layout(problem, [*size, problem.output_size[-1]], torch.int64),
         mutated=[total],
         programs=[problem.key_heads, problem.rows, size[0]],
@@ -282,6 +177,12 @@ def lower_sums(
     spans = {"SPAN": span, "LONG": chunk > span}
     knobs = _knobs(problem, chunk) | spans | {"UNIT": unit, "ACC_TYPE": "tl.int64", **EXP}
     return select(launch, knobs, _tiles(problem)), total
+
+
+def _problem(states: tuple[States, States, States], *how: Any) -> tuple[AttentionProblem, int]:
+    """The attention and its chunk; the kernels know no numerics but the exact one."""
+    scoring, chunk = read_how(*how)
+    return AttentionProblem.of_states(states, scoring, "exact5"), chunk
 
 
 def _size(problem: AttentionProblem, chunk: int) -> list[Any]:
@@ -333,9 +234,8 @@ def _knobs(problem: AttentionProblem, chunk: int) -> dict[str, Any]:
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    heal.exact_attend.default: attend_on_cuda,
-    heal.exact_attention.default: attention_on_cuda,
-    heal.exact_attend_backward.default: gradients_on_cuda,
+    heal.integer_attention.default: attend_on_cuda,
+    heal.integer_attention_backward.default: gradients_on_cuda,
 }
 LOWERINGS: dict[Any, Callable[..., Any]] = {
     heal.exact_tops.default: lower_tops,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from healpass.ops.attention.scoring import Scoring
+
 GEMM, BATCHED, SUMS = "exact_gemm", "exact_gemm_batched", "exact_sums"
 ROUTED, RAGGED = "exact_grouped", "exact_grouped_sum"
 ATTENTION = ("exact_attention_tops", "exact_attention_sums")
@@ -123,9 +125,12 @@ class ExactAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """The attention."""
-        scale = self.head_size**-0.5
-        rest = (mask, False, scale, self.kv, "exact5")
-        return torch.ops.heal.exact_attend(query, key, value, *rest)
+        scoring = Scoring(self.head_size**-0.5, mask)
+        digits = [
+            part for x in (query, key, value) for part in torch.ops.heal.quantize(x, self.kv)
+        ]
+        output, _ = torch.ops.heal.integer_attention(*digits, *scoring.arguments, "exact5")
+        return output
 
 
 Check = ExactProduct | ExactGroups | ExactSums | ExactAttention

@@ -85,8 +85,8 @@ def exact() -> Attend:
     """Exact attention, with the settings that `precision="exact"` compiles with."""
 
     def digits(*states: Tensor) -> Tensor:
-        rest = (None, states[0].shape[-2] > 1, SIZE**-0.5, "exact5")
-        return torch.ops.heal.exact_attention(*states, *rest)
+        scoring = Scoring(SIZE**-0.5, is_causal=states[0].shape[-2] > 1)
+        return torch.ops.heal.integer_attention(*states, *scoring.arguments, "exact5")[0]
 
     return torch.compile(digits, backend="heal", dynamic=False, options={"precision": "exact"})
 

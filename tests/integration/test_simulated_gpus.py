@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from healpass.tensorcore import Accumulation, heal_matmul
+from tests.support.against_torch import chance
 from tests.support.examples import load_example
 
 pytestmark = pytest.mark.model
@@ -65,8 +66,9 @@ def test_all_layers_are_as_accurate_as_fp32(example):
     for name in SIMULATED:
         found = ratios(errors[name], fp32)
         assert found[len(found) // 2] <= 1
-        assert ratios(errors[name], chain)[-1] <= 1.2, "never above a GPU's own FP32"
-        assert found[-1] <= 1.2, f"{name}: {sum(ratio > 1.2 for ratio in found)} above 1.2"
+        limit = chance(64)  # of the tokens: outputs of one token share its activation
+        assert ratios(errors[name], chain)[-1] <= limit, "never above a GPU's own FP32"
+        assert found[-1] <= limit, f"{name}: {sum(ratio > limit for ratio in found)} above"
 
 
 @pytest.mark.deep
@@ -79,4 +81,4 @@ def test_longer_chains_err_more_where_one_product_makes_the_sum(example):
         how = Accumulation("a100", promote_every=every)
         y = heal_matmul(layer.activation, layer.weight.t(), how)
         print(f"{every}: {example.error(y, layer) / baseline:.2f}")
-        assert (example.error(y, layer) <= 1.2 * baseline) == holds
+        assert (example.error(y, layer) <= chance(len(y)) * baseline) == holds

@@ -70,6 +70,7 @@ def test_a_step_holds_little_more_than_bf16_weights_and_fp32_activations():
         print(
             name, sum(totals.values()), *(f"{what}: {size}" for what, size in largest), sep="\n  "
         )
+    # A tenth more: a scale and a logsumexp for each row of a head, which has 16 elements.
     bound = 1.1 * (weights + sum(theirs.values()))
     found = weights + sum(ours.values())
     print(f"{found} bytes held, observed/bound {found / bound:.3f}")

@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given
 from torch import Tensor
 
-from healpass.arithmetic.bounds import Bound, matmul_bound, matmul_magnitudes
+from healpass.arithmetic.bounds import Bound, Kernel, matmul_bound, matmul_magnitudes
 from healpass.arithmetic.pieces import pack_fp16, split_fp16
-from healpass.tensorcore import Accumulation, heal_matmul, simulate_matmul
+from healpass.tensorcore import Accumulation, Schedule, heal_matmul, simulate_matmul
 from tests.support.profiles import examples
 from tests.support.strategies import GENERATIONS, Data, Product, fill, products
 
@@ -37,8 +37,7 @@ def bound_of(case: Product, rule: str | None) -> Bound:
         left=case.left,
         right=case.right,
         rule=rule,
-        promote_every=case.promote_every,
-        split_k=case.split_k,
+        kernel=Kernel(case.promote_every, split_k=case.split_k),
     )
 
 
@@ -76,7 +75,9 @@ def test_fp32_arithmetic_is_within_its_bound(case):
 def test_a_simulated_fma_chain_is_within_layercast(case):
     a, b = case.tensors()
     assume(in_range(a, b))
-    y = simulate_matmul([a.float()], [b.float()], "sgemm", promote_every=None, order=case.order)
+    y = simulate_matmul(
+        [a.float()], [b.float()], "sgemm", Schedule(promote_every=None, order=case.order)
+    )
     ratio = worst_ratio(y, a, b, matmul_bound("layercast", case.k))
     assert ratio <= 1, f"observed / bound = {ratio:.3g}"
 

@@ -15,9 +15,12 @@ from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
 from healpass.lowering.cpu import exact
-from healpass.ops.attention.exact import FORMATS, P_BITS
+from healpass.ops.attention.exact_steps import P_BITS
+from healpass.ops.attention.quantize import FORMATS
+from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import SCHEMES
 from tests.support.bits import any_floats, compiled, differing
+from tests.support.exact_gpu import integer_states
 from tests.support.profiles import examples
 from tests.support.strategies import DTYPES, data, fill
 
@@ -141,8 +144,13 @@ def test_attention_has_the_bits_of_the_reference(
         given_mask = torch.rand(batch, 1, length, keys, generator=generator) < 0.6
     elif mask == "float":
         given_mask = torch.randn(length, keys, generator=generator)
-    arguments = (q, k, v, given_mask, mask == "causal", size**-0.5, kv, "exact5")
-    assert differing(exact.attend(*arguments), heal.exact_attend(*arguments)) == 0
+    scoring = Scoring(size**-0.5, given_mask, is_causal=mask == "causal")
+    arguments = arguments_of((q, k, v), scoring, kv)
+    assert differing(exact.attend(*arguments), heal.integer_attention(*arguments)) == 0
+
+
+def arguments_of(states, scoring: Scoring, kv: str = "int16") -> tuple:
+    return (*integer_states(*states, kv=kv), *scoring.arguments, "exact5")
 
 
 def mask_of(kind: str, length: int, keys: int) -> Tensor | None:
@@ -164,46 +172,49 @@ def mask_of(kind: str, length: int, keys: int) -> Tensor | None:
     keys=st.integers(1, 20),
     fewest=st.integers(1, 7),
     most=st.integers(1, 5),
+    window=st.none() | st.integers(1, 25),
+    causal=st.booleans(),
     mask=st.sampled_from(["none", "bool", "keys", "rows", "hidden"]),
     kv=st.sampled_from(list(FORMATS)),
     special=st.sampled_from([None, math.nan, math.inf]),
 )
 def test_blocks_of_causal_rows_have_the_bits_of_the_whole(
-    length, keys, fewest, most, mask, kv, special
+    length, keys, fewest, most, window, causal, mask, kv, special
 ):
     q, k, v = states(2, 4, 2, length, keys, 8, 5, seed=length + 20 * keys)
     if special is not None:
         k[0, 0, -1, 0] = v[1, 1, -1, 0] = special  # the last key is seen by the last rows only
-    arguments = (q, k, v, mask_of(mask, length, keys), True, 0.3, kv, "exact5")
+    scoring = Scoring(0.3, mask_of(mask, length, keys), is_causal=causal, window=window)
+    arguments = arguments_of((q, k, v), scoring, kv)
     with mock.patch.multiple(exact, FEWEST_ROWS=fewest, MOST_BLOCKS=most):
-        parts = exact._visible_parts(length, keys, is_causal=True)
+        parts = exact.visible_blocks(length, keys, scoring)
         assert len(parts) <= most
         assert sum(rows.stop - rows.start for rows, _ in parts) == length
         found = exact.attend(*arguments)
-    assert differing(found, heal.exact_attend(*arguments)) == 0
+    assert differing(found, heal.integer_attention(*arguments)) == 0
 
 
 def test_a_block_that_misses_a_key_shows(monkeypatch):
     """The inverse."""
-    arguments = (*states(1, 2, 1, 130, 130, 16, 16), None, True, 0.25, "int16", "exact5")
-    parts = exact._visible_parts
+    arguments = arguments_of(states(1, 2, 1, 130, 130, 16, 16), Scoring(0.25, is_causal=True))
+    parts = exact.visible_blocks
 
     def without_the_last(*sizes):
         return [(rows, slice(0, columns.stop - 1)) for rows, columns in parts(*sizes)]
 
-    wanted = heal.exact_attend(*arguments)
+    wanted = heal.integer_attention(*arguments)
     assert differing(exact.attend(*arguments), wanted) == 0
-    monkeypatch.setattr(exact, "_visible_parts", without_the_last)
+    monkeypatch.setattr(exact, "visible_blocks", without_the_last)
     assert differing(exact.attend(*arguments), wanted) > 0
 
 
 def test_attention_past_a_budget_keeps_its_reference():
     q, k, v = states(1, 1, 1, 1, 2, 200, 2)
-    assert exact.attend(q, k, v, None, False, 1.0, "int24", "exact5") is NotImplemented
-    assert exact.attend(q, k, v, None, False, 1.0, "int16", "exact5") is not NotImplemented
-    assert exact.attend(q, k[:, :, :0], v[:, :, :0], None, False, 1.0, "int16", "exact5") is (
-        NotImplemented
-    )
+    for kv, fits in (("int24", False), ("int16", True)):
+        found = exact.attend(*arguments_of((q, k, v), Scoring(1.0), kv))
+        assert (found is not NotImplemented) == fits
+    none = arguments_of((q, k[:, :, :0], v[:, :, :0]), Scoring(1.0))
+    assert exact.attend(*none) is NotImplemented
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -212,7 +223,7 @@ def test_compiled_attention_too(length):
     mask = torch.ones(length, 19, dtype=torch.bool).tril(19 - length)
 
     def attention(q, k, v):
-        return heal.exact_sdpa(q, k, v, mask, enable_gqa=True)
+        return heal.sdpa(q, k, v, mask, enable_gqa=True, kv="int16", numerics="exact5")
 
     assert differing(compiled(attention)(q, k, v), attention(q, k, v)) == 0
 
@@ -221,6 +232,7 @@ def test_compiled_blocks_too():
     q, k, v = states(1, 4, 2, 140, 140, 16, 16)
 
     def attention(q, k, v):
-        return heal.exact_sdpa(q, k, v, is_causal=True, enable_gqa=True)
+        options = {"kv": "int16", "numerics": "exact5", "window": 50}
+        return heal.sdpa(q, k, v, is_causal=True, enable_gqa=True, **options)
 
     assert differing(compiled(attention)(q, k, v), attention(q, k, v)) == 0

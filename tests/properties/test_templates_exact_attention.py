@@ -14,9 +14,11 @@ from torch import Tensor
 
 from healpass.lowering.cuda import exact_attention
 from healpass.lowering.cuda.tiles import AttentionTile
-from healpass.ops.attention.exact import planes
-from healpass.ops.attention.exact_chunks import attention_in_parts
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.exact_chunks import attend_in_chunks
+from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
+from healpass.ops.products.numerics import Numerics
 from tests.support.bits import differing
 from tests.support.exact_gpu import Scored, run, source
 from tests.support.fake_cuda import always
@@ -58,6 +60,7 @@ def bits_that_differ(tensors: list[Tensor], scored: Scored, capability: int = 90
         (1, 300, 2, Scored(), 90),
         (1, 300, 1, Scored(kv="int24"), 103),
         (1, 1, 1, Scored(is_causal=True), 90),
+        (37, 37, 1, Scored(is_causal=True, window=9), 90),
     ],
 )
 def test_attention_has_the_bits_of_its_reference(length, keys, group, scored, capability):
@@ -79,9 +82,13 @@ def test_masks_and_what_is_not_finite(boolean):
 
 
 def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
-    tensors, scored = states(20, 150), Scored(is_causal=True)
-    (wanted,) = scored(*tensors)
-    for chunk, rows, keys, span in ((64, 16, 32, 1 << 20), (256, 32, 64, 64)):
+    window = Scored(is_causal=True, window=9)  # a tile of queries begins past whole blocks of keys
+    for tensors, scored, chunk, rows, keys, span in (
+        (states(20, 150), Scored(is_causal=True), 64, 16, 32, 1 << 20),
+        (states(20, 150), Scored(is_causal=True), 256, 32, 64, 64),
+        (states(100, 100), window, 64, 16, 32, 1 << 20),
+    ):
+        (wanted,) = scored(*tensors)
         monkeypatch.setattr(exact_attention, "PREFILL_CHUNK", chunk)
         monkeypatch.setattr(exact_attention, "BLOCK_N", keys)
         monkeypatch.setattr(exact_attention, "terms", always(span))
@@ -95,18 +102,25 @@ def test_chunks_tiles_and_spans_leave_bits_alone(monkeypatch):
 def test_the_parts_mean_the_whole_for_any_chunk(chunk, kv):
     q, k, v = states(5, 17, 3)
     k[0, 0, 5, 2], v[1, 0, 7, 0] = math.nan, math.inf
-    states_of = [planes(x, kv) for x in (q, k, v)]
-    digits = [part for state in states_of for part in state]
-    for mask, causal in ((None, True), (float_mask(5, 17), False), (float_mask(5, 17) > 0, False)):
-        whole = heal.exact_attention(*digits, mask, causal, 0.25, "exact5")
-        scoring = Scoring(0.25, mask, is_causal=causal)
-        assert differing(attention_in_parts(*states_of, scoring, chunk), whole) == 0
+    mask = float_mask(5, 17)
+    for scoring in (
+        Scoring(0.25, is_causal=True),
+        Scoring(0.25, is_causal=True, window=3),
+        Scoring(0.25, mask),
+        Scoring(0.25, mask > 0),
+    ):
+        asked = attention((q, k, v), scoring, kv)
+        assert differing(attend_in_chunks(asked, chunk), asked.attend()) == 0
+
+
+def attention(states, scoring: Scoring, kv: str = "int16") -> ExactAttention:
+    return ExactAttention(*(Integers.of(x, kv) for x in states), scoring, Numerics.parse("exact5"))
 
 
 def test_what_has_no_kernel_runs_its_reference():
     """On a GPU without the instructions the compile goes on, with one call."""
     text = source(Scored(), states(5, 9), 75)
-    assert "torch.ops.heal.exact_attend.default" in text
+    assert "torch.ops.heal.integer_attention.default" in text
 
 
 # ------------------------------------------------------------------------------ inverse tests
@@ -114,15 +128,11 @@ def test_what_has_no_kernel_runs_its_reference():
 
 def test_a_chunk_with_a_maximum_of_its_own_shows(monkeypatch):
     """A running maximum, as in flash attention, would leave its trace in fixed point."""
-    q, k, v = states(5, 40)
-    states_of = [planes(x, "int16") for x in (q, k, v)]
-    digits = [part for state in states_of for part in state]
-    whole = heal.exact_attention(*digits, None, False, 0.25, "exact5")
-    tops = heal.exact_tops
+    asked, tops = attention(states(5, 40), Scoring(0.25)), heal.exact_tops
 
     def first_chunk_only(*call):
         top, scales = tops(*call)
         return top[:1], scales
 
     monkeypatch.setattr(heal, "exact_tops", first_chunk_only)
-    assert differing(attention_in_parts(*states_of, Scoring(0.25), 8), whole) > 0
+    assert differing(attend_in_chunks(asked, 8)[0], asked.attend()[0]) > 0

@@ -12,6 +12,7 @@ the maximum norm. A single rounding to BF16 is 2^16 u and cannot hide in that.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,15 @@ from tests.support.rewriting import Rewritten, to
 
 U = 2.0**-24
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def chance(count: int) -> float:
+    """How far the RMS of `count` independent errors may lie above that of as many like them.
+
+    The RMS of n normal numbers has the relative standard deviation 1 / sqrt(2n), the ratio of two
+    sqrt(2) times that; three of them.
+    """
+    return 1 + 3 / math.sqrt(count)
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:

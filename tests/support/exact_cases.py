@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from healpass.ops.attention.scoring import Scoring
 from tests.support.exact_gpu import source
 from tests.support.fake_cuda import Kernel, kernels
 
@@ -66,8 +67,8 @@ class ExactAttentionCase:
 
     def __call__(self, *states: Tensor) -> tuple[Tensor]:
         """The operator, as a graph has it."""
-        rest = (None, self.length > 1, self.head_size**-0.5, "exact5")
-        return (torch.ops.heal.exact_attention(*states, *rest),)
+        scoring = Scoring(self.head_size**-0.5, is_causal=self.length > 1)
+        return (torch.ops.heal.integer_attention(*states, *scoring.arguments, "exact5")[0],)
 
     def templates(self, capability: int = 90) -> list[Kernel]:
         """The kernels of the two passes."""

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from healpass import HealConfig
 from healpass.backend import PINNED_SETTINGS
 from healpass.graph.pipeline import rewrite
+from healpass.ops.attention.scoring import Scoring
 from tests.support import interpreter
 from tests.support.fake_cuda import Device, generated_source
 
@@ -87,37 +88,55 @@ def _for_cuda(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return graph
 
 
+def integer_states(*states: Tensor, kv: str) -> list[Tensor]:
+    """Digits and scales of Q, K and V, as `heal::integer_attention` takes them."""
+    return [part for x in states for part in torch.ops.heal.quantize(x, kv)]
+
+
+def attend_exactly(
+    states: Sequence[Tensor], scoring: Scoring, kv: str = "int16", numerics: str = "exact5"
+) -> Tensor:
+    """The output of exact attention of Q, K and V, rounded to `kv` first."""
+    digits = integer_states(*states, kv=kv)
+    output, _ = torch.ops.heal.integer_attention(*digits, *scoring.arguments, numerics)
+    return output
+
+
 @dataclass(frozen=True)
 class Scored:
-    """How `heal::exact_attend` scores: everything but its tensors."""
+    """How an exact attention scores: everything but its tensors."""
 
     is_causal: bool = False
     scale: float = 0.25
     kv: str = "int16"
+    window: int | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> tuple[Tensor]:
         """Attention, with a mask if there is one."""
         given = mask[0] if mask else None
-        rest = (self.is_causal, self.scale, self.kv, "exact5")
-        return (torch.ops.heal.exact_attend(query, key, value, given, *rest),)
+        scoring = Scoring(self.scale, given, is_causal=self.is_causal, window=self.window)
+        return (attend_exactly((query, key, value), scoring, self.kv),)
 
 
 @dataclass(frozen=True)
 class Attended:
-    """The gradient of `heal::exact_attend`: everything but its tensors."""
+    """The gradient of an exact attention: everything but its tensors."""
 
     is_causal: bool = False
     scale: float = 0.25
     kv: str = "int16"
     numerics: str = "exact5"
+    window: int | None = None
 
     def __call__(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor
     ) -> tuple[Tensor, ...]:
         """Of Q, K and V, with a mask if there is one."""
         given = mask[0] if mask else None
-        rest = (self.is_causal, self.scale, self.kv, self.numerics)
-        return torch.ops.heal.exact_attend_backward(grad, query, key, value, given, *rest)
+        scoring = Scoring(self.scale, given, is_causal=self.is_causal, window=self.window)
+        call = (*integer_states(query, key, value, kv=self.kv), *scoring.arguments, self.numerics)
+        results = (grad, grad.select(-1, 0))  # exact gradients do not read them
+        return torch.ops.heal.integer_attention_backward(grad, *call, *results)
 
 
 def laid(matrix: Tensor, *, transposed: bool, padding: int) -> Tensor:

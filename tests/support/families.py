@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 VOCABULARY = 96
 
@@ -76,10 +77,8 @@ def _hf(model: type, config: Any) -> Callable[[torch.dtype], nn.Module]:
 
 
 class _Transformer(nn.Transformer):
-    def forward(self, src: Tensor, tgt: Tensor) -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(logits=super().forward(src, tgt))
+    def forward(self, src: Tensor, tgt: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=super().forward(src, tgt))
 
 
 def _transformer(dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from healpass.arithmetic.bounds import HARDWARE, matmul_bound, matmul_magnitudes
+from healpass.arithmetic.bounds import HARDWARE, Kernel, matmul_bound, matmul_magnitudes
 from healpass.lowering.cuda.matmul import BF16_PIECES, DECODE_ROWS, decode_chunk
 
 UNIT = 2.0**-24
@@ -45,7 +45,9 @@ def template_bound(
         return bound + k * 2.0**-149
     if not decode:
         names = {"left": NAMES[a.dtype], "right": NAMES[b.dtype]}
-        return matmul_bound("heal", max(k, 1), rule="a100", headroom=1, **names).evaluate(**sizes)
+        return matmul_bound(
+            "heal", max(k, 1), rule="a100", kernel=Kernel(headroom=1), **names
+        ).evaluate(**sizes)
     pieces = BF16_PIECES[a.dtype], BF16_PIECES[b.dtype]
     dropped = {5: 1, 6: 2}.get(sum(pieces), 0) * DROPPED
     promotions = (-(-k // SHORTEST_CHAIN) + decode_chunk(k)[1] + 1) * UNIT

@@ -324,6 +324,32 @@ def test_every_override_that_needs_no_args_is_there():
     assert set().union(*(public_functions(tree(path)) for path in SOURCES)) >= OVERRIDES
 
 
+#: Functions of more than seven parameters, by file: none is ours to choose. A lowering and a
+#: reference implementation have the operator's schema, a rule has ATen's arguments.
+MIRRORS = {
+    "healpass/arithmetic/compound_rules.py": {"sdpa"},  # ATen's SDPA
+    "healpass/bench/products.py": {"tile_product"},  # a Triton kernel: pointers, sizes and tiles
+    "healpass/cli.py": {"bench", "check", "explain"},  # typer commands
+    "healpass/graph/passes/exact_rules.py": {"_embedding", "rule"},  # ATen's embedding and losses
+    "healpass/graph/passes/expand.py": {"_encoder_layer"},  # aten._transformer_encoder_layer_fwd
+    "healpass/integrations/attention.py": {"attention_forward"},  # transformers' interface
+    "healpass/ops/attention/scoring.py": {"read"},  # `SCORING`, a part of schemas
+    "healpass/ops/attention/sdpa.py": {"sdpa", "forward"},  # heal::sdpa; what autograd sees of it
+    "healpass/ops/products/digits.py": {"_digit_grouped_mm"},  # its schema
+    "healpass/study/run/baselines.py": {"attention"},  # ATen's SDPA
+    "lowering/cuda/exact_matmul.py": {"lower_groups"},  # the schema of heal::digit_grouped_mm
+}
+
+
+def test_no_function_of_ours_takes_more_than_seven_parameters():
+    long = {
+        str(path.relative_to(ROOT)): names
+        for path in SOURCES
+        if (names := {f.name for f in functions(tree(path)) if len(parameters(f)) > 7})
+    }
+    assert long == MIRRORS
+
+
 LOOK = """
 import sys
 import torch

@@ -7,10 +7,11 @@ from sympy import Rational
 
 from healpass.arithmetic import unit_roundoff
 from healpass.arithmetic.attention_bounds import AttentionShape, attention_bound
-from healpass.arithmetic.bounds import HARDWARE, matmul_bound, matmul_magnitudes
+from healpass.arithmetic.bounds import HARDWARE, Kernel, matmul_bound, matmul_magnitudes
 from healpass.arithmetic.formats import FORMATS
 from healpass.arithmetic.symbols import SA, SB, A, B, Bound, S, U
 from healpass.tensorcore import RULES, heal_matmul
+from tests.support.against_torch import chance
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
 #: From this K on, twice the FP32 chain's bound is promised on every generation.
@@ -68,7 +69,7 @@ def test_every_generation_has_the_same_bound_of_a_chain():
 
 
 def test_without_promotion_the_promise_breaks():
-    bound = matmul_bound("heal", 14336, rule="h100", promote_every=None).expression
+    bound = matmul_bound("heal", 14336, rule="h100", kernel=Kernel(promote_every=None)).expression
     chain = sympy.Poly(sympy.expand(bound), S, A, B, SA, SB).coeff_monomial(S)
     assert chain > 16 * matmul_bound("heal", 14336, rule="h100").expression.coeff(S)
 
@@ -97,7 +98,7 @@ def test_tightness_on_gaussian_data(rule):
 
 @pytest.mark.parametrize("rule", GENERATIONS)
 def test_long_reductions_are_as_good_as_fp32(rule):
-    """Synthetic data, K up to 14336: at most 1.2 times the error of an FP32 matmul.
+    """Synthetic data, K up to 14336: not above the error of an FP32 matmul by more than chance.
 
     (Below some 10 rows MKL keeps more partial sums and errs half as much.)
     """
@@ -111,7 +112,7 @@ def test_long_reductions_are_as_good_as_fp32(rule):
             for y in (heal_matmul(a, b, rule), a @ b.float())
         )
         print(f"{rule}, K={k}: heal {heal:.2e}, FP32 {fp32:.2e}")
-        assert heal <= 1.2 * fp32
+        assert heal <= chance(exact.numel()) * fp32
 
 
 def test_a_bound_says_what_it_is_made_of():
@@ -145,7 +146,9 @@ def test_headroom_doubles_what_a_tiny_element_loses():
     value = (high.double() + low.double()) / 2.0**14
     error = (value @ b.double() - a.double() @ b.double()).abs()
     normwise = {"S": 0.0, "B": 0.0, "SA": 0.0, "A": a.max().item(), "SB": 1.0}
-    bounds = [matmul_bound("heal", 2, rule="h100", headroom=bits) for bits in (0, 1)]
+    bounds = [
+        matmul_bound("heal", 2, rule="h100", kernel=Kernel(headroom=bits)) for bits in (0, 1)
+    ]
     tight, loose = (bound.evaluate(**normwise) for bound in bounds)
     assert tight < error < loose
     assert 1.9 < loose / tight < 2.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 import healpass
 from healpass.config import HealConfig
 from healpass.graph.nodes import heal_name
+from tests.support.bits import differing
 from tests.support.rewriting import Rewritten
 
 heal = torch.ops.heal
@@ -133,6 +136,70 @@ def test_an_fp32_cache_keeps_attention_in_fp32():
         compiled(query, key, key)
     (node,) = [n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::sdpa"]
     assert node.kwargs["kv"] == "fp32"
+
+
+EXACT = HealConfig(precision="exact", outputs="fp32")
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+@pytest.mark.parametrize("name", ["grouped", "masked", "cut"])
+def test_exact_attention_reads_the_digits_too_with_the_bits_of_the_values(name, kv):
+    operands = states(kv)
+    whole = HealConfig(
+        precision="exact", kv=kv, outputs="fp32", debug={"disable": ("cache_reads",)}
+    )
+    folded, apart = (Rewritten(FOLDED[name], config) for config in (EXACT, whole))
+    with torch.no_grad():
+        found, wanted = folded(*operands), apart(*operands)
+    assert operators(folded)[:2] == ["heal::quantize", "heal::integer_attention"]
+    assert "heal::sdpa" in operators(apart)
+    assert differing(found, wanted) == 0
+
+
+def test_one_graph_of_exact_attention_reads_digits_of_every_length():
+    compiled = Rewritten(FOLDED["grouped"], EXACT, dynamic=True)
+    for kv in ("int16", "int24"):
+        torch._dynamo.reset()
+        found = compiled(*states(kv))
+        query, *cache = states(kv)
+        key, value = heal.dequantize(*cache[:2]), heal.dequantize(*cache[2:])
+        wanted = heal.sdpa(query, key, value, enable_gqa=True, kv=kv, numerics="exact5")
+        assert differing(found, wanted) == 0
+
+
+@pytest.mark.parametrize("size", [96, 112, 128])
+def test_a_folded_read_has_torchs_scale(size):
+    """For these heads `size**-0.5` is another number than `1 / sqrt(size)`."""
+    query, cache = torch.randn(1, 2, 1, size), heal.quantize(torch.randn(1, 2, 5, size), "int16")
+    compiled = Rewritten(lambda *x: attend(*x), EXACT)
+    with torch.no_grad():
+        compiled(query, *cache, *cache)
+    (node,) = [
+        n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::integer_attention"
+    ]
+    schema = [argument.name for argument in heal.integer_attention.default._schema.arguments]
+    assert node.args[schema.index("scale")] == 1 / math.sqrt(size) != size**-0.5
+
+
+def test_exact_attention_rounds_an_fp32_cache_and_caps_the_values():
+    def fp32_cache(query, key, value):
+        key, value = (heal.stored(x).to(query.dtype) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def capped(query, *cache):
+        key, value = (heal.dequantize(*x).to(query.dtype) for x in (cache[:2], cache[2:]))
+        return heal.sdpa(query, key, value, enable_gqa=True, softcap=3.0)
+
+    query, key = torch.randn(1, 2, 3, 8).to(BF16), torch.randn(1, 2, 5, 8)
+    for function, operands, kv in (
+        (fp32_cache, (query, key, key), "int16"),
+        (capped, states("int24"), "int24"),
+    ):
+        compiled = Rewritten(function, EXACT)
+        with torch.no_grad():
+            assert compiled(*operands).isfinite().all()
+        (node,) = [n for n in compiled.graphs[0].graph.nodes if heal_name(n) == "heal::sdpa"]
+        assert node.kwargs["kv"] == kv
 
 
 @pytest.mark.parametrize("kv", ["int16", "fp32"])

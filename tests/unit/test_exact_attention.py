@@ -10,8 +10,11 @@ import torch.nn.functional as F
 
 import healpass.ops  # noqa: F401
 from healpass.arithmetic.int16 import round_trip
-from healpass.ops.attention import exact as ea
+from healpass.ops.attention import exact_steps
+from healpass.ops.attention.quantize import FORMATS, Integers
+from healpass.ops.attention.scoring import Scoring
 from tests.support.bits import differing
+from tests.support.exact_gpu import integer_states
 
 heal = torch.ops.heal
 GENERATIONS = ("v100", "a100", "h100", "b200")
@@ -30,7 +33,8 @@ def states(length: int = 9, keys: int = 9, heads: int = 4, groups: int = 2, size
 
 
 def attend(q, k, v, mask=None, **options):
-    return heal.exact_sdpa(q, k, v, mask, enable_gqa=True, **options)
+    options = {"kv": "int16", "numerics": "exact5"} | options
+    return heal.sdpa(q, k, v, mask, enable_gqa=True, **options)
 
 
 @pytest.mark.parametrize("kv", ["int16", "int24"])
@@ -45,7 +49,7 @@ def test_generations_orders_and_routes_agree(kv, causal):
 
 def reference(q, k, v, mask, kv):
     """FP64 attention of the rounded values, and what one unit of P in fixed point is worth."""
-    q, k, v = (round_trip(x, ea.FORMATS[kv]).double() for x in (q, k, v))
+    q, k, v = (round_trip(x, FORMATS[kv]).double() for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -INF)
@@ -114,15 +118,15 @@ def test_floating_point_attention_does_depend_on_the_order_of_keys():
 def test_a_common_exponent_over_hidden_keys_would_show():
     """The inverse: the fixed point must follow the visible keys only."""
     v = states(1, 9)[2]
-    scale = ea.planes(v, "int16")[1].double().repeat_interleave(2, 1)[:, :, None]
+    scale = Integers.of(v, "int16").scale.double().repeat_interleave(2, 1)[:, :, None]
     scale[..., 4] *= 2.0**12
     visible = (torch.arange(9) != 4).expand_as(scale)
     weights = torch.full_like(scale, 0.123)
-    kept, exponent = ea._fixed_point(weights, scale, visible)
-    wrong, other = ea._fixed_point(weights, scale, torch.ones_like(visible))
+    kept, exponent = exact_steps._fixed_point(weights, scale, visible)
+    wrong, other = exact_steps._fixed_point(weights, scale, torch.ones_like(visible))
     values = [
         (p.double() * 2.0 ** e.double())[visible]
-        for p, e in ((kept, exponent - ea.P_BITS), (wrong, other - ea.P_BITS))
+        for p, e in ((kept, exponent - exact_steps.P_BITS), (wrong, other - exact_steps.P_BITS))
     ]
     assert not torch.equal(*values)
 
@@ -160,8 +164,9 @@ def test_more_keys_than_int64_allows_are_refused():
     digits = torch.zeros(1, 1, 3, 1, 1, dtype=torch.int8)
     many = digits.expand(1, 1, 3, keys, 1)
     one, scales = torch.ones(1, 1, 1), torch.ones(1, 1, keys)
+    states = (digits, one, many, scales, many, scales)
     with pytest.raises(ValueError, match="may overflow INT64"):
-        heal.exact_attention(digits, one, many, scales, many, scales, None, False, 1.0, "exact5")
+        heal.integer_attention(*states, *Scoring(1.0).arguments, "exact5")
 
 
 @pytest.mark.parametrize("kv", ["int16", "int24"])
@@ -181,7 +186,7 @@ def test_gradients_are_exact_and_have_the_same_bits_everywhere(kv):
     for rule in GENERATIONS:
         assert differing(gradients(f"exact8:{rule}:2"), first) == 0
     assert differing(gradients("exact8", order=(1, 0))[3], first[3]) == 0  # a sum over batches
-    inputs = [round_trip(x, ea.FORMATS[kv]).double().requires_grad_() for x in (q, k, v)]
+    inputs = [round_trip(x, FORMATS[kv]).double().requires_grad_() for x in (q, k, v)]
     inputs.append(bias.double().requires_grad_())
     exact = torch.autograd.grad(
         F.scaled_dot_product_attention(*inputs, enable_gqa=True),
@@ -198,23 +203,89 @@ def test_what_has_no_reference_is_refused():
     mask = torch.ones(9, 9, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="exclude each other"):
         attend(q, k, v, mask, is_causal=True)
-    with pytest.raises(RuntimeError, match="draws random numbers"):
-        attend(q, k, v, dropout_p=0.1)
+    with pytest.raises(ValueError, match="exact attention is one of "):
+        attend(q, k, v, kv="fp32")
+    digits = integer_states(q, k, v, kv="int16")
+    for scoring in (Scoring(0.25, softcap=2.0), Scoring(0.25, sinks=torch.zeros(4))):
+        with pytest.raises(ValueError, match="Call heal::sdpa"):
+            heal.integer_attention(*digits, *scoring.arguments, "exact5")
+    one = (digits[0][:, :, :1], *digits[1:])
+    with pytest.raises(ValueError, match=r"of \[1, 2, 2\] digits"):
+        heal.integer_attention(*one, *Scoring(0.25).arguments, "exact5")
     with pytest.raises(TypeError, match=r"got a torch\.float64 operand"):
         torch.ops.heal.silu(q.double())
 
 
+@pytest.mark.parametrize(
+    "shape", [(4, 9), (9, 4), (12, 9), (9, 12), (3, 1, 1, 9), (1, 1, 1, 9, 9)]
+)
+@pytest.mark.parametrize("numerics", ["exact5", "heal"])
+@pytest.mark.parametrize("kv", ["int16", "fp32"])
+def test_a_mask_of_another_size_is_refused(shape, numerics, kv):
+    """A mask of a part of the queries must not be used for each block of them."""
+    q, k, v = states()
+    if kv == "fp32" and numerics == "exact5":
+        return
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"broadcast|shape|sizes"):
+        heal.sdpa(q, k, v, mask, enable_gqa=True, kv=kv, numerics=numerics)
+    with pytest.raises(RuntimeError, match="does not broadcast"):
+        heal.integer_attention(
+            *integer_states(q, k, v, kv="int16"), *Scoring(0.25, mask).arguments, numerics
+        )
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "length", "keys"])
+@pytest.mark.parametrize("numerics", ["exact5", "heal"])
+def test_the_gradients_of_nothing_are_zeros(empty, numerics):
+    batch, heads = (0 if empty == "batch" else 2), (0 if empty == "heads" else 2)
+    length, keys = (0 if empty == "length" else 3), (0 if empty == "keys" else 4)
+    if numerics == "heal" and empty == "heads":
+        return  # torch's reshape of no head by no head
+    q = torch.randn(batch, heads, length, 8, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, 8, requires_grad=True) for _ in range(2))
+    bias = torch.zeros(length, keys, requires_grad=True)
+    attend(q, k, v, bias, numerics=numerics).sum().backward()
+    for x in (q, k, v, bias):
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("kv", ["int16", "int24"])
+def test_the_logsumexp_is_that_of_fp64(kv):
+    q, k, v = states(5, 40)
+    mask = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[2] = False
+    digits = integer_states(q, k, v, kv=kv)
+    call = (*digits, *Scoring(0.25, mask).arguments)
+    found = heal.integer_attention(*call, "exact5")[1]
+    query, key = (round_trip(x, FORMATS[kv]).double() for x in (q, k))
+    scores = (query @ key.repeat_interleave(2, 1).mT / 4).masked_fill(~mask, -INF)
+    exact = scores.logsumexp(-1)
+    assert (found[:, :, 2] == -INF).all()
+    error = (found.double() - exact)[:, :, mask.any(-1)].abs()
+    # Half an ulp, dequantization of Q and K for the truth (2^-24 each), and 40 terms of 2^-41.
+    size = scores.abs().masked_fill(~mask, 0.0).amax(-1)[:, :, mask.any(-1)]
+    bound = exact[:, :, mask.any(-1)].abs() * 2.0**-24 + size.amax() * 2.0**-22 + 40 * 2.0**-41
+    print(f"{kv}: observed/bound {float((error / bound).max()):.4f}")
+    assert (error <= bound).all()
+    for rule in GENERATIONS:
+        assert differing(heal.integer_attention(*call, f"exact5:{rule}:3")[1], found) == 0
+
+
 def test_opcheck_is_green():
     q, k, v = (x.requires_grad_() for x in states())
-    planes = [part for x in (q, k, v) for part in ea.planes(x.detach(), "int16")]
-    torch.library.opcheck(heal.exact_attention.default, (*planes, None, True, 0.25, "exact5"))
-    torch.library.opcheck(
-        heal.exact_attend.default, (q, k, v, None, True, 0.25, "int16", "exact5")
-    )
-    bias = torch.zeros(9, 9, requires_grad=True)
-    torch.library.opcheck(
-        heal.exact_attend.default, (q, k, v, bias, False, 0.25, "int16", "exact5")
-    )
+    digits = integer_states(*(x.detach() for x in (q, k, v)), kv="int16")
+    bias = torch.zeros(9, 9)
+    for scoring in (Scoring(0.25, is_causal=True, window=3), Scoring(0.25, bias)):
+        call = (*digits, *scoring.arguments, "exact5")
+        output, logsumexp = heal.integer_attention(*call)
+        results = (torch.ones_like(output), *call, output, logsumexp)
+        torch.library.opcheck(heal.integer_attention.default, call)
+        torch.library.opcheck(heal.integer_attention_backward.default, results)
+    torch.library.opcheck(heal.integer_attention_mask_grad.default, results)
+    options = {"enable_gqa": True, "kv": "int16", "numerics": "exact5"}
+    torch.library.opcheck(heal.sdpa.default, (q, k, v, bias.requires_grad_()), options)
 
 
 # ------------------------------------------------------------------------ windows, caps and sinks

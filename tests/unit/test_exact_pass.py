@@ -66,7 +66,7 @@ REWRITTEN = {
     "attention": (
         lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
         (x(1, 2, 4, 8),),
-        {"exact_sdpa"},
+        {"sdpa"},
     ),
 }
 
@@ -141,6 +141,22 @@ def test_what_has_no_exact_operator_is_listed_and_strict_refuses_it(name):
     strict = HealConfig(precision="exact", strict=True)
     with pytest.raises(BackendCompilerFailed, match="StrictError: strict=True, but 1 of 1 nodes"):
         Rewritten(function, strict)(A)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_attention_that_draws_random_numbers_is_listed(ours, by_name):
+    """Whoever calls, and however the probability is given."""
+    attend = torch.ops.heal.sdpa if ours else F.scaled_dot_product_attention
+
+    def function(q):
+        return attend(q, q, q, dropout_p=0.5) if by_name else attend(q, q, q, None, 0.5)
+
+    rewritten = Rewritten(function, CONFIG)
+    rewritten(x(1, 2, 4, 8))
+    assert list(rewritten.kept.values()) == ["dropout draws random numbers"]
+    with pytest.raises(BackendCompilerFailed, match="dropout draws random numbers"):
+        Rewritten(function, HealConfig(precision="exact", strict=True))(x(1, 2, 4, 8))
 
 
 def test_other_precisions_are_left_alone():

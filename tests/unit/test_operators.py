@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import healpass.ops  # noqa: F401
+from tests.support.against_torch import chance
 from tests.support.rewriting import absolute, to, worst_ratio
 
 heal = torch.ops.heal
@@ -73,7 +74,8 @@ def test_sdpa_is_as_good_as_torchs_fp32_on_torchs_samples(dtype):
         exact = sdpa(*to(args, torch.float64), **to(kwargs, torch.float64))
         single = sdpa(*to(args, torch.float32), **to(kwargs, torch.float32))
         theirs = (single.double() - exact).norm()
-        assert (result.double() - exact).norm() <= 1.1 * theirs + 2 * U * exact.norm()
+        limit = chance(exact.numel()) * theirs + 2 * U * exact.norm()  # and one rounding
+        assert (result.double() - exact).norm() <= limit
         checked += 1
     assert checked >= 8
 

@@ -14,7 +14,7 @@ from healpass.arithmetic.digits import (
     split_digits,
 )
 from healpass.arithmetic.int16 import quantize
-from healpass.tensorcore import simulate_matmul
+from healpass.tensorcore import Schedule, simulate_matmul
 from tests.support.profiles import examples
 
 GENERATIONS = ("v100", "a100", "h100", "b200")
@@ -23,7 +23,7 @@ GENERATIONS = ("v100", "a100", "h100", "b200")
 def simulated(a: torch.Tensor, b: torch.Tensor, rule: str, order: int = 0, split_k: int = 1):
     """INT8 digits as FP16 operands, one chain without promotion: the hardest case."""
     return simulate_matmul(
-        [a.half()], [b.half()], rule, order=order, split_k=split_k, promote_every=None
+        [a.half()], [b.half()], rule, Schedule(promote_every=None, order=order, split_k=split_k)
     )
 
 

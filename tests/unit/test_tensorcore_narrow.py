@@ -255,10 +255,12 @@ def test_fused_multiply_adds_equal_the_wide_ones(monkeypatch):
         a = elements((40, 70), torch.float32, low, high, seed)
         b = elements((70, 90), torch.float32, low, high, seed + 50)
         a[0, 3], a[1, 5], b[9, 2] = math.inf, math.nan, -math.inf
-        fast = simulate_matmul([a, a], [b, b], "sgemm", order=1)
+        fast = simulate_matmul([a, a], [b, b], "sgemm", Schedule.of("sgemm", order=1))
         with monkeypatch.context() as patch:
             patch.setattr(simulate, "_fused_step", lambda: None)
-            slow = simulate_matmul([a, a], [b, b], "sgemm", order=1, compiled=False)
+            slow = simulate_matmul(
+                [a, a], [b, b], "sgemm", Schedule.of("sgemm", order=1), compiled=False
+            )
         assert same(fast, slow)
 
 

@@ -69,7 +69,7 @@ def check_against_reference(case):
         values((k, n), case["dtype"], case["spread"], case["seed"] + 2 * i + 1)
         for i in range(case["pieces"])
     ]
-    fast = simulate_matmul(a, b, case["rule"], **vars(schedule))
+    fast = simulate_matmul(a, b, case["rule"], schedule)
     assert same_bits(fast, reference(a, b, case["rule"], schedule))
 
 
@@ -104,7 +104,8 @@ def test_each_knob_of_the_schedule_is_numerics(knob):
     a = [values((8, 512), torch.float16, 2, seed) for seed in (0, 1)]
     b = values((512, 8), torch.float16, 2, 2)
     assert not torch.equal(
-        simulate_matmul(a, [b, b], "a100", **knob), simulate_matmul(a, [b, b], "a100")
+        simulate_matmul(a, [b, b], "a100", Schedule.of("a100", **knob)),
+        simulate_matmul(a, [b, b], "a100"),
     )
 
 
@@ -214,5 +215,5 @@ def test_a_chain_is_four_additions_of_the_hardware(rule):
     (steps,) = Schedule(promote_every=how.promote_every).splits(576)
     assert [len(chains) for chains in steps] == [64 // how.promote_every] * 9
     a, b = values((3, 200), torch.float16, 4, 0), values((200, 3), torch.float16, 4, 1)
-    by_hand = simulate_matmul([a], [b], rule, promote_every=4 * how.group)
+    by_hand = simulate_matmul([a], [b], rule, Schedule(promote_every=4 * how.group))
     assert torch.equal(simulate_matmul([a], [b], rule), by_hand)

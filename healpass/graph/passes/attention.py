@@ -17,7 +17,7 @@ from healpass.graph.context import Context
 from healpass.graph.eligibility import why_not, why_not_here
 from healpass.graph.nodes import heal_name, node_inputs, op_name, set_value, tensors, value
 from healpass.graph.operator_names import SDPA
-from healpass.ops.attention.exact import bound_text
+from healpass.ops.attention.exact_steps import bound_text
 
 #: The names of SDPA's arguments, in order.
 PARAMETERS = (
@@ -72,14 +72,23 @@ def _rewrite(node: Node, graph_module: GraphModule, context: Context) -> bool:
 def _configure(node: Node, context: Context) -> bool:
     """An operator of ours in the user's code follows the options of the compile.
 
-    Its own format stays if it is not the default one and the options name none.
+    Its own format stays if it is not the default one and the options name none. Exact attention
+    has no FP32 format.
     """
     asked = node.kwargs.get("kv", "fp32")
     config = context.config
-    kv = config.kv or (config.attention_format if asked == "int16" else asked)
+    follows = asked == "int16" or (asked == "fp32" and config.precision == "exact")
+    kv = config.kv or (config.attention_format if follows else asked)
     node.kwargs = {**node.kwargs, "kv": kv, "numerics": config.numerics}
     context.rewritten(node, "heal::sdpa", "heal::sdpa", bound_of_attention(node, config))
     return True
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of a `heal::sdpa` node by name, defaults filled in."""
+    schema = torch.ops.heal.sdpa.default._schema.arguments
+    named = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+    return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
 
 
 def bound_of_attention(operator: Node, config: HealConfig) -> str:

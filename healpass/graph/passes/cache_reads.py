@@ -6,7 +6,8 @@ expansion of grouped heads (`repeat_kv`), a slice of the keys. This pass looks t
 gives attention the digits themselves, so that no FP32 copy of the cache exists.
 
 It runs after promotion, which drops the casts to 16 bits that would lie in between. The cache's
-own format decides how the query is quantized, whatever the default is.
+own format decides how the query is quantized, whatever the default is. Exact attention has no FP32
+format: it rounds what it reads of an FP32 cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from healpass.errors import ConfigError
 from healpass.graph.context import Context
 from healpass.graph.nodes import Builder, heal_name, op_name, set_value, value
 from healpass.graph.operator_names import words
+from healpass.graph.passes.attention import arguments
 from healpass.ops.attention.quantize import FORMATS
+from healpass.ops.attention.sdpa import default_scale
+from healpass.ops.products.numerics import Numerics
 
 heal = torch.ops.heal
 
@@ -90,6 +94,8 @@ def fold_cache_reads(graph_module: GraphModule, context: Context) -> int:
         given = arguments(node)
         key, states = trace(given["key"]), trace(given["value"])
         if key is not None and states is not None and key.format == states.format:
+            if key.format == "fp32" and context.config.precision == "exact":
+                continue
             _check(context.config, key.format)
             node.kwargs = {**node.kwargs, "kv": key.format}
             if key.format != "fp32" and _can_fold(node, given):
@@ -105,13 +111,6 @@ def _check(config: HealConfig, found: str) -> None:
             f"{found}. Make it HealCache(config, kv={config.kv!r}), or leave kv out: the cache's "
             "format is then used."
         )
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a `heal::sdpa` node by name, defaults filled in."""
-    schema = heal.sdpa.default._schema.arguments
-    named = {a.name: a.default_value if a.has_default_value() else None for a in schema}
-    return named | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
 
 
 # ---------------------------------------------------------------------------- looking through
@@ -176,11 +175,14 @@ def _indexed(move: Node, read: Read) -> Read | None:
 def _can_fold(node: Node, given: dict[str, Any]) -> bool:
     """Whether nobody needs a gradient or a random number, which digits do not carry.
 
-    Attention on the dequantized values then quantizes them again, to the same integers.
+    Nor an exact cap or exact sinks. Attention on the dequantized values then quantizes them again,
+    to the same integers.
     """
     placeholders = (value(n) for n in node.graph.nodes if n.op == "placeholder")
     trained = any(getattr(item, "requires_grad", False) for item in placeholders)
     plain = given["dropout_p"] == 0.0 and value(given["query"]).dim() == 4
+    if Numerics.parse(given["numerics"]).products is not None:
+        plain = plain and given["softcap"] is None and given["sinks"] is None
     return plain and not (trained and torch.is_grad_enabled())
 
 
@@ -188,7 +190,7 @@ def _fold(node: Node, given: dict[str, Any], reads: tuple[Read, Read], builder: 
     """Replace `heal::sdpa` by `heal::integer_attention` on the cache's digits."""
     query = given["query"]
     if given["scale"] is None:
-        given["scale"] = value(query).shape[-1] ** -0.5
+        given["scale"] = default_scale(value(query).shape[-1])
     quantized = builder.call(heal.quantize.default, query, reads[0].format)
     rest = ("attn_mask", "sinks", "seed", "is_causal", "scale", "window", "softcap", "dropout_p")
     attended = builder.call(

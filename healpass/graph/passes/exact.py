@@ -3,8 +3,8 @@
 It runs on the promoted graph, in which matmuls are `heal::` operators already. Each node that
 computes floating-point numbers is one of these:
 
-* a `heal::` product: exact by its `numerics`; `heal::sdpa` becomes `heal::exact_sdpa`, and the
-  product of a softmax `heal::weighted_sum`, so that keys of weight 0 do not show;
+* a `heal::` product, or `heal::sdpa`: exact by its `numerics`, but for an attention's dropout; the
+  product of a softmax becomes `heal::weighted_sum`, so that keys of weight 0 do not show;
 * an operator with a rule (`passes.exact_rules`): a bit-reproducible `heal::` operator takes its
   place;
 * a trained read of one element in several places (`passes.exact_reads`): its gradient is a sum;
@@ -37,6 +37,7 @@ from healpass.graph.nodes import (
     tensors,
     value,
 )
+from healpass.graph.passes.attention import arguments
 from healpass.graph.passes.exact_reads import READS, reads_by_index
 from healpass.graph.passes.exact_rules import (
     EXPANDING,
@@ -79,8 +80,9 @@ def _visit(node: Node, graph_module: GraphModule, context: Context) -> bool:
     name = op_name(node)
     if str(node.target) == "scan" and _is_trained(node):
         raise UnavailableError(SCAN_GRADIENT)
-    if heal_name(node) == "heal::sdpa":
-        return _exact_sdpa(node, graph_module, context)
+    if heal_name(node) == "heal::sdpa" and arguments(node)["dropout_p"]:
+        context.keep(node, "scaled_dot_product_attention", "dropout draws random numbers")
+        return False
     if heal_name(node) == "heal::matmul" and _weighs(node):
         return _weighted_sum(node, graph_module, context)
     if heal_name(node) is not None or not (_computes(node) or name in TIES):
@@ -200,16 +202,6 @@ def _exact_read(node: Node, graph_module: GraphModule, context: Context) -> bool
     if result is not None:
         _take_place(node, builder.cast(result, value(node).dtype))
     return result is not None
-
-
-def _exact_sdpa(node: Node, graph_module: GraphModule, context: Context) -> bool:
-    if node.kwargs.get("dropout_p"):
-        context.keep(node, "scaled_dot_product_attention", "dropout draws random numbers")
-        return False
-    builder = context.builder(graph_module, node)
-    kwargs = {key: given for key, given in node.kwargs.items() if key != "seed"}
-    _take_place(node, builder.call(heal.exact_sdpa.default, *node.args, **kwargs))
-    return True
 
 
 def _weighs(node: Node) -> bool:

@@ -122,11 +122,11 @@ def _encoder_layer(
     mask_type: int | None = None,
 ) -> Tensor:
     """What nn.TransformerEncoderLayer's fused fast path computes."""
+    visible = _encoder_mask(mask, mask_type)
 
     def attend(states: Tensor) -> Tensor:
-        return _self_attention(
-            states, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type
-        )
+        packed = F.linear(states, qkv_weight, qkv_bias)
+        return F.linear(_self_attention(packed, num_heads, visible), proj_weight, proj_bias)
 
     def feed_forward(states: Tensor) -> Tensor:
         hidden = F.linear(states, ffn_weight_1, ffn_bias_1)
@@ -145,28 +145,20 @@ def _encoder_layer(
     return norm_2(states + feed_forward(states))
 
 
-def _self_attention(
-    states: Tensor,
-    num_heads: int,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    mask: Tensor | None,
-    mask_type: int | None,
-) -> Tensor:
-    """Self-attention of `[B, L, E]`; a mask is `[L, L]` (0), `[B, L]` (1) or both (2)."""
-    batch, length, size = states.shape
-    packed = F.linear(states, qkv_weight, qkv_bias)
+def _encoder_mask(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
+    """A mask of what is hidden, `[L, L]` (0), `[B, L]` (1) or both (2), as SDPA takes it."""
+    if mask is None:
+        return None
+    shaped = mask[:, None, None, :] if mask_type == 1 else mask
+    return ~shaped if shaped.dtype == torch.bool else shaped
+
+
+def _self_attention(packed: Tensor, num_heads: int, visible: Tensor | None) -> Tensor:
+    """Attention of Q, K and V side by side, `[B, L, 3 E]`: `[B, L, E]`."""
+    batch, length, size = packed.shape[0], packed.shape[1], packed.shape[2] // 3
     packed = packed.reshape(batch, length, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)
-    query, key, value_states = packed[0], packed[1], packed[2]
-    visible = None
-    if mask is not None:
-        visible = mask[:, None, None, :] if mask_type == 1 else mask
-        visible = ~visible if visible.dtype == torch.bool else visible
-    attended = F.scaled_dot_product_attention(query, key, value_states, visible)
-    attended = attended.permute(0, 2, 1, 3).reshape(batch, length, size)
-    return F.linear(attended, proj_weight, proj_bias)
+    attended = F.scaled_dot_product_attention(packed[0], packed[1], packed[2], visible)
+    return attended.permute(0, 2, 1, 3).reshape(batch, length, size)
 
 
 def _bilinear(

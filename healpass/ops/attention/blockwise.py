@@ -46,6 +46,50 @@ class Operand(Protocol):
         """`[B, H, S, E]` in a floating-point format that FP32 holds."""
 
 
+class Attends(Protocol):
+    """What an operator makes of the arguments of one call, and asks for its results."""
+
+    @property
+    def query(self) -> Operand:
+        """Q."""
+
+    @property
+    def key(self) -> Operand:
+        """K."""
+
+    @property
+    def value(self) -> Operand:
+        """V."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """All else that decides a weight."""
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output and the logsumexp."""
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp."""
+
+    def gradients(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+        """Those of Q, K and V, in FP32.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: FP32 `[B, H, L, Ev]`, of the forward pass.
+            logsumexp: FP32 `[B, H, L]`, of the forward pass.
+        """
+
+    def mask_gradient(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+        """That of a float mask, in FP32 and in its shape.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: FP32 `[B, H, L, Ev]`, of the forward pass.
+            logsumexp: FP32 `[B, H, L]`, of the forward pass.
+        """
+
+
 @dataclass(frozen=True)
 class Attention(ABC):
     """One attention: operands, scoring, and whose adders add."""
@@ -83,10 +127,8 @@ class Attention(ABC):
             yield rows, self.scoring.columns(rows, keys)
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Memory for the output `[B, H, L, Ev]` and the logsumexp `[B, H, L]`, in FP32."""
-        *lead, _ = self.query.shape
-        new = functools.partial(torch.empty, dtype=torch.float32, device=self.query.device)
-        return new((*lead, self.value.shape[-1])), new(lead)
+        """Memory for the output and the logsumexp."""
+        return results(self.query, self.value)
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Output and the natural logarithm of each row's denominator."""
@@ -100,6 +142,13 @@ class Attention(ABC):
                 weights = weights if kept is None else weights * kept
                 output[:, :, rows] = self.weighted_sum(weights, scores != -torch.inf, columns)
         return output, logsumexp
+
+
+def results(query: Operand, value: Operand) -> tuple[Tensor, Tensor]:
+    """Memory for the output `[B, H, L, Ev]` and the logsumexp `[B, H, L]`, in FP32."""
+    *lead, _ = query.shape
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    return new((*lead, value.shape[-1])), new(lead)
 
 
 def fold(states: Tensor, heads: int) -> Tensor:

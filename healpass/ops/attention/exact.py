@@ -1,263 +1,161 @@
-"""Attention in integers, on digit planes: `heal::exact_attention`.
+"""Attention on integers with the bits that it has everywhere: `heal::integer_attention`, exact.
 
-Q, K and V are integers under one FP32 scale per (token, head), as digit planes `[B, H, D, S, E]`
-INT8, the lowest first, and scales `[B, H, S]` (`arithmetic.int16`: scale = maximum / 32639 for
-INT16). Then, every step in the one order written here:
-
-1. Scores: the exact integer sum over E, in FP64 times (query scale x key scale), times `scale`,
-   plus the mask. |sum| < 2^46 E stays in INT64 for E <= 2^16.
-2. The exact maximum over the visible keys, and p = exp(score - maximum) in FP64
-   (`reproducible.fp64`).
-3. V's scale varies along the sum, so it is folded into p: p scale_V 2^-(e + 1), e the largest
-   exponent among the *visible* keys, becomes a fixed-point number of 22 bits, three digits.
-4. P V: integer sums, |sum| < 2^45 S with INT24 V, 2^37 S with INT16; they fit INT64 up to
-   S = 2^17 and 2^25. The denominator: integer sums of p in units of 2^-40
-   (`reproducible.softmax`).
-5. One division and one rounding to FP32.
-
-Nothing depends on how keys are tiled, split, padded or ordered, nor on other rows: prefill,
-chunked prefill and decode agree bit for bit. Error beside that of the quantization, V being the
-largest visible |v|, S keys: at most V 2^-21 S / sum(p) from step 3, and half an ulp at the end.
-
-A row that sees no key is 0. A NaN or an infinity in a visible row of Q, K or V (scale NaN) makes
-the query's row NaN. A mask of -inf hides. Imports `products.exact` and `reproducible.softmax`.
+An exact `numerics` makes this of the operator. Its steps stand in `attention.exact_steps`, its
+gradients in `attention.exact_gradients`; kernels compute it chunk by chunk
+(`attention.exact_chunks`). Caps and sinks have no place in it: `heal::sdpa` goes by
+`attention.exact_capped` where there is one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from healpass.arithmetic.digits import integer_digits
-from healpass.arithmetic.int16 import INT16, INT24, quantize
 from healpass.errors import OperandError
+from healpass.ops.attention import exact_gradients
+from healpass.ops.attention.blockwise import results
+from healpass.ops.attention.exact_steps import (
+    LARGEST_HEAD,
+    MOST_KEYS,
+    P_DIGITS,
+    attend_scores,
+    visible_scores,
+)
+from healpass.ops.attention.gradients import memory
+from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Adders, sum_products
 from healpass.ops.products.numerics import Numerics
-from healpass.ops.reproducible import fp64
 from healpass.ops.reproducible.reduce import from_integers
-from healpass.ops.reproducible.register import register_opaque
-from healpass.ops.reproducible.softmax import denominator
-
-FORMATS = {"int16": INT16, "int24": INT24}
-#: Bits of P in fixed point: three balanced digits hold more than 2^22.
-P_BITS, P_DIGITS = 22, 3
-#: log2 of the most keys, by the number of V's digits, such that P V fits INT64.
-MOST_KEYS = {2: 25, 3: 17}
-LARGEST_HEAD = 1 << 16
 
 
-def bound_text(kv: str) -> str:
-    """The error in one line, beside that of the quantization."""
-    return f"2^-21 S / sum(p) max|v| + u |y|, Q, K and V as {kv} holds them"
-
-
-class Planes(NamedTuple):
-    """Queries, keys or values as integers: `digits` times 256^d times `scale`.
+@dataclass(frozen=True)
+class ExactAttention:
+    """One attention on integers: operands, scoring, and whose adders add.
 
     Attributes:
-        digits: INT8 `[B, H, D, S, E]`, the lowest first.
-        scale: FP32 `[B, H, S]`.
+        query: `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        scoring: Scale, mask, causality and window.
+        how: An exact precision; a simulated generation gives the same bits.
     """
 
-    digits: Tensor
-    scale: Tensor
+    query: Integers
+    key: Integers
+    value: Integers
+    scoring: Scoring
+    how: Numerics
 
+    def __post_init__(self) -> None:
+        """Refuse what the steps have no room for.
 
-def planes(x: Tensor, kv: str) -> Planes:
-    """`[B, H, S, E]` as digits `[B, H, D, S, E]` and scales `[B, H, S]`.
+        Raises:
+            OperandError: A cap, or sinks; or integers of other formats than INT16 and INT24.
+        """
+        counts = [x.planes for x in (self.query, self.key, self.value)]
+        if not set(counts) <= MOST_KEYS.keys():
+            raise OperandError(
+                f"exact attention got Q, K and V of {counts} digits; it takes two (INT16) or "
+                "three (INT24).\nMake them by heal::quantize."
+            )
+        if self.scoring.softcap is not None or self.scoring.sinks is not None:
+            raise OperandError(
+                "heal::integer_attention was asked for an exact precision with a cap or sinks, "
+                "which its integers have no room for.\nCall heal::sdpa, which takes both."
+            )
 
-    Args:
-        x: FP16, BF16 or FP32.
-        kv: `int16` or `int24`.
-    """
-    fmt = FORMATS[kv]
-    quantized = quantize(x, fmt)
-    digits = torch.stack(integer_digits(quantized.payload, fmt.digits), 2)
-    return Planes(digits, quantized.scale.squeeze(-1))
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute, or nothing to attend to."""
+        return 0 in (*self.query.shape, *self.value.shape)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether kernels may compute it: no generation is simulated, no order asked for."""
+        return self.how.simulate is None and self.how.order == 0
 
-def _exact_attention(
-    query_digits: Tensor,
-    query_scale: Tensor,
-    key_digits: Tensor,
-    key_scale: Tensor,
-    value_digits: Tensor,
-    value_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    numerics: str,
-) -> Tensor:
-    """Attention of digit planes, `[B, H, L, Ev]` FP32.
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for the output and the logsumexp."""
+        return results(self.query, self.value)
 
-    Args:
-        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
-        query_scale: FP32 `[B, H, L]`.
-        key_digits: INT8 `[B, Hkv, D, S, E]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        value_digits: INT8 `[B, Hkv, D, S, Ev]`.
-        value_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        numerics: An exact precision; a simulated generation gives the same bits.
+    def check(self) -> None:
+        """Refuse sizes that may leave INT64.
 
-    Raises:
-        OperandError: E or S is past what INT64 holds.
-    """
-    _check_budget(query_digits, value_digits)
-    batch, heads, _, length, size = query_digits.shape
-    keys, shape = key_digits.shape[3], (batch, heads, length, value_digits.shape[-1])
-    if 0 in (*shape, keys, size):
-        return query_scale.new_zeros(shape)
-    how = Numerics.parse(numerics)
-    adders = Adders(how.simulate, how.order)
-    groups = heads // key_digits.shape[1]
-    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
-    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
-    scores, visible = visible_scores(query, key, scoring, adders)
+        Raises:
+            OperandError: E or S is past what INT64 holds.
+        """
+        (*_, keys, _), size = self.key.shape, self.query.shape[-1]
+        most = 1 << MOST_KEYS[self.value.planes]
+        if size > LARGEST_HEAD or keys > most:
+            raise OperandError(
+                f"exact attention over {keys} keys of size {size} may overflow INT64: V of "
+                f"{self.value.planes} digits allows {most} keys, heads may have "
+                f"{LARGEST_HEAD} elements.\n"
+                "Use kv='int16', which allows more keys, or a sliding window."
+            )
 
-    def weigh(fixed: Tensor) -> Tensor:
-        rows = fixed.reshape(batch, heads // groups, groups * length, keys)
-        total = sum_products(integer_digits(rows, P_DIGITS), value_digits.unbind(2), 0, adders)
-        return from_integers(total.reshape(shape))
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """Output and the natural logarithm of each row's denominator."""
+        self.check()
+        if self.is_empty:
+            output, logsumexp = self.results()
+            return output.zero_(), logsumexp.fill_(-math.inf)
+        return attend_scores(*self.scores(), self.value.scale, self._weigh)
 
-    return attend_scores(scores, visible, value_scale, weigh)
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """FP64 `[B, H, L, S]`, -inf where a key is hidden, and which are visible."""
+        return visible_scores(self.query, self.key, self.scoring, self._adders)
 
+    def gradients(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+        """Gradients with regard to the values of Q, K and V, in FP32.
 
-def attend_scores(
-    scores: Tensor, visible: Tensor, value_scale: Tensor, weigh: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Steps 2 to 5: the attention `[B, H, L, Ev]` of FP64 scores.
-
-    Args:
-        scores: `[B, H, L, S]`, -inf where a key is hidden.
-        visible: Bool of that shape.
-        value_scale: FP32 `[B, Hkv, S]`.
-        weigh: P as INT32 of the scores' shape -> P V in integers, rounded once to FP64.
-    """
-    weights = exponentials(scores)
-    value_scales = _per_head(value_scale, scores.shape[1] // value_scale.shape[1])
-    fixed, exponent = _fixed_point(weights, value_scales, visible)
-    numerator = weigh(fixed) * fp64.two_to(exponent - P_BITS)
-    result = numerator / denominator(weights, -1)
-    broken = visible & (~(scores.abs() < math.inf) | value_scales.isnan())
-    result = torch.where(visible.any(-1, keepdim=True), result, 0.0)
-    return fp64.to_fp32(torch.where(broken.any(-1, keepdim=True), math.nan, result))
-
-
-def visible_scores(
-    query: Planes, key: Planes, scoring: Scoring, adders: Adders
-) -> tuple[Tensor, Tensor]:
-    """Scores `[B, H, L, S]` in FP64, -inf where a key is hidden, and which are visible.
-
-    Args:
-        query: Of `[B, H, L, E]`; H is a multiple of Hkv.
-        key: Of `[B, Hkv, S, E]`.
-        scoring: Its scale, its mask, and whether it is causal.
-        adders: Who adds the products of digits.
-    """
-    batch, heads, _, length, size = query.digits.shape
-    groups = heads // key.digits.shape[1]
-    shape = (batch, heads // groups, groups * length, size)
-    left = tuple(plane.reshape(shape) for plane in query.digits.unbind(2))
-    right = tuple(plane.mT for plane in key.digits.unbind(2))
-    products = sum_products(left, right, 0, adders)
-    sums = from_integers(products.reshape(batch, heads, length, key.digits.shape[3]))
-    return scaled_scores(sums, query.scale, key.scale, scoring)
-
-
-def scaled_scores(
-    sums: Tensor, query_scale: Tensor, key_scale: Tensor, scoring: Scoring, first_row: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Step 1 from the integer sums on: scores, FP64 `[B, H, L, S]`, and which are visible.
-
-    Args:
-        sums: FP64 `[B, H, L, S]`: Q K^T of the integers.
-        query_scale: FP32 `[B, H, L]`.
-        key_scale: FP32 `[B, Hkv, S]`.
-        scoring: Its scale, its mask, and whether it hides key s from query l where
-            s > first_row + l.
-        first_row: Which query of the whole the first one is.
-    """
-    groups = query_scale.shape[1] // key_scale.shape[1]
-    scales = query_scale.to(torch.float64).unsqueeze(-1) * _per_head(key_scale, groups)
-    return _masked(sums * scales * scoring.scale, scoring, first_row)
-
-
-def _check_budget(query_digits: Tensor, value_digits: Tensor) -> None:
-    size, keys = query_digits.shape[-1], value_digits.shape[3]
-    most = 1 << MOST_KEYS[value_digits.shape[2]]
-    if size > LARGEST_HEAD or keys > most:
-        raise OperandError(
-            f"exact attention over {keys} keys of size {size} may overflow INT64: V of "
-            f"{value_digits.shape[2]} digits allows {most} keys, heads may have {LARGEST_HEAD} "
-            "elements.\nUse kv='int16', which allows more keys, or a sliding window."
+        Args:
+            grad: `[B, H, L, Ev]`.
+            output: Of the forward pass; it is not needed.
+            logsumexp: Of the forward pass; it is not needed.
+        """
+        del output, logsumexp
+        if self.is_empty:
+            return tuple(gradient.zero_() for gradient in memory(self))
+        return exact_gradients.attend_gradients(
+            grad, self.states, *self.scores(), self.scoring.scale, self.how.multiply
         )
 
+    def mask_gradient(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+        """The gradient of a float mask, in FP32 and in its shape.
 
-def _per_head(scale: Tensor, groups: int) -> Tensor:
-    """`[B, Hkv, S]` as FP64 `[B, H, 1, S]`."""
-    return scale.to(torch.float64).repeat_interleave(groups, 1).unsqueeze(2)
+        Args:
+            grad: `[B, H, L, Ev]`.
+            output: Of the forward pass; it is not needed.
+            logsumexp: Of the forward pass; it is not needed.
+        """
+        del output, logsumexp
+        mask = self.scoring.attn_mask
+        assert mask is not None, "asked for the gradient of a mask"
+        if self.is_empty:
+            return torch.zeros_like(mask, dtype=torch.float32)
+        value, multiply = self.value.dequantized(), self.how.multiply
+        return exact_gradients.mask_gradient(grad, value, *self.scores(), mask, multiply)
 
+    @property
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V as their integers represent them, in FP32."""
+        return self.query.dequantized(), self.key.dequantized(), self.value.dequantized()
 
-def _masked(scores: Tensor, scoring: Scoring, first_row: int) -> tuple[Tensor, Tensor]:
-    """The scores with the mask added, -inf where hidden, and what is visible."""
-    attn_mask, visible = scoring.attn_mask, torch.ones_like(scores, dtype=torch.bool)
-    if scoring.is_causal:
-        visible = visible.tril(first_row)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        visible = visible & (attn_mask != -math.inf)
-        scores = scores + attn_mask.to(torch.float64)
-    return torch.where(visible, scores, -math.inf), visible
+    @property
+    def _adders(self) -> Adders:
+        return Adders(self.how.simulate, self.how.order)
 
-
-def exponentials(scores: Tensor) -> Tensor:
-    """Exp(score - maximum); 0 in a row that sees nothing."""
-    top = scores.amax(-1, keepdim=True)
-    return fp64.exp(torch.where(top > -math.inf, scores - top, -math.inf))
-
-
-def _fixed_point(weights: Tensor, scale: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """INT32 `weights * scale` in units of 2^(exponent - P_BITS), and that exponent, `[..., 1]`.
-
-    The exponent is the one above the largest scale's among the visible keys, so that the integers
-    stay below 2^P_BITS.
-    """
-    shown = torch.where(visible & ~scale.isnan(), scale, 0.0)
-    top = shown.amax(-1, keepdim=True).view(torch.int64) >> fp64.FRACTION_BITS
-    exponent = (top - fp64.BIAS + 1).clamp(-200, 200)
-    fixed = torch.round(weights * shown * fp64.two_to(P_BITS - exponent))
-    return torch.where(fixed.isnan(), 0.0, fixed).to(torch.int32), exponent
-
-
-def _exact_attention_fake(
-    query_digits: Tensor,
-    query_scale: Tensor,
-    key_digits: Tensor,  # noqa: ARG001
-    key_scale: Tensor,  # noqa: ARG001
-    value_digits: Tensor,
-    value_scale: Tensor,  # noqa: ARG001
-    attn_mask: Tensor | None,  # noqa: ARG001
-    is_causal: bool,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    numerics: str,  # noqa: ARG001
-) -> Tensor:
-    batch, heads, _, length, _ = query_digits.shape
-    return query_scale.new_empty((batch, heads, length, value_digits.shape[-1]))
-
-
-register_opaque(
-    "exact_attention(Tensor query_digits, Tensor query_scale, Tensor key_digits, Tensor key_scale,"
-    " Tensor value_digits, Tensor value_scale, Tensor? attn_mask, bool is_causal, float scale,"
-    " str numerics) -> Tensor",
-    _exact_attention,
-    _exact_attention_fake,
-)
+    def _weigh(self, fixed: Tensor) -> Tensor:
+        """P V: INT32 `[B, H, L, S]` by V's digits, rounded once to FP64 `[B, H, L, Ev]`."""
+        batch, heads, length, keys = fixed.shape
+        key_heads = self.value.shape[1]
+        rows = fixed.reshape(batch, key_heads, heads // key_heads * length, keys)
+        digits = integer_digits(rows, P_DIGITS), self.value.digits.unbind(2)
+        total = sum_products(*digits, 0, self._adders)
+        return from_integers(total.reshape(batch, heads, length, -1))

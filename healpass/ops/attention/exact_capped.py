@@ -1,4 +1,4 @@
-"""Exact attention with a cap or with sinks, by scores and weights. Imports `attention.exact`.
+"""Exact attention with a cap or with sinks, by scores and weights. Imports `attention.quantize`.
 
 Digit planes under one softmax, as `attention.exact` has them, have no room for a cap or for a
 sink's logit. Here the scores are numbers in FP32: a product by digits, then bit-reproducible
@@ -18,37 +18,29 @@ import torch
 from torch import Tensor
 
 from healpass.arithmetic.int16 import round_trip
-from healpass.ops.attention.exact import FORMATS
+from healpass.ops.attention.quantize import FORMATS
+from healpass.ops.attention.scoring import Scoring
 
 heal = torch.ops.heal
 
 
 def attend_by_weights(
-    states: tuple[Tensor, Tensor, Tensor],
-    attn_mask: Tensor | None,
-    scale: float,
-    kv: str,
-    numerics: str,
-    softcap: float | None,
-    sinks: Tensor | None,
+    states: tuple[Tensor, Tensor, Tensor], scoring: Scoring, kv: str, numerics: str
 ) -> Tensor:
     """Attention in FP32, `[B, H, L, Ev]`.
 
     Args:
         states: Q `[B, H, L, E]`, K `[B, Hkv, S, E]`, V `[B, Hkv, S, Ev]`.
-        attn_mask: Bool or float, broadcastable to `[B, H, L, S]`.
-        scale: Factor of the products.
+        scoring: All that decides a weight, but no dropout.
         kv: `int16` or `int24`.
         numerics: An exact precision.
-        softcap: Scores become `softcap * tanh(score / softcap)` before they are masked.
-        sinks: `[H]`: one more logit per head, in the denominator only.
     """
     query, key, value = (round_trip(x, FORMATS[kv]) for x in states)
     (batch, heads, length, size), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
-    rows = query.reshape(batch, kv_heads, (heads // kv_heads) * length, size)
+    rows = query.reshape(batch, kv_heads, heads // max(kv_heads, 1) * length, size)
     products = heal.matmul(rows, key.mT, numerics).reshape(batch, heads, length, keys)
-    scores = _hidden(_capped(products * scale, softcap), attn_mask)
-    weights = _softmax(scores, sinks)
+    scores = _hidden(_capped(products * scoring.scale, scoring.softcap), scoring)
+    weights = _softmax(scores, scoring.sinks)
     folded = weights.reshape(*rows.shape[:-1], keys)
     result: Tensor = heal.weighted_sum(folded, value, numerics)
     return result.reshape(batch, heads, length, value.shape[-1])
@@ -61,13 +53,15 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return bent * softcap
 
 
-def _hidden(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
+def _hidden(scores: Tensor, scoring: Scoring) -> Tensor:
     """The scores with a float mask added, -inf where a key is hidden, whatever its score is."""
-    if attn_mask is None:
-        return scores
-    if attn_mask.dtype == torch.bool:
-        return torch.where(attn_mask, scores, -math.inf)
-    return torch.where(attn_mask != -math.inf, heal.add(scores, attn_mask), -math.inf)
+    mask, (length, keys) = scoring.attn_mask, scores.shape[-2:]
+    near = scoring.near(slice(0, length), slice(0, keys), scores.device)
+    if mask is not None and mask.dtype != torch.bool:
+        scores, mask = heal.add(scores, mask), mask != -math.inf
+    for visible in (mask, near):
+        scores = scores if visible is None else torch.where(visible, scores, -math.inf)
+    return scores
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -1,26 +1,29 @@
 """Exact attention in two passes over chunks of keys: `heal::exact_tops`, `heal::exact_sums`.
 
-`attention_in_parts` has the bits of `heal::exact_attention` for any chunk, because all that chunks
-hand on is maxima and integer sums. It is how kernels compute it:
+`attend_in_chunks` has the bits of `attention.exact` for any chunk, because all that chunks hand on
+is maxima and integer sums. It is how kernels compute it:
 
 1. `exact_tops`: of each row and chunk, the largest visible score and the largest visible scale of
    V. A NaN as the score says that the row meets a NaN or an infinity.
 2. `exact_sums`: with the maxima of the whole row, the chunk's sums of P V and of P, in INT64.
 
 What is left, two sums over chunks, one division and one rounding, is plain tensor code. Legend:
-C chunks, B batch, H query heads, L queries, S keys, E and Ev head sizes. Imports
-`attention.exact`.
+C chunks, B batch, H query heads, L queries, S keys, E and Ev head sizes. Imports `attention.exact`
+and what it may.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from healpass.arithmetic.digits import integer_digits
-from healpass.ops.attention.exact import P_BITS, P_DIGITS, Planes, visible_scores
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.exact_steps import P_BITS, P_DIGITS, logsumexp, visible_scores
+from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.exact import Adders, sum_products
 from healpass.ops.reproducible import fp64
@@ -30,33 +33,38 @@ from healpass.ops.reproducible.register import register_opaque
 heal = torch.ops.heal
 
 
-def attention_in_parts(
-    query: Planes, key: Planes, value: Planes, scoring: Scoring, chunk: int
-) -> Tensor:
-    """As `heal::exact_attention`, FP32 `[B, H, L, Ev]`; keys come in chunks.
+def attend_in_chunks(asked: ExactAttention, chunk: int) -> tuple[Tensor, Tensor]:
+    """As `ExactAttention.attend`: output `[B, H, L, Ev]` and logsumexp `[B, H, L]`, FP32.
 
     Args:
-        query: Of `[B, H, L, E]`; H is a multiple of Hkv.
-        key: Of `[B, Hkv, S, E]`, S > 0.
-        value: Of `[B, Hkv, S, Ev]`.
-        scoring: Its scale, its mask, and whether it is causal.
+        asked: The attention, not empty.
         chunk: Keys per chunk.
     """
-    how = (scoring.attn_mask, scoring.is_causal, scoring.scale)
-    tops, scales = heal.exact_tops(*query, *key, value.scale, *how, chunk)
+    query, key, value, scoring = asked.query, asked.key, asked.value, asked.scoring
+    how = (scoring.attn_mask, scoring.is_causal, scoring.scale, scoring.window, chunk)
+    tops, scales = heal.exact_tops(*query, *key, value.scale, *how)
     top, largest = tops.amax(0), scales.amax(0)
     exponent = (largest.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS + 1
     exponent = exponent.clamp(-200, 200)
-    bits = element_bits(key.digits.shape[3])
-    numerators, denominators = heal.exact_sums(
-        *query, *key, *value, *how, chunk,
-        top, fp64.two_to(P_BITS - exponent), 2.0**bits,
-    )  # fmt: skip
+    bits = element_bits(key.shape[2])
+    units = (fp64.two_to(P_BITS - exponent), 2.0**bits)
+    numerators, denominators = heal.exact_sums(*query, *key, *value, *how, top, *units)
     numerator = from_integers(numerators.sum(0)) * fp64.two_to(exponent - P_BITS).unsqueeze(-1)
     denominator = from_integers(denominators.sum(0)) * 2.0**-bits
     result = numerator / denominator.unsqueeze(-1)
     result = torch.where((top == -math.inf).unsqueeze(-1), 0.0, result)
-    return fp64.to_fp32(torch.where(top.isnan().unsqueeze(-1), math.nan, result))
+    output = fp64.to_fp32(torch.where(top.isnan().unsqueeze(-1), math.nan, result))
+    return output, logsumexp(top, denominator)
+
+
+def read(*how: Any) -> tuple[Scoring, int]:
+    """What decides a weight, and keys per chunk.
+
+    Args:
+        *how: `attn_mask`, `is_causal`, `scale`, `window` and `chunk` of an operator.
+    """
+    attn_mask, is_causal, scale, window, chunk = how
+    return Scoring(scale, attn_mask, is_causal=is_causal, window=window), chunk
 
 
 def _chunks(keys: int, chunk: int) -> list[slice]:
@@ -69,10 +77,7 @@ def _exact_tops(
     key_digits: Tensor,
     key_scale: Tensor,
     value_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    chunk: int,
+    *how: Any,
 ) -> tuple[Tensor, Tensor]:
     """Largest score, FP64, and largest scale of V, FP32, of visible keys, `[C, B, H, L]` each.
 
@@ -82,13 +87,10 @@ def _exact_tops(
         key_digits: INT8 `[B, Hkv, D, S, E]`, S > 0.
         key_scale: FP32 `[B, Hkv, S]`.
         value_scale: FP32 `[B, Hkv, S]`.
-        attn_mask: Bool (True is visible) or float (added), broadcastable to `[B, H, L, S]`.
-        is_causal: Hide key s from query l where s > l.
-        scale: Factor of the scores.
-        chunk: Keys per chunk.
+        *how: As in `read`.
     """
-    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
-    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    scoring, chunk = read(*how)
+    query, key = Integers(query_digits, query_scale), Integers(key_digits, key_scale)
     scores, visible = visible_scores(query, key, scoring, Adders())
     scales = value_scale.repeat_interleave(scores.shape[1] // value_scale.shape[1], 1)[:, :, None]
     broken = visible & (~(scores.abs() < math.inf) | scales.isnan())
@@ -106,24 +108,24 @@ def _exact_sums(
     key_scale: Tensor,
     value_digits: Tensor,
     value_scale: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    chunk: int,
-    top: Tensor,
-    factor: Tensor,
-    unit: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """INT64 sums of P V, `[C, B, H, L, Ev]`, and of P, `[C, B, H, L]`; zeros where `top` is NaN.
 
-    Args, beside those of `exact_tops`:
+    Args:
+        query_digits: INT8 `[B, H, D, L, E]`; H is a multiple of Hkv.
+        query_scale: FP32 `[B, H, L]`.
+        key_digits: INT8 `[B, Hkv, D, S, E]`, S > 0.
+        key_scale: FP32 `[B, Hkv, S]`.
         value_digits: INT8 `[B, Hkv, D, S, Ev]`.
-        top: FP64 `[B, H, L]`, the largest score of the row.
-        factor: FP64 `[B, H, L]`, what p times V's scale is multiplied by before it is rounded.
-        unit: What p is multiplied by before it is rounded.
+        value_scale: FP32 `[B, Hkv, S]`.
+        *rest: As in `read`, then `top`, FP64 `[B, H, L]`, the largest score of the row; `factor`,
+            FP64 `[B, H, L]`, what p times V's scale is multiplied by before it is rounded; and
+            `unit`, what p is multiplied by before it is rounded.
     """
-    scoring = Scoring(scale, attn_mask, is_causal=is_causal)
-    query, key = Planes(query_digits, query_scale), Planes(key_digits, key_scale)
+    *how, top, factor, unit = rest
+    scoring, chunk = read(*how)
+    query, key = Integers(query_digits, query_scale), Integers(key_digits, key_scale)
     scores, visible = visible_scores(query, key, scoring, Adders())
     (batch, heads, length, keys), groups = scores.shape, heads_per_key(query_digits, key_digits)
     seen = visible & (top.abs() < math.inf)[..., None]
@@ -156,50 +158,28 @@ def _sizes(query_digits: Tensor, key_digits: Tensor, chunk: int) -> tuple[int, .
     return (-(-key_digits.shape[3] // chunk), batch, heads, length)
 
 
-def _exact_tops_fake(
-    query_digits: Tensor,
-    query_scale: Tensor,  # noqa: ARG001
-    key_digits: Tensor,
-    key_scale: Tensor,
-    value_scale: Tensor,  # noqa: ARG001
-    attn_mask: Tensor | None,  # noqa: ARG001
-    is_causal: bool,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    size = _sizes(query_digits, key_digits, chunk)
+def _exact_tops_fake(*call: Any) -> tuple[Tensor, Tensor]:
+    query_digits, _, key_digits, key_scale, *_ = call
+    size = _sizes(query_digits, key_digits, call[-1])
     return key_scale.new_empty(size, dtype=torch.float64), key_scale.new_empty(size)
 
 
-def _exact_sums_fake(
-    query_digits: Tensor,
-    query_scale: Tensor,  # noqa: ARG001
-    key_digits: Tensor,
-    key_scale: Tensor,  # noqa: ARG001
-    value_digits: Tensor,
-    value_scale: Tensor,  # noqa: ARG001
-    attn_mask: Tensor | None,  # noqa: ARG001
-    is_causal: bool,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    chunk: int,
-    top: Tensor,
-    factor: Tensor,  # noqa: ARG001
-    unit: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
+def _exact_sums_fake(*call: Any) -> tuple[Tensor, Tensor]:
+    query_digits, _, key_digits, _, value_digits, *_, chunk, top, _, _ = call
     size = _sizes(query_digits, key_digits, chunk)
     whole = (*size, value_digits.shape[-1])
     return top.new_empty(whole, dtype=torch.int64), top.new_empty(size, dtype=torch.int64)
 
 
 _STATES = "Tensor query_digits, Tensor query_scale, Tensor key_digits, Tensor key_scale"
-_SCORING = "Tensor? attn_mask, bool is_causal, float scale, int chunk"
+_HOW = "Tensor? attn_mask, bool is_causal, float scale, SymInt? window, int chunk"
 register_opaque(
-    f"exact_tops({_STATES}, Tensor value_scale, {_SCORING}) -> (Tensor, Tensor)",
+    f"exact_tops({_STATES}, Tensor value_scale, {_HOW}) -> (Tensor, Tensor)",
     _exact_tops,
     _exact_tops_fake,
 )
 register_opaque(
-    f"exact_sums({_STATES}, Tensor value_digits, Tensor value_scale, {_SCORING}, Tensor top,"
+    f"exact_sums({_STATES}, Tensor value_digits, Tensor value_scale, {_HOW}, Tensor top,"
     " Tensor factor, float unit) -> (Tensor, Tensor)",
     _exact_sums,
     _exact_sums_fake,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from healpass.ops.attention import register
-from healpass.ops.attention.blockwise import Attention, fold
+from healpass.ops.attention.blockwise import fold
+from healpass.ops.attention.gradients import DifferentiableAttention
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.matmul import check_operands
 from healpass.ops.products.numerics import Numerics
@@ -47,7 +48,7 @@ class Floats:
         return self.states
 
 
-class FloatAttention(Attention):
+class FloatAttention(DifferentiableAttention):
     """Attention on `Floats`."""
 
     def products(self) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -96,8 +97,9 @@ def read(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> FloatAttentio
         query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
         lambda: "heal::attention: head sizes of Q and K, or lengths of K and V, differ",
     )
-    states = (Floats(query), Floats(key), Floats(value))
-    return FloatAttention(*states, Scoring.read(*scoring), Numerics.parse(numerics))
+    states, how = (Floats(query), Floats(key), Floats(value)), Scoring.read(*scoring)
+    how.check_mask(query.shape, key.shape)
+    return FloatAttention(*states, how, Numerics.parse(numerics))
 
 
 OPERATORS = register.define("attention", "Tensor query, Tensor key, Tensor value", read)

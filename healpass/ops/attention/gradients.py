@@ -1,4 +1,4 @@
-"""Gradients of `attention.blockwise.Attention`, block by block as the forward pass.
+"""Attention by blocks with its gradients, block by block as the forward pass.
 
 With P the weights after the softmax, K the dropout's factors, G what comes in, O the output::
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from healpass.ops.attention.blockwise import Attention, fold
+from healpass.ops.attention.blockwise import Attends, Attention, fold
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.ieee import ieee_fp32
 
@@ -49,76 +49,71 @@ class Block:
         return self.grad_scores if self.slope is None else self.grad_scores * self.slope
 
 
-def _blocks(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Iterator[Block]:
-    scoring, value = asked.scoring, asked.value.values().flatten(0, 1)
-    inner = (grad * output).sum(-1, keepdim=True)
-    for rows, columns, products in asked.products():
-        capped, slope = scoring.cap(products)
-        scores = scoring.hide(capped, rows, columns)
-        weights = torch.exp(scores - logsumexp[..., rows, None])
-        weights = weights.masked_fill(scores == -torch.inf, 0.0)  # also where no key is visible
-        part = grad[:, :, rows]
-        grad_weights = asked.how.multiply(fold(part, asked.heads), value[:, columns].mT).reshape(
-            weights.shape
-        )
-        kept = scoring.survivors(grad.shape, rows, columns)
-        dropped = weights if kept is None else weights * kept
-        grad_weights = grad_weights if kept is None else grad_weights * kept
-        grad_scores = weights * (grad_weights - inner[:, :, rows])
-        yield Block(rows, columns, part, dropped, grad_scores, slope)
+class DifferentiableAttention(Attention):
+    """`Attention` and the gradients of its operands."""
+
+    def gradients(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+        """Gradients with regard to the values of Q, K and V, in FP32.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: Of the forward pass.
+            logsumexp: Of the forward pass.
+        """
+        multiply, heads, scale = self.how.multiply, self.heads, self.scoring.scale
+        query, key = self.query.values(), self.key.values()
+        of_query, of_key, of_value = (grad_like.zero_() for grad_like in memory(self))
+        with ieee_fp32(grad.device.type):
+            for block in self._blocks(grad, output, logsumexp):
+                rows, columns = block.rows, block.columns
+                products = fold(block.grad_products, heads) * scale
+                part = multiply(products, key[:, :, columns].flatten(0, 1))
+                of_query[:, :, rows] = part.reshape(of_query[:, :, rows].shape)
+                part = multiply(products.mT, fold(query[:, :, rows], heads))
+                of_key[:, :, columns] += part.reshape(of_key[:, :, columns].shape)
+                part = multiply(fold(block.weights, heads).mT, fold(block.grad, heads))
+                of_value[:, :, columns] += part.reshape(of_value[:, :, columns].shape)
+        return of_query, of_key, of_value
+
+    def mask_gradient(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+        """The gradient of a float mask, in FP32 and in its shape.
+
+        Args:
+            grad: FP32 `[B, H, L, Ev]`.
+            output: FP32 `[B, H, L, Ev]`, of the forward pass.
+            logsumexp: FP32 `[B, H, L]`, of the forward pass.
+        """
+        assert self.scoring.attn_mask is not None, "asked for the gradient of a mask"
+        result = torch.zeros_like(self.scoring.attn_mask, dtype=torch.float32)
+        into = Scoring(self.scoring.scale, attn_mask=result)
+        with ieee_fp32(grad.device.type):
+            for block in self._blocks(grad, output, logsumexp):
+                part = into.mask_block(block.rows, block.columns)
+                assert part is not None, "the block of a mask"
+                part += block.grad_scores.sum_to_size(part.shape)
+        return result
+
+    def _blocks(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Iterator[Block]:
+        scoring, value = self.scoring, self.value.values().flatten(0, 1)
+        inner = (grad * output).sum(-1, keepdim=True)
+        for rows, columns, products in self.products():
+            capped, slope = scoring.cap(products)
+            scores = scoring.hide(capped, rows, columns)
+            weights = torch.exp(scores - logsumexp[..., rows, None])
+            weights = weights.masked_fill(scores == -torch.inf, 0.0)  # also where none is visible
+            part, keys = grad[:, :, rows], value[:, columns].mT
+            grad_weights = self.how.multiply(fold(part, self.heads), keys).reshape(weights.shape)
+            kept = scoring.survivors(grad.shape, rows, columns)
+            dropped = weights if kept is None else weights * kept
+            grad_weights = grad_weights if kept is None else grad_weights * kept
+            grad_scores = weights * (grad_weights - inner[:, :, rows])
+            yield Block(rows, columns, part, dropped, grad_scores, slope)
 
 
-def memory(asked: Attention) -> tuple[Tensor, ...]:
+def memory(asked: Attends) -> tuple[Tensor, ...]:
     """Memory for the gradients of Q, K and V, in FP32 and in their shapes."""
     operands = (asked.query, asked.key, asked.value)
     return tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in operands)
-
-
-def gradients(
-    asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients with regard to the values of Q, K and V.
-
-    Args:
-        asked: The attention.
-        grad: FP32 `[B, H, L, Ev]`.
-        output: Of the forward pass.
-        logsumexp: Of the forward pass.
-    """
-    multiply, heads, scale = asked.how.multiply, asked.heads, asked.scoring.scale
-    query, key = asked.query.values(), asked.key.values()
-    of_query, of_key, of_value = (grad_like.zero_() for grad_like in memory(asked))
-    with ieee_fp32(grad.device.type):
-        for block in _blocks(asked, grad, output, logsumexp):
-            rows, columns = block.rows, block.columns
-            products = fold(block.grad_products, heads) * scale
-            part = multiply(products, key[:, :, columns].flatten(0, 1))
-            of_query[:, :, rows] = part.reshape(of_query[:, :, rows].shape)
-            part = multiply(products.mT, fold(query[:, :, rows], heads))
-            of_key[:, :, columns] += part.reshape(of_key[:, :, columns].shape)
-            part = multiply(fold(block.weights, heads).mT, fold(block.grad, heads))
-            of_value[:, :, columns] += part.reshape(of_value[:, :, columns].shape)
-    return of_query, of_key, of_value
-
-
-def mask_gradient(asked: Attention, grad: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
-    """The gradient of a float mask, in FP32 and in its shape.
-
-    Args:
-        asked: The attention, with a mask.
-        grad: FP32 `[B, H, L, Ev]`.
-        output: FP32 `[B, H, L, Ev]`, of the forward pass.
-        logsumexp: FP32 `[B, H, L]`, of the forward pass.
-    """
-    assert asked.scoring.attn_mask is not None, "asked for the gradient of a mask"
-    result = torch.zeros_like(asked.scoring.attn_mask, dtype=torch.float32)
-    into = Scoring(asked.scoring.scale, attn_mask=result)
-    with ieee_fp32(grad.device.type):
-        for block in _blocks(asked, grad, output, logsumexp):
-            part = into.mask_block(block.rows, block.columns)
-            assert part is not None, "the block of a mask"
-            part += block.grad_scores.sum_to_size(part.shape)
-    return result
 
 
 @torch.library.custom_op("heal::attention_sinks_grad", mutates_args=())

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from healpass.arithmetic.formats import FP32
 from healpass.ops.attention import register
-from healpass.ops.attention.blockwise import Attention, fold
-from healpass.ops.attention.quantize import integers
+from healpass.ops.attention.blockwise import Attends, fold
+from healpass.ops.attention.exact import ExactAttention
+from healpass.ops.attention.gradients import DifferentiableAttention
+from healpass.ops.attention.quantize import Integers, integers
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.products.numerics import Numerics
 from healpass.tensorcore.attention import weighted_digits
@@ -29,41 +31,7 @@ from healpass.tensorcore.matmul import Accumulation
 
 
 @dataclass(frozen=True)
-class Integers:
-    """One operand: digits `[B, H, D, S, E]` and scale `[B, H, S]`."""
-
-    digits: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """B, H, S, E."""
-        return (*self.scale.shape, self.digits.shape[-1])
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.digits.device
-
-    def check(self, name: str) -> None:
-        """Refuse what `heal::quantize` does not make."""
-        torch._check(
-            self.digits.dtype == torch.int8 and self.digits.dim() == 5,
-            lambda: (
-                f"heal::integer_attention needs INT8 {name} digits [B, H, D, S, E], got "
-                f"{self.digits.dtype} of rank {self.digits.dim()}; heal::quantize makes them"
-            ),
-        )
-
-    def values(self) -> Tensor:
-        """FP32 `[B, H, S, E]`, 0 in the place of a row whose scale is NaN."""
-        finite = self.scale.nan_to_num(0.0).unsqueeze(-1)
-        product = integers(self.digits) * finite.to(torch.float64)
-        return product.clamp(-FP32.largest, FP32.largest).to(torch.float32)
-
-
-@dataclass(frozen=True)
-class IntegerAttention(Attention):
+class IntegerAttention(DifferentiableAttention):
     """Attention on `Integers`."""
 
     query: Integers
@@ -109,7 +77,7 @@ def read(
     value_digits: Tensor,
     value_scale: Tensor,
     *rest: Any,
-) -> IntegerAttention:
+) -> Attends:
     """Read and check the arguments of one call.
 
     Args:
@@ -120,11 +88,12 @@ def read(
         value_digits: INT8 `[B, Hkv, D, S, Ev]`.
         value_scale: FP32 `[B, Hkv, S]`.
         *rest: What `Scoring.read` takes, and `numerics` as `heal::mm` does: digit products are
-            exact, so it decides about P V only.
+            exact, so `heal` and `layercast` decide about P V only. An exact precision makes it
+            `attention.exact`, unless there is dropout.
 
     Raises:
         RuntimeError: Dtypes, ranks or sizes do not fit, or the seed is missing.
-        ValueError: `numerics` is unknown.
+        ValueError: `numerics` is unknown; or it is exact, and there is a cap or there are sinks.
     """
     query, key = Integers(query_digits, query_scale), Integers(key_digits, key_scale)
     value = Integers(value_digits, value_scale)
@@ -135,8 +104,25 @@ def read(
         and key_digits.shape[-2] == value_digits.shape[-2],
         lambda: "heal::integer_attention: head sizes of Q and K, or lengths of K and V, differ",
     )
-    *scoring, numerics = rest
-    return IntegerAttention(query, key, value, Scoring.read(*scoring), Numerics.parse(numerics))
+    scoring, numerics = Scoring.read(*rest[:-1]), rest[-1]
+    scoring.check_mask(query.shape, key.shape)
+    return attention_of(query, key, value, scoring, Numerics.parse(numerics))
+
+
+def attention_of(
+    query: Integers, key: Integers, value: Integers, scoring: Scoring, how: Numerics
+) -> Attends:
+    """Exact where the precision is, unless there is dropout: random numbers are not.
+
+    Args:
+        query: `[B, H, L, E]`; H is a multiple of Hkv.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        scoring: All else that decides a weight.
+        how: The precision.
+    """
+    exact = how.products is not None and not scoring.dropout_p
+    return (ExactAttention if exact else IntegerAttention)(query, key, value, scoring, how)
 
 
 OPERATORS = register.define(

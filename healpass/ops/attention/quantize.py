@@ -13,11 +13,14 @@ May import `arithmetic`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from healpass.arithmetic import int16
 from healpass.arithmetic.digits import BASE_BITS, integer_digits
+from healpass.arithmetic.formats import FP32
 from healpass.errors import DtypeError, OperandError, suggestion
 from healpass.ops.library import library
 from healpass.ops.products.matmul import OPERAND_DTYPES
@@ -26,6 +29,66 @@ from healpass.ops.products.matmul import OPERAND_DTYPES
 FORMATS = {fmt.name: fmt for fmt in (int16.INT16, int16.INT24)}
 
 library.define("stored(Tensor(a) states) -> Tensor(a)")
+
+
+class Integers(NamedTuple):
+    """Queries, keys or values as integers: `scale * sum_i digits[i] * 256^i`.
+
+    Attributes:
+        digits: INT8 `[B, H, D, S, E]`, the lowest first.
+        scale: FP32 `[B, H, S]`.
+    """
+
+    digits: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, kv: str) -> Integers:
+        """Quantize `[B, H, S, E]` in FP16, BF16 or FP32 as `heal::quantize` does."""
+        fmt = _format(x, kv)
+        quantized = int16.quantize(x, fmt)
+        planes = integer_digits(quantized.payload, fmt.digits)
+        return cls(torch.stack(planes, -3), quantized.scale.squeeze(-1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """B, H, S, E."""
+        return (*self.scale.shape, self.digits.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.digits.device
+
+    @property
+    def format(self) -> int16.IntegerFormat:
+        """INT16 or INT24, by the number of digits."""
+        return next(fmt for fmt in FORMATS.values() if fmt.digits == self.planes)
+
+    @property
+    def planes(self) -> int:
+        """How many digits an integer has."""
+        return int(self.digits.shape[-3])
+
+    def check(self, name: str) -> None:
+        """Refuse what `heal::quantize` does not make."""
+        torch._check(
+            self.digits.dtype == torch.int8 and self.digits.dim() == 5,
+            lambda: (
+                f"heal::integer_attention needs INT8 {name} digits [B, H, D, S, E], got "
+                f"{self.digits.dtype} of rank {self.digits.dim()}; heal::quantize makes them"
+            ),
+        )
+
+    def dequantized(self) -> Tensor:
+        """FP32 `[B, H, S, E]`, rounded once: within 2^-24 of the value; NaN where the scale is."""
+        return int16.dequantize(int16.Quantized(integers(self.digits), self.scale.unsqueeze(-1)))
+
+    def values(self) -> Tensor:
+        """FP32 `[B, H, S, E]`, 0 in the place of a row whose scale is NaN."""
+        finite = self.scale.nan_to_num(0.0).unsqueeze(-1)
+        product = integers(self.digits) * finite.to(torch.float64)
+        return product.clamp(-FP32.largest, FP32.largest).to(torch.float32)
 
 
 @torch.library.custom_op("heal::quantize", mutates_args=())
@@ -44,10 +107,8 @@ def quantize(x: Tensor, kv: str) -> tuple[Tensor, Tensor]:
         TypeError: `x` has another dtype.
         ValueError: `kv` is another format.
     """
-    fmt = _format(x, kv)
-    quantized = int16.quantize(x, fmt)
-    planes = integer_digits(quantized.payload, fmt.digits)
-    return torch.stack(planes, -3), quantized.scale.squeeze(-1)
+    digits, scale = Integers.of(x, kv)
+    return digits, scale
 
 
 @quantize.register_fake
@@ -81,7 +142,7 @@ def dequantize(digits: Tensor, scale: Tensor) -> Tensor:
     Returns:
         `[..., S, E]` in FP32.
     """
-    return int16.dequantize(int16.Quantized(integers(digits), scale.unsqueeze(-1)))
+    return Integers(digits, scale).dequantized()
 
 
 @dequantize.register_fake

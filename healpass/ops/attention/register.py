@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from healpass.ops.attention import gradients as blockwise_gradients
-from healpass.ops.attention.blockwise import Attention
+from healpass.ops.attention.blockwise import Attends
+from healpass.ops.attention.gradients import memory, sinks_gradient
 from healpass.ops.attention.scoring import SCORING
 
 
@@ -55,17 +55,17 @@ class AttentionOperators:
         if wanted[3]:
             found[3] = self.mask_grad(grad, *call, *results).to(attn_mask.dtype)
         if wanted[4]:
-            found[4] = blockwise_gradients.sinks_gradient(sinks, grad, *results)
+            found[4] = sinks_gradient(sinks, grad, *results)
         return found
 
 
-def define(name: str, operands: str, read: Callable[..., Attention]) -> AttentionOperators:
+def define(name: str, operands: str, read: Callable[..., Attends]) -> AttentionOperators:
     """Register `heal::{name}`, `heal::{name}_backward` and `heal::{name}_mask_grad`.
 
     Args:
         name: Of the first operator.
         operands: Their part of the schema.
-        read: Checks the arguments of one call and makes an `Attention` of them.
+        read: Checks the arguments of one call and makes an attention of them.
     """
     call = f"{operands}, {SCORING}, str numerics"
     backward = f"(Tensor grad, {call}, Tensor output, Tensor logsumexp)"
@@ -78,10 +78,10 @@ def define(name: str, operands: str, read: Callable[..., Attention]) -> Attentio
         return operator
 
     def gradients(grad: Tensor, *call: Any) -> tuple[Tensor, ...]:
-        return blockwise_gradients.gradients(read(*call[:-2]), grad, *call[-2:])
+        return read(*call[:-2]).gradients(grad, *call[-2:])
 
     def mask_gradient(grad: Tensor, *call: Any) -> Tensor:
-        return blockwise_gradients.mask_gradient(read(*call[:-2]), grad, *call[-2:])
+        return read(*call[:-2]).mask_gradient(grad, *call[-2:])
 
     def mask_memory(grad: Tensor, *call: Any) -> Tensor:  # noqa: ARG001
         mask = read(*call[:-2]).scoring.attn_mask
@@ -99,7 +99,7 @@ def define(name: str, operands: str, read: Callable[..., Attention]) -> Attentio
             "_backward",
             f"{backward} -> (Tensor, Tensor, Tensor)",
             gradients,
-            lambda _, *call: blockwise_gradients.memory(read(*call[:-2])),
+            lambda _, *call: memory(read(*call[:-2])),
         ),
         register("_mask_grad", f"{backward} -> Tensor", mask_gradient, mask_memory),
     )

@@ -7,7 +7,8 @@ that no score matrix of a whole sequence exists.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Scoring:
         window: Hide key s from query l where s <= l - window.
         softcap: Scores become `softcap * tanh(score / softcap)` before they are masked.
         dropout_p: Probability of dropping a weight.
+        offset: Keys before the first query's own; causality and the window count from there.
     """
 
     scale: float
@@ -45,6 +47,7 @@ class Scoring:
     window: int | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
+    offset: int = 0
 
     @classmethod
     def read(
@@ -88,15 +91,44 @@ class Scoring:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments `SCORING` of an operator."""
+        assert self.offset == 0, "operators count from the first query and the first key"
         return (
             self.attn_mask, self.sinks, self.seed, self.is_causal, self.scale, self.window,
             self.softcap, self.dropout_p,
         )  # fmt: skip
 
+    def at(self, offset: int) -> Scoring:
+        """The same for queries that begin at another key."""
+        return replace(self, offset=offset)
+
+    def check_mask(self, query: Sequence[int], key: Sequence[int]) -> None:
+        """Refuse a mask that does not broadcast to `[B, H, L, S]`; sizes that vary pass.
+
+        Args:
+            query: B, H, L, E.
+            key: B, Hkv, S, E.
+
+        Raises:
+            RuntimeError: It does not.
+        """
+        if self.attn_mask is None:
+            return
+        given, sizes = self.attn_mask.shape, (*query[:3], key[2])
+        pairs = list(zip(reversed(given), reversed(sizes), strict=False))
+        fixed = [pair for pair in pairs if all(isinstance(size, int) for size in pair)]
+        torch._check(
+            len(given) <= len(sizes) and all(have in (1, wanted) for have, wanted in fixed),
+            lambda: (
+                f"attn_mask {list(given)} does not broadcast to [B, H, L, S] = {list(sizes)}: "
+                "each size must be 1 or that one"
+            ),
+        )
+
     def columns(self, rows: slice, keys: int) -> slice:
         """The keys that some query of `rows` may see, causality and window considered."""
-        first = 0 if self.window is None else max(0, rows.start - self.window + 1)
-        last = min(keys, rows.stop) if self.is_causal else keys
+        start, stop = rows.start + self.offset, rows.stop + self.offset
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        last = min(keys, stop) if self.is_causal else keys
         return slice(min(first, last), last)
 
     def cap(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,34 +146,56 @@ class Scoring:
             rows: The queries of the block.
             columns: The keys of the block.
         """
-        mask = self.mask_block(rows, columns)
+        scores, visible = self.masked(scores, rows, columns)
+        return scores if visible is None else scores.masked_fill(~visible, -math.inf)
+
+    def masked(self, scores: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """The scores with a float mask added, and which keys are visible.
+
+        Args:
+            scores: `[B, H, rows, columns]`, capped.
+            rows: The queries of the block.
+            columns: The keys of the block.
+
+        Returns:
+            The scores, and a bool tensor that broadcasts to them; None where every key is visible.
+        """
+        mask, near = self.mask_block(rows, columns), self.near(rows, columns, scores.device)
         if mask is not None and mask.dtype != torch.bool:
             scores, mask = scores + mask, mask != -math.inf
-        for visible in (mask, self._visible(rows, columns, scores.device)):
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -math.inf)
-        return scores
+        if mask is None or near is None:
+            return scores, near if mask is None else mask
+        return scores, mask & near
 
-    def _visible(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+    def near(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+        """What causality and the window let a query see, bool `[rows, columns]`; None is all.
+
+        Args:
+            rows: The queries of the block.
+            columns: The keys of the block.
+            device: Of the result.
+        """
         if not self.is_causal and self.window is None:
             return None
-        query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        query = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1) + self.offset
         key = torch.arange(columns.start, columns.stop, device=device)
-        visible = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=device)
-        if self.is_causal:
-            visible &= key <= query
-        if self.window is not None:
-            visible &= key > query - self.window
-        return visible
+        visible = key <= query if self.is_causal else (key >= 0).expand(query.shape[0], -1)
+        return visible if self.window is None else visible & (key > query - self.window)
 
     def mask_block(self, rows: slice, columns: slice) -> Tensor | None:
-        """The part of the mask for a block; a dimension of size 1 stays, it broadcasts."""
-        if self.attn_mask is None:
-            return None
+        """The part of the mask for a block; a dimension of size 1 stays, it broadcasts.
+
+        Args:
+            rows: The queries of the block.
+            columns: The keys of the block.
+        """
         mask = self.attn_mask
-        if mask.dim() > 1 and mask.shape[-2] > 1:
-            mask = mask[..., rows, :]
-        return mask[..., columns] if mask.shape[-1] > 1 else mask
+        if mask is None:
+            return None
+        for dim, span in ((-2, rows), (-1, columns)):
+            if mask.dim() >= -dim and mask.shape[dim] != 1:
+                mask = part(mask, dim, span)
+        return mask
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and the logarithm of their denominator.
@@ -174,6 +228,19 @@ class Scoring:
         words = dropout_words(self.seed, shape, rows, columns)
         kept = words >= math.floor(self.dropout_p * _WORD)
         return kept.to(torch.float32) * (1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0)
+
+
+def part(x: Tensor, dim: int, span: slice) -> Tensor:
+    """`x` narrowed along one dimension; itself where the span is all of it.
+
+    Args:
+        x: Any tensor.
+        dim: Of `x`.
+        span: Where it begins and ends.
+    """
+    count = span.stop - span.start
+    whole = isinstance(span.start, int) and span.start == 0 and x.shape[dim] == count
+    return x if whole else x.narrow(dim, span.start, count)
 
 
 def dropout_words(seed: Tensor, shape: torch.Size, rows: slice, columns: slice) -> Tensor:

@@ -2,7 +2,8 @@
 
 `kv="fp32"` attends in FP32 (`heal::attention`); `int16` and `int24` quantize Q, K and V
 (`heal::quantize`) and attend over integers (`heal::integer_attention`). Both take windows, caps,
-sinks and dropout, and neither holds the scores of a whole sequence.
+sinks and dropout, and neither holds the scores of a whole sequence. With an exact `numerics` the
+attention over integers has the same bits everywhere, unless it draws random numbers.
 
 May import `attention.floats`, `attention.integers` and below.
 """
@@ -10,16 +11,21 @@ May import `attention.floats`, `attention.integers` and below.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from healpass.errors import OperandError
+from healpass.ops.attention.exact_capped import attend_by_weights
 from healpass.ops.attention.integers import OPERATORS
+from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.attention.scoring import Scoring
 from healpass.ops.library import library
 from healpass.ops.products.matmul import check_operands
+from healpass.ops.products.numerics import Numerics
 
 library.define(
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
@@ -65,7 +71,7 @@ def sdpa(
             None, so that checkpointing replays it.
         kv: `fp32`, or `int16` or `int24`: the format that Q, K and V are rounded to first. The
             gradient goes through that rounding as if it were the identity.
-        numerics: As `heal::mm`.
+        numerics: As `heal::mm`; an exact precision needs `int16` or `int24`.
     """
     check_operands("sdpa", numerics, query, key, value)
     torch._check(
@@ -74,13 +80,31 @@ def sdpa(
     )
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = default_scale(query.shape[-1]) if scale is None else scale
     shape = (*leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
     states = four_dimensional(query, key, value, enable_gqa)
     mask = None if attn_mask is None else mask_four_dimensional(attn_mask, shape)
     scoring = Scoring(factor, mask, sinks, seed, is_causal, window, softcap, dropout_p)
-    attend = _attend_fp32 if kv == "fp32" else _attend_integers
-    return attend(*states, scoring, kv, numerics).reshape(shape)
+    scoring.check_mask(states[0].shape, states[1].shape)
+    return _attention(scoring, kv, numerics)(*states, scoring, kv, numerics).reshape(shape)
+
+
+def default_scale(size: int) -> float:
+    """The factor of the scores for heads of `size` elements, as torch computes it."""
+    return 1.0 / math.sqrt(size)
+
+
+def _attention(scoring: Scoring, kv: str, numerics: str) -> Callable[..., Tensor]:
+    """What attends: `[B, H, L, E]`, `[B, Hkv, S, E]`, `[B, Hkv, S, Ev]`, and the arguments."""
+    exact = Numerics.parse(numerics).products is not None and scoring.dropout_p == 0.0
+    if exact and kv not in FORMATS:
+        raise OperandError(
+            f"heal::sdpa got kv={kv!r} with numerics={numerics!r}, and exact attention is one of "
+            f"integers.\nUse kv={' or '.join(map(repr, FORMATS))}."
+        )
+    if exact and (scoring.softcap is not None or scoring.sinks is not None):
+        return _attend_by_weights
+    return _attend_fp32 if kv == "fp32" else _attend_integers
 
 
 def _attend_fp32(
@@ -89,6 +113,12 @@ def _attend_fp32(
     del kv
     result: Tensor = torch.ops.heal.attention(query, key, value, *scoring.arguments, numerics)[0]
     return result
+
+
+def _attend_by_weights(
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, kv: str, numerics: str
+) -> Tensor:
+    return attend_by_weights((query, key, value), scoring, kv, numerics)
 
 
 def _attend_integers(

@@ -48,7 +48,7 @@ from healpass.arithmetic.digits import (
 from healpass.errors import OperandError
 from healpass.ops.reproducible import fp64
 from healpass.ops.reproducible.reduce import from_integers
-from healpass.tensorcore.rules import RULES
+from healpass.tensorcore.rules import RULES, Schedule
 from healpass.tensorcore.simulate import simulate_matmul
 
 #: Most terms of one sum: their total stays within INT64.
@@ -293,14 +293,8 @@ def _multiplier(route: str, adders: Adders) -> tuple[Callable[[Tensor, Tensor], 
         return lambda x, y: torch.mm(x.to(torch.int32), y.to(torch.int32)), INT32_TERMS
 
     def simulated(x: Tensor, y: Tensor) -> Tensor:
-        return simulate_matmul(
-            [x.to(torch.float16)],
-            [y.to(torch.float16)],
-            route,
-            promote_every=None,
-            order=adders.order,
-            split_k=adders.split_k,
-        )
+        schedule = Schedule(promote_every=None, order=adders.order, split_k=adders.split_k)
+        return simulate_matmul([x.to(torch.float16)], [y.to(torch.float16)], route, schedule)
 
     return simulated, FP32_TERMS
 

@@ -18,6 +18,7 @@ from healpass.errors import OperandError
 from healpass.ops.products.exact import SCHEMES, Adders, exact_matmul
 from healpass.ops.products.ieee import ieee_fp32, mm_fp32
 from healpass.tensorcore.matmul import Accumulation, heal_matmul
+from healpass.tensorcore.rules import Schedule
 from healpass.tensorcore.simulate import simulate_matmul
 
 #: precision="exact" with `exact_products` behind the name -> that number.
@@ -113,9 +114,8 @@ def _fma_chain(a: Tensor, b: Tensor, order: int) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     left = a.to(torch.float32).expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.to(torch.float32).expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    schedule = Schedule(promote_every=None, order=order)
     result = left.new_empty(left.shape[0], a.shape[-2], b.shape[-1])
     for index in range(left.shape[0]):
-        result[index] = simulate_matmul(
-            [left[index]], [right[index]], "sgemm", promote_every=None, order=order
-        )
+        result[index] = simulate_matmul([left[index]], [right[index]], "sgemm", schedule)
     return result.reshape(*batch, a.shape[-2], b.shape[-1])

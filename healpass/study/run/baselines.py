@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from healpass.study.plan.configuration import Configuration
-from healpass.tensorcore import simulate_matmul
+from healpass.tensorcore import Schedule, simulate_matmul
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,7 +58,7 @@ def multiplier(gpu: str | None, order: int) -> Multiply:
         left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
         right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
         products = [
-            simulate_matmul([x], [y], rule, promote_every=None, order=order)
+            simulate_matmul([x], [y], rule, Schedule(promote_every=None, order=order))
             for x, y in zip(left, right, strict=True)
         ]
         return torch.stack(products).reshape(*batch, a.shape[-2], b.shape[-1])

@@ -40,7 +40,6 @@ _MOVES = {
 _NAMES = {
     "scaled_dot_product_attention": "attention",
     "sdpa": "attention",
-    "exact_sdpa": "attention",
     "integer_attention": "attention",
 }
 
