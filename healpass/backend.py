@@ -111,6 +111,7 @@ def inductor_patches(
     from torch._inductor import list_mode_options
 
     from healpass.cache_key import CacheKey  # Inductor takes two seconds to import
+    from healpass.lowering.cpu.loops import SeparateLoops
 
     patches = dict(list_mode_options(config.mode)) if config.mode else {}
     if not config.rewrites:
@@ -122,6 +123,7 @@ def inductor_patches(
     whole = whole and DECOMPOSE not in config.debug.disable
     first = CacheKey(config, inductor.post_grad_custom_pre_pass, whole=whole)
     patches |= {"post_grad_custom_pre_pass": first}
+    patches |= {"_post_fusion_custom_pass": SeparateLoops(inductor._post_fusion_custom_pass)}
     last_passes = partial(_finish, config, report)
     last = CacheKey(config, inductor.post_grad_custom_post_pass, last_passes)
     return patches | {"post_grad_custom_post_pass": last}

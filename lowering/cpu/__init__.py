@@ -1,5 +1,7 @@
 """Lowerings to C++ code. Knows nothing of `cuda`."""
 
-from healpass.lowering.cpu import attention, attention_gradients, exact, products
+import torch._inductor.lowering  # noqa: F401  first: it and Inductor's templates import each other
 
-__all__ = ["attention", "attention_gradients", "exact", "products"]
+from healpass.lowering.cpu import attention, attention_gradients, exact, loops, products
+
+__all__ = ["attention", "attention_gradients", "exact", "loops", "products"]
