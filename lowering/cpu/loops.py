@@ -23,7 +23,7 @@ _SchedulerPass: Any = getattr(
 )
 
 
-class SeparateLoops(_SchedulerPass):  # type: ignore[misc]
+class SeparateLoops(_SchedulerPass):
     """A pass over the nodes that Inductor has fused: Inductor's `_post_fusion_custom_pass`.
 
     Attributes:
