@@ -1,0 +1,161 @@
+"""Layers of vLLM between its products: norms, activations, rotary tables, the logits' cap.
+
+Each stands in for vLLM's class of the same name, in every engine of a process, and does something
+else only in one that asks for `precision="exact"`: there elementary functions are `heal::`
+operators, which have one value on every device. Imports vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import (
+    Llama3RotaryEmbedding,
+    RotaryEmbedding,
+    YaRNScalingRotaryEmbedding,
+)
+
+import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.integrations.vllm.options import current
+
+heal, aten = torch.ops.heal, torch.ops.aten
+
+
+class Exact:
+    """What the layers below have in common: `exact`, as the engine asks when one is built."""
+
+    exact: bool
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        options = current()
+        object.__setattr__(self, "exact", options is not None and options.is_exact)
+        super().__init__(*arguments, **more)
+
+    def dispatch_forward(self, *arguments: Any, **more: Any) -> Any:
+        """`forward_native` where `exact`, or what vLLM would take."""
+        if self.exact:
+            return self.forward_native  # type: ignore[attr-defined]
+        return super().dispatch_forward(*arguments, **more)  # type: ignore[misc]
+
+
+def normalized(x: Tensor, epsilon: float) -> Tensor:
+    """`x` over its root mean square, FP32 `[..., N]`.
+
+    Args:
+        x: FP32 `[..., N]`.
+        epsilon: Added to the mean of squares.
+    """
+    variance = heal.mean(heal.pow_scalar(x, 2.0), [-1], True)
+    return x * heal.rsqrt(variance + epsilon)
+
+
+class HealRMSNorm(Exact, RMSNorm):
+    """`x / rms(x) * weight`, and the same of a sum with a residual."""
+
+    def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm; with a residual also the sum."""
+        if not self.exact or self.variance_size_override is not None:
+            return super().forward_native(x, residual)
+        x = x if residual is None else x + residual
+        scaled = normalized(x, self.variance_epsilon)
+        scaled = scaled * self.weight if self.has_weight else scaled
+        return scaled if residual is None else (scaled, x)
+
+
+class HealGemmaRMSNorm(Exact, GemmaRMSNorm):
+    """`x / rms(x) * (1 + weight)`."""
+
+    def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm; with a residual also the sum."""
+        if not self.exact:
+            return super().forward_native(x, residual)
+        x = x if residual is None else x + residual
+        scaled = normalized(x, self.variance_epsilon) * (self.weight + 1.0)
+        return scaled if residual is None else (scaled, x)
+
+
+class HealSiluAndMul(Exact, SiluAndMul):
+    """`silu(gate) * up` of `[gate | up]`."""
+
+    def forward_native(self, x: Tensor) -> Tensor:
+        """`[..., N]` of `[..., 2 N]`."""
+        if not self.exact:
+            return super().forward_native(x)
+        gate, up = x.chunk(2, -1)
+        return heal.silu(gate) * up
+
+
+class HealLogitsProcessor(LogitsProcessor):
+    """Logits, capped by a pinned tanh where `exact`."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        options = current()
+        self.exact_cap = self.soft_cap if options is not None and options.is_exact else None
+        if self.exact_cap is not None:
+            self.soft_cap = None
+
+    def _get_logits(self, *arguments: Any, **more: Any) -> Tensor | None:
+        logits = super()._get_logits(*arguments, **more)
+        if logits is None or self.exact_cap is None:
+            return logits
+        return heal.tanh(logits / self.exact_cap) * self.exact_cap
+
+
+class PinnedFunctions(TorchDispatchMode):
+    """Cosines and sines by `heal::cos` and `heal::sin`, on CPU."""
+
+    PINNED = {aten.cos.default: heal.cos.default, aten.sin.default: heal.sin.default}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        """The operator, or the pinned one in its place."""
+        return self.PINNED.get(func, func)(*args, **(kwargs or {}))
+
+
+class PinnedTables(Exact):
+    """A rotary embedding whose table is made by pinned functions, on CPU."""
+
+    def _compute_cos_sin_cache(self) -> Tensor:
+        make = super()._compute_cos_sin_cache  # type: ignore[misc]
+        if not self.exact:
+            return make()
+        target = torch.get_default_device()
+        with torch.device("cpu"), PinnedFunctions():
+            table = make()
+        return table.to(target)
+
+
+class HealRotaryEmbedding(PinnedTables, RotaryEmbedding):
+    """Without scaling."""
+
+
+class HealLlama3RotaryEmbedding(PinnedTables, Llama3RotaryEmbedding):
+    """Llama 3's frequencies."""
+
+
+class HealYaRNRotaryEmbedding(PinnedTables, YaRNScalingRotaryEmbedding):
+    """YaRN's frequencies and magnitude."""
+
+
+#: vLLM's layer -> what stands in for it.
+LAYERS = {
+    RMSNorm: HealRMSNorm,
+    GemmaRMSNorm: HealGemmaRMSNorm,
+    SiluAndMul: HealSiluAndMul,
+    LogitsProcessor: HealLogitsProcessor,
+    RotaryEmbedding: HealRotaryEmbedding,
+    Llama3RotaryEmbedding: HealLlama3RotaryEmbedding,
+    YaRNScalingRotaryEmbedding: HealYaRNRotaryEmbedding,
+}
+
+
+def register() -> None:
+    """Let vLLM build these in the place of its own."""
+    for theirs, ours in LAYERS.items():
+        theirs.register_oot(ours)

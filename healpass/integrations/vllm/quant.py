@@ -1,0 +1,174 @@
+"""Linear layers, embeddings and heads in vLLM: `quantization="heal"`. Imports vLLM.
+
+Weights stay in the dtype of the checkpoint, activations are FP32, products are `heal::linear`.
+Merged layers (QKV, gate and up) need nothing: the scales of `exact` belong to rows and columns.
+A layer whose inputs are split over ranks adds integers across them (`heal::row_linear`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.errors import UnavailableError
+from healpass.integrations.vllm import sampling
+from healpass.integrations.vllm.options import asked, check
+
+heal = torch.ops.heal
+#: Layers of vLLM that a quantization may leave alone: they have no weights of their own.
+_WITHOUT_WEIGHTS = ("Attention",)
+
+
+def registered() -> bool:
+    """Whether vLLM knows `quantization="heal"` in this process."""
+    return "heal" in QUANTIZATION_METHODS
+
+
+class HealLinearMethod(UnquantizedLinearMethod):
+    """`heal::linear` of FP32 activations by weights as the checkpoint has them.
+
+    Attributes:
+        numerics: As the operator takes it.
+    """
+
+    def __init__(self, numerics: str) -> None:
+        self.numerics = numerics
+
+    def create_weights(
+        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
+    ) -> None:
+        """Allocate the weight; take the sum over ranks from the layer."""
+        super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
+        layer.heal_group = None
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            if not layer.reduce_results:
+                raise UnavailableError(
+                    f"layer {layer.prefix} leaves the sum over ranks to the model, which adds "
+                    "floats in the order of ranks.\nUse tensor_parallel_size=1."
+                )
+            layer.reduce_results = False
+            layer.heal_group = get_tp_group().device_group.group_name
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep the weight as it is."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """FP32 `[T, N]` of `[T, K]`."""
+        if layer.heal_group is None:
+            return heal.linear(x, layer.weight, bias, self.numerics)
+        own = None if layer.skip_bias_add else layer.bias
+        return heal.row_linear(x, layer.weight, own, layer.heal_group, self.numerics)
+
+
+class HealEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An embedding, or a head, of weights as the checkpoint has them.
+
+    Attributes:
+        numerics: As `heal::linear` takes it.
+    """
+
+    def __init__(self, numerics: str) -> None:
+        self.numerics = numerics
+
+    def create_weights(
+        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
+    ) -> None:
+        """Allocate the weight."""
+        super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep the weight as it is."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits, FP32 `[T, V]`."""
+        return heal.linear(x, layer.weight, bias, self.numerics)
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """Rows of the weight, in FP32."""
+        return torch.nn.functional.embedding(input_, layer.weight).to(torch.float32)
+
+
+class HealQuantConfig(QuantizationConfig):
+    """The switch: `quantization="heal"`. Its options are `additional_config["heal"]`."""
+
+    def get_name(self) -> str:
+        """`heal`."""
+        return "heal"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """FP32."""
+        return [torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """8.0; a CPU is not asked."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: nothing of it stands in a checkpoint."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HealQuantConfig:  # noqa: ARG003
+        """The switch; a checkpoint has nothing to say."""
+        return cls()
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """How a layer multiplies.
+
+        Raises:
+            UnavailableError: The engine, or this layer, is not covered.
+            ConfigError: A wrong option.
+        """
+        engine = get_current_vllm_config()
+        options = asked(engine)
+        if options is None:
+            raise UnavailableError(
+                "HealQuantConfig was given to an engine without quantization='heal'.\n"
+                "Use healpass.integrations.vllm.engine_args."
+            )
+        check(engine, os.environ)
+        sampling.install()
+        if isinstance(layer, VocabParallelEmbedding):
+            return HealEmbeddingMethod(options.numerics)
+        if isinstance(layer, LinearBase):
+            return HealLinearMethod(options.numerics)
+        if type(layer).__name__ in _WITHOUT_WEIGHTS:
+            return None
+        raise UnavailableError(
+            f"layer {prefix} is a {type(layer).__name__}, whose products HEAL does not have in "
+            "vLLM yet.\nRun the model in transformers with heal_model."
+        )
+
+
+def stored_dtype(default: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of the checkpoint; `default` where it has another.
+
+    Args:
+        default: The engine's.
+    """
+    model = get_current_vllm_config().model_config
+    for config in (model.hf_text_config, model.hf_config):
+        found = getattr(config, "dtype", None)
+        found = getattr(torch, found) if isinstance(found, str) else found
+        if found in (torch.bfloat16, torch.float16):
+            return found
+    return default
