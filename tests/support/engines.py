@@ -67,7 +67,8 @@ def prompts() -> list[list[int]]:
 
     shared = some(64)
     different = [some(count) for count in (1, 3, 7, 16, 17, 33, 64, 90, 2, 48, 21)]
-    return [*different, *(shared + some(count) for count in (5, 11, 26)), shared[:40] + some(9), shared]
+    alike = [shared + some(count) for count in (5, 11, 26)]
+    return [*different, *alike, shared[:40] + some(9), shared]
 
 
 @dataclass

@@ -333,6 +333,7 @@ MIRRORS = {
     "healpass/graph/passes/exact_rules.py": {"_embedding", "rule"},  # ATen's embedding and losses
     "healpass/graph/passes/expand.py": {"_encoder_layer"},  # aten._transformer_encoder_layer_fwd
     "healpass/integrations/attention.py": {"attention_forward"},  # transformers' interface
+    "healpass/integrations/vllm/attention.py": {"__init__", "forward"},  # vLLM's AttentionImpl
     "healpass/ops/attention/scoring.py": {"read"},  # `SCORING`, a part of schemas
     "healpass/ops/attention/sdpa.py": {"sdpa", "forward"},  # heal::sdpa; what autograd sees of it
     "healpass/ops/products/digits.py": {"_digit_grouped_mm"},  # its schema

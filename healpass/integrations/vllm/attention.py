@@ -58,7 +58,9 @@ class HealMetadataBuilder(AttentionMetadataBuilder):
 
     _cudagraph_support = AttentionCGSupport.NEVER
 
-    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
@@ -67,7 +69,13 @@ class HealMetadataBuilder(AttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,  # noqa: ARG002
     ) -> PagedBatch:
-        """The batch of one step."""
+        """The batch of one step.
+
+        Args:
+            common_prefix_len: How many tokens all requests begin with: nothing follows from it.
+            common_attn_metadata: What the scheduler says.
+            fast_build: Whether to plan less: nothing is planned.
+        """
         step = common_attn_metadata
         requests = step.num_reqs
         return PagedBatch(
@@ -133,7 +141,15 @@ class HealAttention(AttentionImpl):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Write a step's keys and values, `[T, Hkv, E]` each, into the pages."""
+        """Write a step's keys and values into the pages.
+
+        Args:
+            layer: vLLM's, not read.
+            key: FP32 `[T, Hkv, E]`.
+            value: FP32 `[T, Hkv, Ev]`.
+            kv_cache: The pages; empty while vLLM measures memory.
+            slot_mapping: INT64 `[T]`; padding is negative.
+        """
         count = len(slot_mapping)
         if kv_cache.numel():
             heal.paged_write(kv_cache, key[:count], value[:count], slot_mapping, self.options.kv)
@@ -150,8 +166,20 @@ class HealAttention(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `[T, H, E]`; vLLM calls without a batch to measure memory."""
-        assert output_scale is None and output_block_scale is None, "no quantized output was asked"
+        """Attend over the pages.
+
+        Args:
+            layer: vLLM's, not read.
+            query: FP32 `[T, H, E]`.
+            key: Not read: it is in the pages.
+            value: Only its head size is read.
+            kv_cache: The pages.
+            attn_metadata: The batch; None while vLLM measures memory.
+            output: FP32, written.
+            output_scale: None.
+            output_block_scale: None.
+        """
+        assert (output_scale, output_block_scale) == (None, None), "no quantized output was asked"
         batch = attn_metadata
         if batch is None:
             return output.zero_()

@@ -7,13 +7,42 @@ asked for (PEP 562). Imports `options`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from healpass.errors import UnavailableError
-from healpass.integrations.vllm.options import current
+from healpass.integrations.vllm.options import EngineOptions, current
+
+
+def compiler(options: EngineOptions) -> Callable[..., Any]:
+    """`backend="heal"` with an engine's options.
+
+    Args:
+        options: What the engine asked for.
+    """
+    heal: Any = lookup_backend("heal")
+    return partial(heal, options=options.config)
+
+
+def multiplier(options: EngineOptions, compiled: bool) -> Callable[..., torch.Tensor]:
+    """`heal::linear`; compiled for a head, which vLLM calls outside of the model's graph.
+
+    Args:
+        options: What the engine asked for.
+        compiled: Whether the engine compiles.
+    """
+    numerics = options.numerics
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.heal.linear(x, weight, bias, numerics)
+
+    if not compiled:
+        return multiply
+    return torch.compile(multiply, backend=compiler(options), dynamic=True, fullgraph=True)
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +55,4 @@ def __getattr__(name: str) -> Any:
             "another.\nUse healpass.integrations.vllm.engine_args, or backend='heal' and its "
             "defaults."
         )
-    return partial(lookup_backend("heal"), options=options.config)
+    return compiler(options)

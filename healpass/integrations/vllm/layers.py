@@ -94,12 +94,14 @@ class HealSiluAndMul(Exact, SiluAndMul):
 class HealLogitsProcessor(LogitsProcessor):
     """Logits, capped by a pinned tanh where `exact`."""
 
+    soft_cap: float | None
+
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         options = current()
-        self.exact_cap = self.soft_cap if options is not None and options.is_exact else None
-        if self.exact_cap is not None:
-            self.soft_cap = None
+        self.exact_cap: float | None = None
+        if options is not None and options.is_exact:
+            self.exact_cap, self.soft_cap = self.soft_cap, None
 
     def _get_logits(self, *arguments: Any, **more: Any) -> Tensor | None:
         logits = super()._get_logits(*arguments, **more)
@@ -113,7 +115,7 @@ class PinnedFunctions(TorchDispatchMode):
 
     PINNED = {aten.cos.default: heal.cos.default, aten.sin.default: heal.sin.default}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operator, or the pinned one in its place."""
         return self.PINNED.get(func, func)(*args, **(kwargs or {}))
 

@@ -8,6 +8,7 @@ A layer whose inputs are split over ranks adds integers across them (`heal::row_
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import UnavailableError
 from healpass.integrations.vllm import sampling
-from healpass.integrations.vllm.options import asked, check
+from healpass.integrations.vllm.compiled import multiplier
+from healpass.integrations.vllm.options import NO_COMPILER, asked, check
 
 heal = torch.ops.heal
 #: Layers of vLLM that a quantization may leave alone: they have no weights of their own.
@@ -54,7 +56,14 @@ class HealLinearMethod(UnquantizedLinearMethod):
     def create_weights(
         self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
     ) -> None:
-        """Allocate the weight; take the sum over ranks from the layer."""
+        """Allocate the weight; take the sum over ranks from the layer.
+
+        Args:
+            layer: Gets the weight.
+            *sizes: As vLLM gives them.
+            params_dtype: The engine's; the checkpoint's 16 bits go before it.
+            **more: Attributes of the weight.
+        """
         super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
         layer.heal_group = None
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
@@ -70,7 +79,13 @@ class HealLinearMethod(UnquantizedLinearMethod):
         """Keep the weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """FP32 `[T, N]` of `[T, K]`."""
+        """The product, FP32 `[T, N]`.
+
+        Args:
+            layer: Has the weight, `[N, K]`.
+            x: FP32 `[T, K]`.
+            bias: `[N]`, or None.
+        """
         if layer.heal_group is None:
             return heal.linear(x, layer.weight, bias, self.numerics)
         own = None if layer.skip_bias_add else layer.bias
@@ -81,24 +96,37 @@ class HealEmbeddingMethod(UnquantizedEmbeddingMethod):
     """An embedding, or a head, of weights as the checkpoint has them.
 
     Attributes:
-        numerics: As `heal::linear` takes it.
+        multiply: `heal::linear` of activation, weight and bias.
     """
 
-    def __init__(self, numerics: str) -> None:
-        self.numerics = numerics
+    def __init__(self, multiply: Callable[..., Tensor]) -> None:
+        self.multiply = multiply
 
     def create_weights(
         self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
     ) -> None:
-        """Allocate the weight."""
+        """Allocate the weight.
+
+        Args:
+            layer: Gets the weight.
+            *sizes: As vLLM gives them.
+            params_dtype: The engine's; the checkpoint's 16 bits go before it.
+            **more: Attributes of the weight.
+        """
         super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits, FP32 `[T, V]`."""
-        return heal.linear(x, layer.weight, bias, self.numerics)
+        """Logits, FP32 `[T, V]`.
+
+        Args:
+            layer: Has the weight, `[V, K]`.
+            x: FP32 `[T, K]`.
+            bias: `[V]`, or None.
+        """
+        return self.multiply(x, layer.weight, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Rows of the weight, in FP32."""
@@ -148,7 +176,8 @@ class HealQuantConfig(QuantizationConfig):
         check(engine, os.environ)
         sampling.install()
         if isinstance(layer, VocabParallelEmbedding):
-            return HealEmbeddingMethod(options.numerics)
+            compiles = int(engine.compilation_config.mode or 0) != NO_COMPILER
+            return HealEmbeddingMethod(multiplier(options, compiles))
         if isinstance(layer, LinearBase):
             return HealLinearMethod(options.numerics)
         if type(layer).__name__ in _WITHOUT_WEIGHTS:

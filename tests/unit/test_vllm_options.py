@@ -1,0 +1,141 @@
+"""What a vLLM engine asks of HEAL, and what is refused: without vLLM."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from healpass.errors import ConfigError, UnavailableError
+from healpass.integrations.vllm import command_line, engine_args
+from healpass.integrations.vllm.options import BACKEND, EAGER, EngineOptions, asked, check
+
+
+def engine(**changes: Any) -> Any:
+    """A `VllmConfig` as `engine_args` makes it; `changes` by `part.name`."""
+    parts: dict[str, dict[str, Any]] = {
+        "model_config": {
+            "quantization": "heal", "dtype": "torch.float32", "architecture": "LlamaForCausalLM",
+            "use_mla": False, "is_encoder_decoder": False,
+        },
+        "cache_config": {"cache_dtype": "auto"},
+        "parallel_config": {"decode_context_parallel_size": 1},
+        "compilation_config": {"mode": 2, "backend": BACKEND, "custom_ops": ["none"]},
+    }  # fmt: skip
+    whole = {
+        "additional_config": {"heal": {"precision": "exact"}},
+        "lora_config": None,
+        "kv_transfer_config": None,
+        "speculative_config": None,
+    }
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            parts[part][field] = value
+        else:
+            whole[part] = value
+    made = {name: SimpleNamespace(**fields) for name, fields in parts.items()}
+    return SimpleNamespace(**whole, **made)
+
+
+def test_an_engine_as_the_helper_makes_it_is_accepted():
+    check(engine(), {})
+    check(engine(), {"VLLM_BATCH_INVARIANT": "0"})
+    eager = {"compilation_config__mode": 0, "compilation_config__backend": "inductor"}
+    for family in EAGER:
+        check(engine(**eager, model_config__architecture=family), {})
+    draft = SimpleNamespace(method="ngram")
+    check(engine(speculative_config=draft), {})
+
+
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"model_config__dtype": "torch.bfloat16"}, "dtype='bfloat16'"),
+    ({"model_config__use_mla": True}, "latent attention"),
+    ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+    ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
+    ({"compilation_config__mode": 3}, "mode=3"),
+    ({"compilation_config__backend": "inductor"}, "backend='inductor'"),
+    ({"compilation_config__custom_ops": ["all"]}, "custom_ops=['all']"),
+    ({"lora_config": object()}, "LoRA"),
+    ({"kv_transfer_config": object()}, "kv_transfer_config"),
+    ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+    ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle'"),
+    (
+        {"compilation_config__mode": 0, "model_config__architecture": "PhiForCausalLM"},
+        "PhiForCausalLM",
+    ),
+])  # fmt: skip
+def test_what_would_give_other_bits_is_refused(changes, word):
+    with pytest.raises(UnavailableError) as refused:
+        check(engine(**changes), {})
+    first = str(refused.value).splitlines()[0]
+    assert word in first
+    assert "engine_args" in str(refused.value)
+
+
+def test_every_reason_is_named_at_once():
+    with pytest.raises(UnavailableError) as refused:
+        check(engine(model_config__dtype="torch.float16", lora_config=object()), {
+            "VLLM_BATCH_INVARIANT": "1"
+        })  # fmt: skip
+    assert all(word in str(refused.value) for word in ("float16", "LoRA", "VLLM_BATCH_INVARIANT"))
+
+
+def test_an_engine_that_does_not_ask_is_left_alone():
+    assert asked(None) is None
+    assert asked(engine(model_config__quantization=None)) is None
+    assert asked(engine(additional_config=None)) == EngineOptions.read(None)
+
+
+@pytest.mark.parametrize(("given", "word"), [
+    ({"precison": "exact"}, "'precision'"),
+    ({"precision": "exakt"}, "'exact'"),
+    ({"precision": "bf16"}, "leave the model as it is"),
+    ({"precision": "layercast", "kv": "fp32"}, "int24"),
+    ({"outputs": "fp32"}, "takes precision"),
+    ({"exact_accuracy": "high"}, "precision='exact'"),
+])  # fmt: skip
+def test_options_are_strict(given, word):
+    with pytest.raises(ConfigError) as refused:
+        engine_args("model", **given)
+    assert word in str(refused.value)
+    with pytest.raises(ConfigError):
+        asked(engine(additional_config={"heal": given}))
+
+
+def test_pages_have_a_format_for_every_precision():
+    formats = {name: EngineOptions.read({"precision": name}).kv for name in ("heal", "exact")}
+    assert formats == {"heal": "int16", "exact": "int16"}
+    assert EngineOptions.read({"precision": "layercast"}).kv == "int24"
+    assert EngineOptions.read({"precision": "exact", "kv": "int24"}).kv == "int24"
+    assert EngineOptions.read({"precision": "exact", "exact_accuracy": "low"}).numerics == "exact3"
+
+
+def test_arguments_of_an_engine():
+    found = engine_args(
+        "model", precision="exact", engine={"max_model_len": 64, "dtype": "float32"}
+    )
+    assert found == {
+        "model": "model",
+        "dtype": "float32",
+        "quantization": "heal",
+        "additional_config": {"heal": {"precision": "exact"}},
+        "compilation_config": {"mode": 2, "backend": BACKEND, "custom_ops": ["none"]},
+        "max_model_len": 64,
+    }
+    assert engine_args("model", compiled=False)["enforce_eager"] is True
+    with pytest.raises(ConfigError, match="dtype='bfloat16' contradicts"):
+        engine_args("model", engine={"dtype": "bfloat16"})
+
+
+def test_the_same_as_words_of_a_command():
+    words = command_line("model", precision="exact", kv="int24")
+    assert words[:7] == ["vllm", "serve", "model", "--dtype", "float32", "--quantization", "heal"]
+    flags = dict(zip(words[3::2], words[4::2], strict=True))
+    assert json.loads(flags["--additional-config"]) == {
+        "heal": {"precision": "exact", "kv": "int24"}
+    }
+    assert json.loads(flags["--compilation-config"])["backend"] == BACKEND
+    assert "--enforce-eager" in command_line("model", compiled=False)
