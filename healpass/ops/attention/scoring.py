@@ -1,7 +1,7 @@
 """From products of queries and keys to weights: caps, masks, windows, sinks, dropout.
 
-May import `arithmetic`. Everything works on one block of queries against the keys it can see, so
-that no score matrix of a whole sequence exists.
+Imports `reproducible.words`. Everything works on one block of queries against the keys it can
+see, so that no score matrix of a whole sequence exists.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Numbers that a 32-bit hash word can be.
-_WORD = 1 << 32
+from healpass.ops.reproducible.words import COUNT, folded, mix
+
 #: What attention operators take besides their operands and `numerics`; `Scoring.read` reads it.
 SCORING = (
     "Tensor? attn_mask, Tensor? sinks, Tensor? seed, bool is_causal, float scale, SymInt? window, "
@@ -226,7 +226,7 @@ class Scoring:
             return None
         assert self.seed is not None, "the operator checks that dropout has a seed"
         words = dropout_words(self.seed, shape, rows, columns)
-        kept = words >= math.floor(self.dropout_p * _WORD)
+        kept = words >= math.floor(self.dropout_p * COUNT)
         return kept.to(torch.float32) * (1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0)
 
 
@@ -265,21 +265,8 @@ def dropout_words(seed: Tensor, shape: torch.Size, rows: slice, columns: slice) 
         torch.arange(heads, device=seed.device)[:, None],
         torch.arange(rows.start, rows.stop, device=seed.device),
     )
-    low, high = seed.reshape(()) & (_WORD - 1), (seed.reshape(()) >> 32) & (_WORD - 1)
-    row = _mix(_mix(low) ^ high)
+    row = folded(seed.reshape(()))
     for index in indices:
-        row = _mix(row ^ index)
+        row = mix(row ^ index)
     key = torch.arange(columns.start, columns.stop, device=seed.device)
-    return _mix(row.unsqueeze(-1) ^ _mix(key))
-
-
-def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words in INT64, 0 not fixed: an offset, then lowbias32.
-
-    The multipliers are the best known of their kind (C. Wellons, hash-prospector: bias 0.17).
-    Products wrap modulo 2^64, which leaves their low 32 bits right.
-    """
-    word = (word + 0x9E3779B9) & (_WORD - 1)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        word = ((word ^ (word >> shift)) * factor) & (_WORD - 1)
-    return word ^ (word >> 16)
+    return mix(row.unsqueeze(-1) ^ mix(key))
