@@ -7,7 +7,14 @@ import torch
 
 from healpass.integrations.sampling import SeededSampler
 from healpass.integrations.transformers import heal_model
-from tests.support.engines import MODELS, NEW, Engine, make_model, prompts, save_model
+from tests.support.engines import (
+    NEW,
+    SAME_AS_TRANSFORMERS,
+    Engine,
+    make_model,
+    prompts,
+    save_model,
+)
 
 GIVEN = prompts()[5:9]
 
@@ -22,7 +29,7 @@ def test_a_sliding_window_in_batches_and_chunks(tmp_path):
         assert engine.together(given) == alone
 
 
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize("family", SAME_AS_TRANSFORMERS)
 def test_teacher_forced_log_probabilities_are_the_rollouts(tmp_path, family):
     """The importance ratio of a rollout is exactly 1: the log-probabilities are equal."""
     with Engine(save_model(family, tmp_path)) as engine:

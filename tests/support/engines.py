@@ -43,9 +43,13 @@ MODELS: dict[str, Any] = {
         {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
     ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 24}),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4}),
+    "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 64}),
 }
+#: Families whose answers are those of transformers.
+SAME_AS_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")
 #: What one request answers: its tokens, and their log-probabilities.
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 
