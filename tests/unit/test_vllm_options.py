@@ -10,7 +10,15 @@ import pytest
 
 from healpass.errors import ConfigError, UnavailableError
 from healpass.integrations.vllm import command_line, engine_args
-from healpass.integrations.vllm.options import BACKEND, EAGER, EngineOptions, asked, check
+from healpass.integrations.vllm.options import (
+    BACKEND,
+    EAGER,
+    ROTARY,
+    EngineOptions,
+    asked,
+    check,
+    rotary_kinds,
+)
 
 
 def engine(**changes: Any) -> Any:
@@ -75,6 +83,26 @@ def test_what_would_give_other_bits_is_refused(changes, word):
     assert "engine_args" in str(refused.value)
 
 
+@pytest.mark.parametrize(("given", "kinds"), [
+    (None, set()),
+    ({}, set()),
+    ({"rope_theta": 1e4}, {"default"}),
+    ({"rope_type": "llama3", "factor": 8.0}, {"llama3"}),
+    ({"type": "linear"}, {"linear"}),
+    ({"full": {"rope_type": "yarn"}, "sliding": {"rope_theta": 1e4}}, {"yarn", "default"}),
+])  # fmt: skip
+def test_rotary_scalings_that_are_not_pinned_are_refused(given, kinds):
+    config = SimpleNamespace(rope_parameters=given)
+    assert rotary_kinds(config) == kinds
+    scaled = engine(model_config__hf_text_config=config)
+    if kinds <= set(ROTARY):
+        return check(scaled, {})
+    with pytest.raises(UnavailableError, match="'linear'"):
+        check(scaled, {})
+    other = {"heal": {"precision": "heal"}}  # FP32's accuracy, whoever made the table
+    return check(engine(model_config__hf_text_config=config, additional_config=other), {})
+
+
 def test_every_reason_is_named_at_once():
     with pytest.raises(UnavailableError) as refused:
         check(engine(model_config__dtype="torch.float16", lora_config=object()), {
@@ -90,7 +118,7 @@ def test_an_engine_that_does_not_ask_is_left_alone():
 
 
 @pytest.mark.parametrize(("given", "word"), [
-    ({"precison": "exact"}, "'precision'"),
+    ({"precisions": "exact"}, "'precision'"),
     ({"precision": "exakt"}, "'exact'"),
     ({"precision": "bf16"}, "leave the model as it is"),
     ({"precision": "layercast", "kv": "fp32"}, "int24"),

@@ -19,6 +19,8 @@ BACKEND = "healpass.integrations.vllm.compiled.backend"
 FIELDS = ("precision", "kv", "exact_accuracy", "exact_products")
 #: Families whose every layer has the bits of `exact` without a compiler, too.
 EAGER = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+#: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
+ROTARY = ("default", "llama3", "yarn")
 #: `CompilationMode`: no compiler, and one whole graph by torch.compile.
 NO_COMPILER, WHOLE_GRAPH = 0, 2
 
@@ -153,11 +155,29 @@ def _model_reasons(engine: Any) -> Iterator[str]:
         yield "multi-head latent attention keeps no keys and values that pages could hold."
     if getattr(model, "is_encoder_decoder", False):
         yield "encoder-decoder models attend to what is no page. Use heal_model in transformers."
+    options = asked(engine)
+    if options is not None and options.is_exact:
+        for kind in sorted(rotary_kinds(getattr(model, "hf_text_config", None)) - set(ROTARY)):
+            yield (
+                f"rotary embeddings of type {kind!r}: exact has pinned tables for "
+                f"{', '.join(ROTARY)}. Use precision='heal', or heal_model in transformers."
+            )
     if engine.cache_config.cache_dtype != "auto":
         yield (
             f"kv_cache_dtype={engine.cache_config.cache_dtype!r}: the format of HEAL's pages is "
             "additional_config['heal']['kv']. Leave kv_cache_dtype out."
         )
+
+
+def rotary_kinds(config: Any) -> set[str]:
+    """The types of scaling that a model's configuration names, one for each kind of layer.
+
+    Args:
+        config: transformers' configuration of the text model, or None.
+    """
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = given.values() if all(isinstance(v, dict) for v in given.values()) else [given]
+    return {str(kind.get("rope_type", kind.get("type", "default"))) for kind in kinds}
 
 
 def _engine_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[str]:
