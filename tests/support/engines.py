@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,20 +188,18 @@ def elsewhere(model: str, environment: dict[str, str], **engine: Any) -> list[An
         environment: Variables beside this process's.
         **engine: Fields of `Engine`.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.engines",
-        json.dumps({"model": model} | engine),
-    ]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
+    given = json.dumps({"model": model} | engine)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "answers.json")  # ranks write to the standard output, too
+        command = [sys.executable, "-m", "tests.support.engines", given, str(found)]
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        answers = json.loads(found.read_text())
     return [(tuple(tokens), tuple(numbers)) for tokens, numbers in answers]
 
 
 if __name__ == "__main__":
     with Engine(**json.loads(sys.argv[1])) as asked_for:
-        print(json.dumps(asked_for.together(prompts())))
+        Path(sys.argv[2]).write_text(json.dumps(asked_for.together(prompts())))
