@@ -56,7 +56,8 @@ def heal_backend(
         options: The fields of `HealConfig`, as `torch.compile(options=)`.
 
     Returns:
-        The compiled callable; its backward is compiled from the operators' own autograd formulas.
+        The compiled callable, with the `report` of its graph; its backward is compiled from the
+        operators' own autograd formulas.
 
     Raises:
         ConfigError: An option is unknown or has a wrong value.
@@ -70,7 +71,9 @@ def heal_backend(
     watch.note(report)
     inputs = prepack.example_inputs(graph_module, example_inputs)
     compiled = _inductor(graph_module, inputs, config, report)
-    return watch.counted(prepack.with_packed_inputs(graph_module, compiled))
+    run: Any = watch.counted(prepack.with_packed_inputs(graph_module, compiled))
+    run.report = report
+    return run
 
 
 def _inductor(

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import OperandError
-from healpass.ops.reproducible.sampling import Draw
+from healpass.ops.reproducible.sampling import Draw, as_int64
 
 
 class SeededSampler(LogitsProcessor):
@@ -49,7 +49,7 @@ class SeededSampler(LogitsProcessor):
         top_p: float = 1.0,
         min_p: float = 0.0,
     ) -> None:
-        self.seeds = [seed] if isinstance(seed, int) else list(seed)
+        self.seeds = [as_int64(one) for one in ([seed] if isinstance(seed, int) else seed)]
         numbers = (torch.tensor([x], dtype=torch.float64) for x in (temperature, min_p, top_p))
         self.temperature, self.min_p, self.top_p = numbers
         self.top_k = torch.tensor([top_k])

@@ -12,4 +12,5 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",
+    VLLM_USE_AOT_COMPILE="0",
 )

@@ -7,7 +7,8 @@ from vllm import LLM
 
 from healpass.errors import ConfigError, UnavailableError
 from healpass.integrations.vllm import engine_args
-from tests.support.engines import Engine, save_model
+from healpass.integrations.vllm.layers import LAYERS
+from tests.support.engines import elsewhere, save_model
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,8 @@ def start(model, **changes):
         UnavailableError,
         "backend='inductor'",
     ),
+    ({"logits_processors": None}, UnavailableError, "SeededDraws"),
+    ({"logprobs_mode": "processed_logprobs"}, UnavailableError, "processed_logprobs"),
     ({"kv_cache_dtype": "fp8"}, (ValueError, UnavailableError), "kv_cache_dtype|fp8"),
 ])  # fmt: skip
 def test_an_engine_that_asks_for_something_else(llama, changes, error, word):
@@ -51,19 +54,19 @@ def test_families_whose_layers_are_not_covered(tmp_path, family, word):
 
 
 def test_experts_are_refused_by_the_layer(tmp_path):
-    model, options = save_model("mixtral", tmp_path), {"heal": {"precision": "heal"}}
-    with pytest.raises(UnavailableError, match="is a RoutedExperts"):
-        start(model, additional_config=options)
+    """In a process of its own: vLLM makes the ranks of experts once."""
+    with pytest.raises(AssertionError, match="is a RoutedExperts"):
+        elsewhere(save_model("mixtral", tmp_path), {}, precision="heal")
 
 
-def test_another_engine_in_the_same_process(llama):
-    """vLLM keeps the attention backend of the first: the second says so, or is vLLM's own."""
-    with Engine(llama):
-        pass
-    with pytest.raises(UnavailableError, match="its own process"):
-        start(llama, additional_config={"heal": {"precision": "exact", "kv": "int24"}})
-    with pytest.raises(UnavailableError, match="its own process"):
-        LLM(
-            model=llama, dtype="float32", enforce_eager=True, max_model_len=64,
-            skip_tokenizer_init=True,
-        )  # fmt: skip
+def test_a_head_that_is_not_heals(tmp_path):
+    """vLLM builds Gemma 2's embedding, which is its head, without the quantization."""
+    given = engine_args(save_model("gemma2", tmp_path), precision="exact")
+    with pytest.raises(UnavailableError, match="UnquantizedEmbeddingMethod"):
+        LLM(**given, max_model_len=64, skip_tokenizer_init=True)
+
+
+def test_layers_have_the_names_that_switch_them():
+    """`custom_ops` goes on meaning vLLM's layers, in other engines, too."""
+    for theirs, ours in LAYERS.items():
+        assert ours.name == theirs.name

@@ -44,6 +44,7 @@ MODELS: dict[str, Any] = {
         {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
     ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 24}),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, {"head_dim": 64, "sliding_window": 24}),
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4}),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),

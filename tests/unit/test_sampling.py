@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from healpass.errors import OperandError
-from healpass.ops.reproducible.sampling import Draw, noise
+from healpass.ops.reproducible.sampling import Draw, as_int64, noise
 from tests.support.profiles import examples
 
 FP64 = torch.float64
@@ -109,6 +109,12 @@ def test_seeds_and_positions_matter():
     first = tokens(logits, seeds, positions)
     for other in (tokens(logits, seeds + 2**40, positions), tokens(logits, seeds, positions + 1)):
         assert sum(a == b for a, b in zip(first, other, strict=True)) < 16
+
+
+def test_seeds_of_any_size():
+    assert [as_int64(seed) for seed in (7, -1, 2**63, 2**64 - 1, 2**64 + 7)] == [
+        *(7, -1, -(2**63), -1, 7)
+    ]
 
 
 @pytest.mark.parametrize(("row", "expected"), [

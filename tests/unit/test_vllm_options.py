@@ -14,11 +14,15 @@ from healpass.integrations.vllm.options import (
     BACKEND,
     EAGER,
     ROTARY,
+    SEEDS,
     EngineOptions,
     asked,
     check,
     rotary_kinds,
 )
+
+#: A compiled engine needs it.
+PLAIN = {"VLLM_USE_AOT_COMPILE": "0"}
 
 
 def engine(**changes: Any) -> Any:
@@ -26,7 +30,7 @@ def engine(**changes: Any) -> Any:
     parts: dict[str, dict[str, Any]] = {
         "model_config": {
             "quantization": "heal", "dtype": "torch.float32", "architecture": "LlamaForCausalLM",
-            "use_mla": False, "is_encoder_decoder": False,
+            "use_mla": False, "is_encoder_decoder": False, "logits_processors": [SEEDS],
         },
         "cache_config": {"cache_dtype": "auto"},
         "parallel_config": {"decode_context_parallel_size": 1},
@@ -49,13 +53,13 @@ def engine(**changes: Any) -> Any:
 
 
 def test_an_engine_as_the_helper_makes_it_is_accepted():
-    check(engine(), {})
-    check(engine(), {"VLLM_BATCH_INVARIANT": "0"})
+    check(engine(), PLAIN)
+    check(engine(), PLAIN | {"VLLM_BATCH_INVARIANT": "0"})
     eager = {"compilation_config__mode": 0, "compilation_config__backend": "inductor"}
     for family in EAGER:
         check(engine(**eager, model_config__architecture=family), {})
     draft = SimpleNamespace(method="ngram")
-    check(engine(speculative_config=draft), {})
+    check(engine(speculative_config=draft, model_config__logits_processors=None), PLAIN)
 
 
 @pytest.mark.parametrize(("changes", "word"), [
@@ -69,7 +73,19 @@ def test_an_engine_as_the_helper_makes_it_is_accepted():
     ({"lora_config": object()}, "LoRA"),
     ({"kv_transfer_config": object()}, "kv_transfer_config"),
     ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
-    ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle'"),
+    (
+        {
+            "speculative_config": SimpleNamespace(method="eagle"),
+            "model_config__logits_processors": None,
+        },
+        "'eagle'",
+    ),
+    ({"model_config__logits_processors": [SEEDS, "mine:Mine"]}, "mine:Mine"),
+    ({"model_config__logits_processors": None}, "logits_processors=[]"),
+    ({"model_config__logprobs_mode": "processed_logprobs"}, "processed_logprobs"),
+    ({"model_config__is_multimodal_model": True}, "multimodal"),
+    ({"model_config__runner_type": "pooling"}, "pooling"),
+    ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     (
         {"compilation_config__mode": 0, "model_config__architecture": "PhiForCausalLM"},
         "PhiForCausalLM",
@@ -77,7 +93,7 @@ def test_an_engine_as_the_helper_makes_it_is_accepted():
 ])  # fmt: skip
 def test_what_would_give_other_bits_is_refused(changes, word):
     with pytest.raises(UnavailableError) as refused:
-        check(engine(**changes), {})
+        check(engine(**changes), PLAIN)
     first = str(refused.value).splitlines()[0]
     assert word in first
     assert "engine_args" in str(refused.value)
@@ -89,6 +105,7 @@ def test_what_would_give_other_bits_is_refused(changes, word):
     ({"rope_theta": 1e4}, {"default"}),
     ({"rope_type": "llama3", "factor": 8.0}, {"llama3"}),
     ({"type": "linear"}, {"linear"}),
+    ({"rope_type": "default", "mrope_section": [8, 12, 12]}, {"default", "mrope_section"}),
     ({"full": {"rope_type": "yarn"}, "sliding": {"rope_theta": 1e4}}, {"yarn", "default"}),
 ])  # fmt: skip
 def test_rotary_scalings_that_are_not_pinned_are_refused(given, kinds):
@@ -96,19 +113,20 @@ def test_rotary_scalings_that_are_not_pinned_are_refused(given, kinds):
     assert rotary_kinds(config) == kinds
     scaled = engine(model_config__hf_text_config=config)
     if kinds <= set(ROTARY):
-        return check(scaled, {})
-    with pytest.raises(UnavailableError, match="'linear'"):
-        check(scaled, {})
+        return check(scaled, PLAIN)
+    with pytest.raises(UnavailableError, match=r"'linear'|'mrope_section'"):
+        check(scaled, PLAIN)
     other = {"heal": {"precision": "heal"}}  # FP32's accuracy, whoever made the table
-    return check(engine(model_config__hf_text_config=config, additional_config=other), {})
+    return check(engine(model_config__hf_text_config=config, additional_config=other), PLAIN)
 
 
 def test_every_reason_is_named_at_once():
     with pytest.raises(UnavailableError) as refused:
         check(engine(model_config__dtype="torch.float16", lora_config=object()), {
-            "VLLM_BATCH_INVARIANT": "1"
+            "VLLM_BATCH_INVARIANT": "1",
         })  # fmt: skip
-    assert all(word in str(refused.value) for word in ("float16", "LoRA", "VLLM_BATCH_INVARIANT"))
+    words = ("float16", "LoRA", "VLLM_BATCH_INVARIANT", "VLLM_USE_AOT_COMPILE=0")
+    assert all(word in str(refused.value) for word in words)
 
 
 def test_an_engine_that_does_not_ask_is_left_alone():
@@ -150,10 +168,14 @@ def test_arguments_of_an_engine():
         "dtype": "float32",
         "quantization": "heal",
         "additional_config": {"heal": {"precision": "exact"}},
+        "attention_backend": "CUSTOM",
+        "logits_processors": [SEEDS],
         "compilation_config": {"mode": 2, "backend": BACKEND, "custom_ops": ["none"]},
         "max_model_len": 64,
     }
     assert engine_args("model", compiled=False)["enforce_eager"] is True
+    drafts = {"speculative_config": {"method": "ngram"}}
+    assert "logits_processors" not in engine_args("model", engine=drafts)
     with pytest.raises(ConfigError, match="dtype='bfloat16' contradicts"):
         engine_args("model", engine={"dtype": "bfloat16"})
 

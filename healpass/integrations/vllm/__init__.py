@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from healpass.integrations.vllm.options import BACKEND, EngineOptions
+from healpass.integrations.vllm.options import BACKEND, SEEDS, EngineOptions
 
 __all__ = ["command_line", "engine_args", "register"]
 
@@ -55,6 +55,8 @@ def engine_args(
         "dtype": "float32",
         "quantization": "heal",
         "additional_config": {"heal": asked.given},
+        "attention_backend": "CUSTOM",
+        **({} if (engine or {}).get("speculative_config") else {"logits_processors": [SEEDS]}),
         **({"compilation_config": compilation} if compiled else {"enforce_eager": True}),
     }
     return asked.joined(ours, engine or {})
@@ -62,6 +64,8 @@ def engine_args(
 
 def command_line(model: str, *, compiled: bool = True, **options: Any) -> list[str]:
     """The same as words of a command: `vllm serve MODEL --dtype float32 ...`.
+
+    The environment is the caller's: a compiled engine needs VLLM_USE_AOT_COMPILE=0.
 
     Args:
         model: As `engine_args` takes it.
@@ -75,6 +79,9 @@ def command_line(model: str, *, compiled: bool = True, **options: Any) -> list[s
     words = ["vllm", "serve", given.pop("model")]
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *value]
+            continue
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         words += [flag] if value is True else [flag, text]
     return words

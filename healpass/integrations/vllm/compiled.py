@@ -8,7 +8,6 @@ asked for (PEP 562). Imports `options`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +16,37 @@ from torch._dynamo.backends.registry import lookup_backend
 from healpass.errors import UnavailableError
 from healpass.integrations.vllm.options import EngineOptions, current
 
+#: What a graph of vLLM's keeps beside: attention over HEAL's pages, and `weight.data`.
+SETTLED = {"unified_kv_cache_update", "unified_attention_with_output", "_get_data_attr"}
+
 
 def compiler(options: EngineOptions) -> Callable[..., Any]:
-    """`backend="heal"` with an engine's options.
+    """`backend="heal"` with an engine's options; in `exact` it refuses a graph that keeps a node.
 
     Args:
         options: What the engine asked for.
     """
     heal: Any = lookup_backend("heal")
-    return partial(heal, options=options.config)
+
+    def compile_whole(graph_module: Any, example_inputs: list[Any]) -> Any:
+        compiled = heal(graph_module, example_inputs, options=options.config)
+        if options.is_exact:
+            _refuse_kept(compiled.report)
+        return compiled
+
+    compile_whole.heal_config = options.config  # type: ignore[attr-defined]  # `watch` reads it
+    return compile_whole
+
+
+def _refuse_kept(report: Any) -> None:
+    kept = {n.op: n.reason for n in report.kept if not SETTLED & set(n.op.split("."))}
+    if kept:
+        lines = "\n".join(f"- {op}: {reason}" for op, reason in sorted(kept.items()))
+        raise UnavailableError(
+            f"precision='exact' was asked for in vLLM, and {next(iter(sorted(kept)))} of this "
+            f"model's graph has no exact operator.\n{lines}\n"
+            "Use precision='heal', or heal_model in transformers, which lists what it keeps."
+        )
 
 
 def multiplier(options: EngineOptions, compiled: bool) -> Callable[..., torch.Tensor]:

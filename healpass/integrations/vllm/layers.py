@@ -2,7 +2,9 @@
 
 Each stands in for vLLM's class of the same name, in every engine of a process, and does something
 else only in one that asks for `precision="exact"`: there elementary functions are `heal::`
-operators, which have one value on every device. Imports vLLM.
+operators, which have one value on every device. The frequencies of a rotary table are not: they
+are torch's power on the CPU, here and in transformers, and its last bit depends on the processor's
+vectors. Imports vLLM.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from vllm.model_executor.layers.rotary_embedding import (
 )
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass.errors import UnavailableError
 from healpass.integrations.vllm.options import current
 
 heal, aten = torch.ops.heal, torch.ops.aten
@@ -56,11 +59,23 @@ def normalized(x: Tensor, epsilon: float) -> Tensor:
 
 
 class HealRMSNorm(Exact, RMSNorm):
-    """`x / rms(x) * weight`, and the same of a sum with a residual."""
+    """`x / rms(x) * weight`, and the same of a sum with a residual.
+
+    Raises:
+        UnavailableError: `exact`, and a norm over a part of the row.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if self.exact and self.variance_size_override is not None:
+            raise UnavailableError(
+                "precision='exact' has no norm over a part of a row in vLLM.\n"
+                "Use precision='heal', or heal_model in transformers."
+            )
 
     def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """The norm; with a residual also the sum."""
-        if not self.exact or self.variance_size_override is not None:
+        if not self.exact:
             return super().forward_native(x, residual)
         x = x if residual is None else x + residual
         scaled = normalized(x, self.variance_epsilon)
@@ -92,22 +107,40 @@ class HealSiluAndMul(Exact, SiluAndMul):
 
 
 class HealLogitsProcessor(LogitsProcessor):
-    """Logits, capped by a pinned tanh where `exact`."""
+    """Logits, capped by a pinned tanh where `exact`.
+
+    Raises:
+        UnavailableError: `exact`, and a head that is not HEAL's, when it is first called.
+    """
 
     soft_cap: float | None
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         options = current()
-        self.exact_cap: float | None = None
-        if options is not None and options.is_exact:
+        self.exact, self.exact_cap = options is not None and options.is_exact, None
+        if self.exact:
             self.exact_cap, self.soft_cap = self.soft_cap, None
+
+    def _apply_head(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Any) -> Tensor:
+        method = getattr(lm_head, "quant_method", None)
+        if self.exact and (type(method).__name__, self.head_dtype) not in HEADS:
+            raise UnavailableError(
+                f"precision='exact' was asked for, and this model's head multiplies by "
+                f"{type(method).__name__} in {self.head_dtype}.\n"
+                "Leave head_dtype out, or run the model in transformers with heal_model."
+            )
+        return super()._apply_head(lm_head, hidden_states, embedding_bias)
 
     def _get_logits(self, *arguments: Any, **more: Any) -> Tensor | None:
         logits = super()._get_logits(*arguments, **more)
         if logits is None or self.exact_cap is None:
             return logits
         return heal.tanh(logits / self.exact_cap) * self.exact_cap
+
+
+#: Method and dtype of a head that is HEAL's.
+HEADS = [("HealEmbeddingMethod", dtype) for dtype in (None, torch.float32)]
 
 
 class PinnedFunctions(TorchDispatchMode):
@@ -146,7 +179,7 @@ class HealYaRNRotaryEmbedding(PinnedTables, YaRNScalingRotaryEmbedding):
 
 
 #: vLLM's layer -> what stands in for it.
-LAYERS = {
+LAYERS: dict[Any, Any] = {
     RMSNorm: HealRMSNorm,
     GemmaRMSNorm: HealGemmaRMSNorm,
     SiluAndMul: HealSiluAndMul,
@@ -160,4 +193,6 @@ LAYERS = {
 def register() -> None:
     """Let vLLM build these in the place of its own."""
     for theirs, ours in LAYERS.items():
+        name = theirs.name
         theirs.register_oot(ours)
+        ours.name = name  # by which `custom_ops` switches it on and off

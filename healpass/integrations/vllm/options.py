@@ -15,6 +15,8 @@ from healpass.errors import ConfigError, UnavailableError, suggestion
 
 #: Where vLLM finds the compiler: `CompilationConfig.backend`.
 BACKEND = "healpass.integrations.vllm.compiled.backend"
+#: Where vLLM finds what draws for seeded requests: `ModelConfig.logits_processors`.
+SEEDS = "healpass.integrations.vllm.seeds:SeededDraws"
 #: The fields of `HealConfig` that an engine may give.
 FIELDS = ("precision", "kv", "exact_accuracy", "exact_products")
 #: Families whose every layer has the bits of `exact` without a compiler, too.
@@ -145,7 +147,7 @@ def check(engine: Any, environment: Mapping[str, str]) -> None:
 
 
 def _model_reasons(engine: Any) -> Iterator[str]:
-    model = engine.model_config
+    model, options = engine.model_config, asked(engine)
     if str(model.dtype) != "torch.float32":
         yield (
             f"dtype={str(model.dtype).removeprefix('torch.')!r}: HEAL computes between layers in "
@@ -155,17 +157,28 @@ def _model_reasons(engine: Any) -> Iterator[str]:
         yield "multi-head latent attention keeps no keys and values that pages could hold."
     if getattr(model, "is_encoder_decoder", False):
         yield "encoder-decoder models attend to what is no page. Use heal_model in transformers."
-    options = asked(engine)
-    if options is not None and options.is_exact:
-        for kind in sorted(rotary_kinds(getattr(model, "hf_text_config", None)) - set(ROTARY)):
-            yield (
-                f"rotary embeddings of type {kind!r}: exact has pinned tables for "
-                f"{', '.join(ROTARY)}. Use precision='heal', or heal_model in transformers."
-            )
     if engine.cache_config.cache_dtype != "auto":
         yield (
             f"kv_cache_dtype={engine.cache_config.cache_dtype!r}: the format of HEAL's pages is "
             "additional_config['heal']['kv']. Leave kv_cache_dtype out."
+        )
+    mode = getattr(model, "logprobs_mode", "raw_logprobs")
+    if mode.startswith("processed"):
+        yield f"logprobs_mode={mode!r} is taken elsewhere. Use 'raw_logprobs' or 'raw_logits'."
+    if options is not None and options.is_exact:
+        yield from _exact_reasons(model)
+
+
+def _exact_reasons(model: Any) -> Iterator[str]:
+    """What only bits that have to repeat forbid."""
+    if getattr(model, "is_multimodal_model", False):
+        yield "the towers of a multimodal model run outside of the graph. Use precision='heal'."
+    if getattr(model, "runner_type", "generate") == "pooling":
+        yield "pooling adds floats in an order of its own. Use precision='heal'."
+    for kind in sorted(rotary_kinds(getattr(model, "hf_text_config", None)) - set(ROTARY)):
+        yield (
+            f"rotary embeddings of type {kind!r}: exact has pinned tables for "
+            f"{', '.join(ROTARY)}. Use precision='heal', or heal_model in transformers."
         )
 
 
@@ -175,13 +188,19 @@ def rotary_kinds(config: Any) -> set[str]:
     Args:
         config: transformers' configuration of the text model, or None.
     """
+    if getattr(config, "dual_chunk_attention_config", None):
+        return {"dual chunk"}
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = given.values() if all(isinstance(v, dict) for v in given.values()) else [given]
-    return {str(kind.get("rope_type", kind.get("type", "default"))) for kind in kinds}
+    found = set()
+    for kind in kinds:
+        found.add(str(kind.get("rope_type", kind.get("type", "default"))))
+        found |= {key for key in ("mrope_section", "use_fope") if kind.get(key)}
+    return found
 
 
 def _engine_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[str]:
-    yield from _compiler_reasons(engine)
+    yield from _compiler_reasons(engine, environment)
     if environment.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         yield "VLLM_BATCH_INVARIANT replaces operators for its own. Unset it: exact needs none."
     if engine.lora_config is not None:
@@ -190,12 +209,24 @@ def _engine_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[str
         yield "kv_transfer_config: a store outside does not know the format of the pages."
     if engine.parallel_config.decode_context_parallel_size > 1:
         yield "decode context parallelism splits a request's keys. Use tensor parallelism."
+    yield from _sampling_reasons(engine)
+
+
+def _sampling_reasons(engine: Any) -> Iterator[str]:
+    if getattr(engine, "use_v2_model_runner", False):
+        yield "model runner V2 has a sampler of its own. Set VLLM_USE_V2_MODEL_RUNNER=0."
     speculative = engine.speculative_config
+    processors = getattr(engine.model_config, "logits_processors", None) or []
+    if list(map(str, processors)) != ([] if speculative is not None else [SEEDS]):
+        yield (
+            f"logits_processors={processors}: seeded requests draw in one of HEAL's, after which "
+            f"no other may come, and drafts take none. Use [{SEEDS!r}], or none with drafts."
+        )
     if speculative is not None and speculative.method != "ngram":
         yield f"speculative method {speculative.method!r} runs a model of its own. Use 'ngram'."
 
 
-def _compiler_reasons(engine: Any) -> Iterator[str]:
+def _compiler_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[str]:
     compilation, family = engine.compilation_config, engine.model_config.architecture
     mode = int(compilation.mode or 0)
     if mode == NO_COMPILER:
@@ -205,7 +236,16 @@ def _compiler_reasons(engine: Any) -> Iterator[str]:
                 f"enforce_eager with precision='exact' knows the layers of {', '.join(EAGER)}, "
                 f"not of {family}. Leave enforce_eager out."
             )
+        elif getattr(
+            getattr(engine.model_config, "hf_text_config", None), "llama_4_scaling", None
+        ):
+            yield "llama_4_scaling takes a logarithm outside of layers. Leave enforce_eager out."
         return
+    if environment.get("VLLM_USE_AOT_COMPILE") != "0":
+        yield (
+            "torch's AOT artifacts do not know which version of HEAL made them. Set "
+            "VLLM_USE_AOT_COMPILE=0; a second start is faster, too."
+        )
     plain = (mode, compilation.backend, compilation.custom_ops) != (
         *(WHOLE_GRAPH, BACKEND),
         ["none"],

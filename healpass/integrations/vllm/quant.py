@@ -22,20 +22,21 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import UnavailableError
 from healpass.integrations.vllm import sampling
+from healpass.integrations.vllm.attention import BACKENDS
 from healpass.integrations.vllm.compiled import multiplier
 from healpass.integrations.vllm.options import NO_COMPILER, asked, check
 
 heal = torch.ops.heal
-#: Layers of vLLM that a quantization may leave alone: they have no weights of their own.
-_WITHOUT_WEIGHTS = ("Attention",)
 
 
 def registered() -> bool:
@@ -136,6 +137,18 @@ class HealEmbeddingMethod(UnquantizedEmbeddingMethod):
 class HealQuantConfig(QuantizationConfig):
     """The switch: `quantization="heal"`. Its options are `additional_config["heal"]`."""
 
+    prepared = False
+
+    def _prepare(self, engine: Any) -> None:
+        """Before the first layer: refuse, and drop what vLLM keeps of engines before this one."""
+        if self.prepared:
+            return
+        check(engine, os.environ)
+        sampling.install()
+        _ROPE_DICT.clear()
+        _cached_get_attn_backend.cache_clear()
+        self.prepared = True
+
     def get_name(self) -> str:
         """`heal`."""
         return "heal"
@@ -173,18 +186,25 @@ class HealQuantConfig(QuantizationConfig):
                 "HealQuantConfig was given to an engine without quantization='heal'.\n"
                 "Use healpass.integrations.vllm.engine_args."
             )
-        check(engine, os.environ)
-        sampling.install()
+        self._prepare(engine)
         if isinstance(layer, VocabParallelEmbedding):
             compiles = int(engine.compilation_config.mode or 0) != NO_COMPILER
             return HealEmbeddingMethod(multiplier(options, compiles))
         if isinstance(layer, LinearBase):
             return HealLinearMethod(options.numerics)
-        if type(layer).__name__ in _WITHOUT_WEIGHTS:
-            return None
+        if type(layer).__name__ == "Attention":
+            return _check_attention(layer)
         raise UnavailableError(
             f"layer {prefix} is a {type(layer).__name__}, whose products HEAL does not have in "
             "vLLM yet.\nRun the model in transformers with heal_model."
+        )
+
+
+def _check_attention(layer: Any) -> None:
+    if layer.attn_backend not in BACKENDS.values():
+        raise UnavailableError(
+            f"vLLM chose {layer.attn_backend.__name__} for layer {layer.layer_name}, which is not "
+            "over HEAL's pages.\nUse healpass.integrations.vllm.engine_args."
         )
 
 

@@ -2,11 +2,11 @@
 
 vLLM draws with a generator of the device. A logits processor comes before: it draws the token of a
 seeded request as a function of its logits, its seed and how many tokens it has drawn, and leaves
-only that one, so that vLLM's own draw has no choice. Its entry point is `vllm.logits_processors`;
-it does nothing in an engine without `quantization="heal"`.
+only that one, so that vLLM's own draw has no choice. An engine gets it by its argument
+`logits_processors`, and no other beside: what came later would see one token.
 
 Left to vLLM: requests without a seed, requests with penalties, which vLLM applies later, and
-speculative decoding, where it calls no such processors.
+speculative decoding, where it takes no such processors. A streaming request counts anew each turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from healpass.integrations.vllm.options import asked
-from healpass.ops.reproducible.sampling import Draw
+from healpass.ops.reproducible.sampling import Draw, as_int64
 
 #: What vLLM takes as greedy.
 _GREEDY = 1e-5
@@ -62,7 +62,7 @@ class SeededDraws(LogitsProcessor):
         asked_for, drawn = zip(*(self.requests[row] for row in rows), strict=True)
         found = _draw(asked_for, logits.device).tokens(
             logits[rows].to(torch.float32),
-            torch.tensor([params.seed for params in asked_for], device=logits.device),
+            torch.tensor([as_int64(params.seed) for params in asked_for], device=logits.device),
             torch.tensor([len(tokens) for tokens in drawn], device=logits.device),
         )
         logits[rows] = -math.inf

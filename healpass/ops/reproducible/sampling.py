@@ -108,3 +108,12 @@ def noise(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     bits = (high << (_NOISE_BITS - BITS)) | (low >> (2 * BITS - _NOISE_BITS))
     uniform = (2 * bits + 1).to(torch.float64) * 2.0 ** -(_NOISE_BITS + 1)
     return -fp64.log(-fp64.log(uniform))
+
+
+def as_int64(seed: int) -> int:
+    """A seed of any size as INT64 holds it: modulo 2^64.
+
+    Args:
+        seed: Any whole number.
+    """
+    return (seed + 2**63) % 2**64 - 2**63
