@@ -4,6 +4,8 @@
     from healpass.integrations.vllm import engine_args
     llm = LLM(**engine_args("HuggingFaceTB/SmolLM2-135M-Instruct", precision="exact"))
 
+with VLLM_USE_AOT_COMPILE=0 in the environment (`options` says why).
+
 vLLM finds the plugin by its entry point `vllm.general_plugins` and calls `register()` in every
 process. That gives names to what an engine may ask for, and changes nothing for an engine that
 does not: `quantization="heal"` is the switch. What follows from it::
