@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests.support.engines import Engine, prompts, save_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
+from tests.support.engines import Engine, prompts
 
 
 def test_the_compiled_graph_has_the_bits_of_the_layers(llama):

@@ -5,14 +5,7 @@ A file of its own: after an engine that drafts, vLLM 0.32 starts no other in the
 
 from __future__ import annotations
 
-import pytest
-
-from tests.support.engines import Engine, prompts, save_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
+from tests.support.engines import Engine, prompts
 
 
 def test_drafts_of_ngrams(llama):

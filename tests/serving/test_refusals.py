@@ -11,11 +11,6 @@ from healpass.integrations.vllm.layers import LAYERS
 from tests.support.engines import elsewhere, save_model
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
 def start(model, **changes):
     common = {"max_model_len": 64, "skip_tokenizer_init": True}
     given = engine_args(model, precision="exact", compiled=False) | common

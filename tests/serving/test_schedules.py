@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.engines import Engine, prompts, same, save_model
+from tests.support.engines import Engine, prompts, same
 
 GIVEN = prompts()
 ALL = len(GIVEN)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ def engine(**changes: Any) -> Any:
             "use_mla": False, "is_encoder_decoder": False, "logits_processors": [SEEDS],
         },
         "cache_config": {"cache_dtype": "auto"},
+        "attention_config": {"backend": SimpleNamespace(name="CUSTOM")},
         "parallel_config": {"decode_context_parallel_size": 1},
         "compilation_config": {"mode": 2, "backend": BACKEND, "custom_ops": ["none"]},
     }  # fmt: skip
@@ -70,6 +71,15 @@ def test_an_engine_as_the_helper_makes_it_is_accepted():
     ({"compilation_config__mode": 3}, "mode=3"),
     ({"compilation_config__backend": "inductor"}, "backend='inductor'"),
     ({"compilation_config__custom_ops": ["all"]}, "custom_ops=['all']"),
+    ({"attention_config__backend": SimpleNamespace(name="FLEX_ATTENTION")}, "FLEX_ATTENTION"),
+    ({"attention_config__backend": None}, "attention_backend=None"),
+    (
+        {
+            "compilation_config__mode": 0,
+            "model_config__hf_text_config": SimpleNamespace(llama_4_scaling={"beta": 0.1}),
+        },
+        "llama_4_scaling",
+    ),
     ({"lora_config": object()}, "LoRA"),
     ({"kv_transfer_config": object()}, "kv_transfer_config"),
     ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),

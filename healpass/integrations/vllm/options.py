@@ -203,6 +203,9 @@ def _engine_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[str
     yield from _compiler_reasons(engine, environment)
     if environment.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         yield "VLLM_BATCH_INVARIANT replaces operators for its own. Unset it: exact needs none."
+    backend = getattr(engine.attention_config.backend, "name", engine.attention_config.backend)
+    if backend != "CUSTOM":
+        yield f"attention_backend={backend!r} is not over HEAL's pages. Use 'CUSTOM'."
     if engine.lora_config is not None:
         yield "LoRA adds products of its own to each layer. Merge the adapter into the model."
     if engine.kv_transfer_config is not None:
@@ -230,15 +233,15 @@ def _compiler_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[s
     compilation, family = engine.compilation_config, engine.model_config.architecture
     mode = int(compilation.mode or 0)
     if mode == NO_COMPILER:
-        options = asked(engine)
-        if options is not None and options.is_exact and family not in EAGER:
+        options, text = asked(engine), getattr(engine.model_config, "hf_text_config", None)
+        if options is None or not options.is_exact:
+            return
+        if family not in EAGER:
             yield (
                 f"enforce_eager with precision='exact' knows the layers of {', '.join(EAGER)}, "
                 f"not of {family}. Leave enforce_eager out."
             )
-        elif getattr(
-            getattr(engine.model_config, "hf_text_config", None), "llama_4_scaling", None
-        ):
+        if getattr(text, "llama_4_scaling", None):
             yield "llama_4_scaling takes a logarithm outside of layers. Leave enforce_eager out."
         return
     if environment.get("VLLM_USE_AOT_COMPILE") != "0":
@@ -246,11 +249,8 @@ def _compiler_reasons(engine: Any, environment: Mapping[str, str]) -> Iterator[s
             "torch's AOT artifacts do not know which version of HEAL made them. Set "
             "VLLM_USE_AOT_COMPILE=0; a second start is faster, too."
         )
-    plain = (mode, compilation.backend, compilation.custom_ops) != (
-        *(WHOLE_GRAPH, BACKEND),
-        ["none"],
-    )
-    if plain:
+    found = (mode, compilation.backend, compilation.custom_ops)
+    if found != (WHOLE_GRAPH, BACKEND, ["none"]):
         yield (
             f"compilation mode={mode}, backend={compilation.backend!r}, custom_ops="
             f"{compilation.custom_ops}: HEAL compiles the whole graph itself. Use mode "

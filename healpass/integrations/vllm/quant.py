@@ -44,7 +44,28 @@ def registered() -> bool:
     return "heal" in QUANTIZATION_METHODS
 
 
-class HealLinearMethod(UnquantizedLinearMethod):
+class StoredWeights:
+    """What both methods do with a weight: it stays in the checkpoint's dtype, as it was loaded."""
+
+    def create_weights(
+        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
+    ) -> None:
+        """Allocate the weight.
+
+        Args:
+            layer: Gets the weight.
+            *sizes: As vLLM gives them.
+            params_dtype: The engine's; the checkpoint's 16 bits go before it.
+            **more: Attributes of the weight.
+        """
+        allocate = super().create_weights  # type: ignore[misc]
+        allocate(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep the weight as it is."""
+
+
+class HealLinearMethod(StoredWeights, UnquantizedLinearMethod):
     """`heal::linear` of FP32 activations by weights as the checkpoint has them.
 
     Attributes:
@@ -54,18 +75,15 @@ class HealLinearMethod(UnquantizedLinearMethod):
     def __init__(self, numerics: str) -> None:
         self.numerics = numerics
 
-    def create_weights(
-        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
-    ) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
         """Allocate the weight; take the sum over ranks from the layer.
 
         Args:
             layer: Gets the weight.
             *sizes: As vLLM gives them.
-            params_dtype: The engine's; the checkpoint's 16 bits go before it.
-            **more: Attributes of the weight.
+            **more: As vLLM gives them.
         """
-        super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
+        super().create_weights(layer, *sizes, **more)
         layer.heal_group = None
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
             if not layer.reduce_results:
@@ -75,9 +93,6 @@ class HealLinearMethod(UnquantizedLinearMethod):
                 )
             layer.reduce_results = False
             layer.heal_group = get_tp_group().device_group.group_name
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product, FP32 `[T, N]`.
@@ -93,7 +108,7 @@ class HealLinearMethod(UnquantizedLinearMethod):
         return heal.row_linear(x, layer.weight, own, layer.heal_group, self.numerics)
 
 
-class HealEmbeddingMethod(UnquantizedEmbeddingMethod):
+class HealEmbeddingMethod(StoredWeights, UnquantizedEmbeddingMethod):
     """An embedding, or a head, of weights as the checkpoint has them.
 
     Attributes:
@@ -102,22 +117,6 @@ class HealEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def __init__(self, multiply: Callable[..., Tensor]) -> None:
         self.multiply = multiply
-
-    def create_weights(
-        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
-    ) -> None:
-        """Allocate the weight.
-
-        Args:
-            layer: Gets the weight.
-            *sizes: As vLLM gives them.
-            params_dtype: The engine's; the checkpoint's 16 bits go before it.
-            **more: Attributes of the weight.
-        """
-        super().create_weights(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight as it is."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits, FP32 `[T, V]`.

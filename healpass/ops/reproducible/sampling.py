@@ -7,7 +7,7 @@ state, so neither the batch, nor the order of requests, nor what was drawn befor
 token, and with exact sums. Everything is IEEE FP64 (`reproducible.fp64`) or integers.
 
 u is (2 n + 1) 2^-53 for an integer n of 52 bits, so noise lies in [-3.61, 36.74]; a token whose
-probability is below about 2^-52 of the largest is never drawn. Imports `fp64`, `softmax`, `words`.
+probability is below about 2^-52 of the largest is never drawn. Imports `errors`, `fp64`, `words`.
 """
 
 from __future__ import annotations
