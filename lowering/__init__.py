@@ -6,7 +6,8 @@ at the device and hands on to `cpu` (C++ code), to `cuda` (Triton templates), or
 implementation, as one call from the code. Exact precisions are decompositions instead:
 bit-reproducible operators are traced as they are, and matrix products and attention are decomposed
 by `cpu.exact`, or by `cuda.exact_matmul` and `cuda.exact_attention`. Where the compile says that
-operators stay whole, AOTAutograd decomposes none, and the backend does later.
+operators stay whole, AOTAutograd decomposes none, and the backend does later. Operators over pages
+run outside of graphs: `cpu.paged` stands in for their reference implementation on CPU.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def register() -> None:
             _by_device(operator, by_device, fallback)
         )
     decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
+    cpu.paged.register()
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
 
 

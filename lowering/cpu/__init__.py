@@ -2,6 +2,6 @@
 
 import torch._inductor.lowering  # noqa: F401  first: it and Inductor's templates import each other
 
-from healpass.lowering.cpu import attention, attention_gradients, exact, loops, products
+from healpass.lowering.cpu import attention, attention_gradients, exact, loops, paged, products
 
-__all__ = ["attention", "attention_gradients", "exact", "loops", "products"]
+__all__ = ["attention", "attention_gradients", "exact", "loops", "paged", "products"]

@@ -112,7 +112,8 @@ class CpuAttention(CppTemplate):
         query, key, value = self.operands
         mask_is_bool = "MASK" in self.inputs and self.inputs["MASK"].get_dtype() == torch.bool
         dropped = min(math.floor(scoring.dropout_p * 2**32), 2**32 - 1)
-        text = self._template_from_string(_source()).render(
+        text = self._template_from_string(_source("cpu_attention")).render(
+            products=_source("cpu_products"),
             template=self,
             kernel=kernel,
             inputs=self.inputs,
@@ -151,9 +152,9 @@ def _element(kernel: Any, at: str, states: States) -> str:
     return f"({' + '.join(f'{2.0 ** (BASE_BITS * i)}f * {x}' for i, x in enumerate(digits))})"
 
 
-def _source() -> str:
+def _source(name: str) -> str:
     folder = importlib.resources.files("healpass.lowering") / "templates"
-    return (folder / "cpu_attention.cpp.jinja").read_text(encoding="utf-8")
+    return (folder / f"{name}.cpp.jinja").read_text(encoding="utf-8")
 
 
 LOWERINGS = {

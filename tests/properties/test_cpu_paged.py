@@ -1,0 +1,268 @@
+"""The C++ kernels over pages against the reference implementation of the operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import healpass.lowering as lowering
+from healpass.lowering.cpu import paged as kernels
+from healpass.ops.attention import paged
+from healpass.ops.attention.paged import Cell, PagedAttention
+from healpass.ops.attention.quantize import Integers, integers
+from healpass.ops.reproducible import fp64
+from tests.support.bits import differing
+from tests.support.profiles import examples
+
+heal = torch.ops.heal
+#: Query heads, key heads, E, Ev: groups, odd sizes, one whose integers need INT64 (3 digits).
+SIZES = {
+    "grouped": (9, 3, 64, 64),
+    "odd": (4, 2, 17, 9),
+    "single": (3, 3, 1, 1),
+    "wide": (2, 1, 160, 8),
+}
+SCORINGS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window": {"window": 7},
+    "all": {"is_causal": False},
+    "capped": {"softcap": 3.0, "sinks": True, "window": 9},
+}
+CALLS = [
+    ("grouped", "int16", "causal"), ("grouped", "int16", "window"), ("odd", "int16", "all"),
+    ("odd", "int24", "window"), ("single", "int16", "causal"), ("wide", "int24", "causal"),
+]  # fmt: skip
+
+
+def drawn_states(size: tuple[int, ...], seed: int, spread: int) -> Tensor:
+    """Tokens of very different magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-spread, spread + 1, (*size[:2], 1), generator=generator)
+    return torch.randn(size, generator=generator) * 2.0**exponents
+
+
+def call_of(requests: list[tuple[int, int]], room: int, call: tuple[str, ...], **changes: Any):
+    """The arguments of `heal::paged_attention`; pages lie in any order, the rest is poison.
+
+    Args:
+        requests: Tokens and queries of each.
+        room: Tokens of a page.
+        call: Of `CALLS`.
+        **changes: `numerics`, `spread` of the exponents, `index` dtype, `lost` tokens.
+    """
+    (heads, key_heads, size, value_size), kv = SIZES[call[0]], call[1]
+    how = {"is_causal": True, "window": None, "softcap": None, "sinks": None} | SCORINGS[call[2]]
+    cell, spread = Cell(kv, size, value_size), changes.get("spread", 3)
+    needed = [-(-tokens // room) for tokens, _ in requests]
+    count = sum(needed) + 2
+    pages = torch.full((count, key_heads, room, cell.nbytes), -1, dtype=torch.int8)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(room)).tolist()
+    index = changes.get("index", torch.int32)
+    blocks = torch.full((len(requests), max(needed, default=0) + 1), -1, dtype=index)
+    slots = []
+    for row, ((tokens, _), pages_needed) in enumerate(zip(requests, needed, strict=True)):
+        own = [order.pop() for _ in range(pages_needed)]
+        blocks[row, :pages_needed] = torch.tensor(own, dtype=index)
+        slots += [own[place // room] * room + place % room for place in range(tokens)]
+    key = drawn_states((len(slots), key_heads, size), 1, spread)
+    value = drawn_states((len(slots), key_heads, value_size), 2, spread)
+    for token in changes.get("lost", ()):
+        key[token % len(slots), 0, 0] = math.inf
+        value[(token + 5) % len(slots), -1, -1] = math.nan
+    paged.write(pages, key, value, torch.tensor(slots), kv)
+    starts = torch.tensor([0, *torch.tensor([q for _, q in requests]).cumsum(0)], dtype=index)
+    query = drawn_states((int(starts[-1]) + 1, heads, size), 3, spread)
+    sinks = torch.linspace(-1, 3, heads) if how["sinks"] else None
+    lengths = torch.tensor([tokens for tokens, _ in requests], dtype=index)
+    return (
+        query, pages, starts, lengths, blocks, sinks, how["is_causal"], size**-0.5,
+        how["window"], how["softcap"], value_size, kv, changes.get("numerics", "exact5"),
+    )  # fmt: skip
+
+
+REQUESTS = st.lists(
+    st.integers(1, 150).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@examples(40)
+@given(
+    requests=REQUESTS,
+    room=st.sampled_from([1, 16, 32, 128]),
+    call=st.sampled_from(CALLS),
+    spread=st.sampled_from([0, 3, 30]),
+    lost=st.lists(st.integers(0, 600), max_size=1),
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_exact_attention_has_the_bits_of_the_reference(requests, room, call, spread, lost, index):
+    """Ragged requests, decode and prefill, any page, any magnitude, NaN where it is seen."""
+    arguments = call_of(requests, room, call, spread=spread, lost=lost, index=index)
+    asked = PagedAttention.read(*arguments)
+    found = kernels._attended(asked)
+    assert found is not None
+    assert differing(found, asked.attend()) == 0
+
+
+@pytest.mark.parametrize("tokens", [129, 1000])
+def test_exact_attention_over_many_keys(tokens):
+    """More than a block of keys, and rows in several tiles."""
+    for queries in (1, 2, tokens):
+        asked = PagedAttention.read(*call_of([(tokens, queries)], 16, CALLS[0], spread=8))
+        assert differing(kernels._attended(asked), asked.attend()) == 0
+
+
+def exact_truth(asked: PagedAttention) -> tuple[Tensor, Tensor, float]:
+    """What the integers say, in FP64, the mean |v| under the weights, and the largest |score|."""
+    largest = 0.0
+    output = torch.zeros(*asked.query.shape[:2], asked.cell.value_size, dtype=torch.float64)
+    size, scoring = output.clone(), asked.scoring
+    group = asked.query.shape[1] // asked.pages.shape[1]
+    for rows, key, value in asked._requests():
+        query = Integers.of(asked.query[rows].transpose(0, 1)[None], asked.cell.kv)
+        q, k, v = (
+            integers(x.digits)[0] * x.scale[0].double()[..., None] for x in (query, key, value)
+        )
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = (q @ k.mT * scoring.scale).clamp(-3.4e38, 3.4e38)
+        largest = max(largest, float(scores.abs().max()))
+        if scoring.softcap is not None:
+            scores = (scores / scoring.softcap).tanh() * scoring.softcap
+        seen = scoring.at(k.shape[1] - q.shape[1]).near(
+            slice(0, q.shape[1]), slice(0, k.shape[1]), q.device
+        )
+        scores = scores if seen is None else scores.masked_fill(~seen, -math.inf)
+        if scoring.sinks is not None:
+            sinks = scoring.sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+            weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1).nan_to_num(0.0)
+        output[rows] = (weights @ v).transpose(0, 1)
+        size[rows] = (weights @ v.abs()).transpose(0, 1)
+    return output, size, largest
+
+
+@examples(25)
+@given(
+    requests=REQUESTS,
+    room=st.sampled_from([1, 16, 128]),
+    call=st.sampled_from(
+        [*CALLS[:3], CALLS[5], ("grouped", "int16", "capped"), ("odd", "int24", "capped")]
+    ),
+    numerics=st.sampled_from(["heal", "layercast"]),
+)
+def test_other_precisions_add_one_rounding_to_what_the_integers_say(
+    requests, room, call, numerics
+):
+    """Weights are FP64 within `fp64.ERROR`, numerator and denominator; then one rounding to FP32.
+
+    A score of magnitude s, rounded four times in FP64, shifts a weight by s 2^-51.
+    """
+    asked = PagedAttention.read(*call_of(requests, room, call, numerics=numerics))
+    found, (truth, size, largest) = kernels._attended(asked), exact_truth(asked)
+    budget = 2.0**-24 * truth.abs() + 2 * (fp64.ERROR + largest * 2.0**-50) * size + 2.0**-149
+    worst = float(((found.double() - truth).abs() / budget).max())
+    print(f"observed / bound: {worst:.3f}")
+    assert worst <= 1
+
+
+@pytest.mark.parametrize("call", CALLS[:2])
+def test_a_nan_that_is_seen_reaches_its_rows_only(call):
+    heal_call = call_of([(40, 40)], 16, call, numerics="heal", lost=[20])
+    found = kernels._attended(PagedAttention.read(*heal_call))
+    exact = PagedAttention.read(*heal_call[:-1], "exact5").attend()
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert found.isnan().any()
+    assert not found.isnan().all()
+
+
+BREAKS = {
+    "the largest scale": ("largest = value_scale[n] > largest ? value_scale[n] : largest", ""),
+    "fixed point": (
+        "std::nearbyint(weight * value_scale[n] * factor)",
+        "weight * value_scale[n] * factor",
+    ),
+    "denominator": ("some += std::nearbyint(", "some += 65536.0 + std::nearbyint("),
+    "causality": ("position + 1)", "position + 2)"),
+    "a digit of K": ("+ 256 * digits[1 * size + e]", "+ 255 * digits[1 * size + e]"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_kernel_shows(name, monkeypatch):
+    """The inverse."""
+    before, after = BREAKS[name]
+
+    class Broken(kernels.Kernel):
+        def source(self) -> str:
+            text = super().source()
+            assert before in text
+            return text.replace(before, after)
+
+    whole = kernels._attender
+    monkeypatch.setattr(kernels, "_attender", lambda *how: Broken(**vars(whole(*how))))
+    asked = PagedAttention.read(*call_of([(90, 30), (50, 1)], 16, CALLS[0]))
+    assert differing(kernels._attended(asked), asked.attend()) > 0
+
+
+# ------------------------------------------------------------------------------------------ write
+
+
+@examples(40)
+@given(
+    tokens=st.integers(0, 40),
+    room=st.sampled_from([1, 16, 32]),
+    call=st.sampled_from(CALLS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    special=st.sampled_from([0.0, math.inf, math.nan, 1e-42, 3e38]),
+)
+def test_cells_have_the_bytes_of_the_reference(tokens, room, call, dtype, special):
+    """Padding and strides included; what is not written stays."""
+    (_, heads, size, value_size), kv = SIZES[call[0]], call[1]
+    pages = torch.full(
+        (tokens // room + 2, heads, room, Cell(kv, size, value_size).nbytes), 85, dtype=torch.int8
+    )
+    order = torch.randperm(len(pages) * room, generator=torch.Generator().manual_seed(tokens))
+    slots = order[:tokens].clone()
+    slots[1::4] = -1
+    both = drawn_states((tokens, heads, size + value_size), 1, 12).to(dtype)
+    both[::3, 0, 0], both[1::3, -1, -1] = special, special
+    key, value = both.split([size, value_size], -1)  # strided
+    found = pages.clone()
+    kernels.write(found, key, value, slots, kv)
+    paged.write(pages, key, value, slots, kv)
+    assert torch.equal(found, pages)
+
+
+def test_a_slot_outside_of_the_pages_is_refused_as_the_reference_refuses_it():
+    pages = torch.zeros(2, 3, 16, Cell("int16", 64, 64).nbytes, dtype=torch.int8)
+    key = torch.randn(2, 3, 64)
+    with pytest.raises(IndexError):
+        kernels.write(pages, key, key, torch.tensor([0, 32]), "int16")
+
+
+def test_what_the_kernel_has_no_place_for_stays_with_the_reference():
+    for changes in (
+        {"numerics": "exact5:h100"},
+        {"numerics": "exact5:a100:3"},
+        {"numerics": "heal:a100"},
+    ):
+        assert not kernels._takes(PagedAttention.read(*call_of([(5, 2)], 16, CALLS[0], **changes)))
+    capped = call_of([(5, 2)], 16, ("grouped", "int16", "capped"))
+    assert not kernels._takes(PagedAttention.read(*capped))
+    empty = call_of([(5, 0)], 16, CALLS[0])
+    assert differing(kernels.attend(*empty), PagedAttention.read(*empty).attend()) == 0
+
+
+def test_registered_they_are_the_operators():
+    lowering.register()
+    call = call_of([(33, 7)], 16, CALLS[0])
+    assert differing(heal.paged_attention(*call), PagedAttention.read(*call).attend()) == 0
+    with pytest.raises(ValueError, match="keys on the pages"):
+        heal.paged_attention(*call[:3], call[3] + 32, *call[4:])
