@@ -8,7 +8,6 @@ rows the parts of their chunks. It is FP32 arithmetic: `arithmetic.attention_bou
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.utils import parallel_num_threads
 
 from healpass.arithmetic.digits import BASE_BITS
 from healpass.lowering import compat
 from healpass.lowering.cpu.flash import attend_one
+from healpass.lowering.cpu.text import pointer, source
 from healpass.lowering.expressions import aten, call, is_static
 from healpass.lowering.states import States
 from healpass.ops.attention.scoring import Scoring
@@ -112,8 +111,8 @@ class CpuAttention(CppTemplate):
         query, key, value = self.operands
         mask_is_bool = "MASK" in self.inputs and self.inputs["MASK"].get_dtype() == torch.bool
         dropped = min(math.floor(scoring.dropout_p * 2**32), 2**32 - 1)
-        text = self._template_from_string(_source("cpu_attention")).render(
-            products=_source("cpu_products"),
+        text = self._template_from_string(source("cpu_attention")).render(
+            products=source("cpu_products"),
             template=self,
             kernel=kernel,
             inputs=self.inputs,
@@ -124,7 +123,7 @@ class CpuAttention(CppTemplate):
             digits=query.digits,
             scoring=scoring,
             mask_is_bool=mask_is_bool,
-            pointer=functools.partial(_pointer, kernel),
+            pointer=functools.partial(pointer, kernel),
             element=functools.partial(_element, kernel),
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
@@ -136,12 +135,6 @@ class CpuAttention(CppTemplate):
         return str(text)
 
 
-def _pointer(kernel: Any, node: Any) -> str:
-    """Where an input begins: two inputs may be views of one buffer, which then has one name."""
-    offset = cexpr_index(kernel.rename_indexing(node.get_layout().offset))
-    return f"{kernel.args.input(node.get_name())} + {offset}"
-
-
 def _element(kernel: Any, at: str, states: States) -> str:
     """Element `e` of the row at `at` in FP32: an integer, if it is one of digits."""
     place = f"{at}[e * {kernel.stride(states.data, -1)}"
@@ -150,11 +143,6 @@ def _element(kernel: Any, at: str, states: States) -> str:
     plane = kernel.stride(states.data, 2)
     digits = [f"static_cast<float>({place} + {i} * {plane}])" for i in range(states.digits)]
     return f"({' + '.join(f'{2.0 ** (BASE_BITS * i)}f * {x}' for i, x in enumerate(digits))})"
-
-
-def _source(name: str) -> str:
-    folder = importlib.resources.files("healpass.lowering") / "templates"
-    return (folder / f"{name}.cpp.jinja").read_text(encoding="utf-8")
 
 
 LOWERINGS = {

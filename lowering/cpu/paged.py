@@ -13,7 +13,6 @@ simulated tensor core, sums in another order, and whatever has to be refused.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
+from healpass.lowering.cpu.text import source
 from healpass.ops.attention import paged
 from healpass.ops.attention.exact_steps import MOST_KEYS, P_BITS
 from healpass.ops.attention.paged import Cell, PagedAttention
@@ -83,9 +83,7 @@ def compiled(kernel: Kernel) -> Callable[..., None]:
 
 
 def _template(name: str) -> jinja2.Template:
-    folder = importlib.resources.files("healpass.lowering") / "templates"
-    text = (folder / f"{name}.cpp.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined)
+    return jinja2.Template(source(name), undefined=jinja2.StrictUndefined)
 
 
 def _of_cell(cell: Cell) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 Each lowering returns None where the operator's reference implementation shall run instead: when
 torch's flags allow FP32 matmuls to drop to BF16, only the operator itself can pin them.
 
-Decode (few rows) is bound by reading the weight. There the product is written as a sum, which
-Inductor turns into one vectorized loop that reads the weight once, in 16 bits, and upcasts in
-registers. With more rows a GEMM is faster, and its operand has to be FP32 in memory for the time
-of the call.
+One row is bound by reading the weight. There the product is written as a sum, which Inductor turns
+into one vectorized loop, fused with what is around it. More rows, or an unknown number of them,
+are a kernel of our own (`cpu.gemm`). Both read the weight once, in its 16 bits, and widen it in
+registers. A weight whose rows do not lie side by side goes through a library's GEMM, whose operand
+has to be FP32 in memory for the time of the call.
 """
 
 from __future__ import annotations
@@ -16,12 +17,9 @@ from typing import Any
 
 import torch
 
+from healpass.lowering.cpu import gemm
 from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsqueeze
 from healpass.ops.products.ieee import is_ieee
-
-#: Up to here rows are summed one by one; above, a GEMM is used. Tuning: it decides no bound.
-DECODE_ROWS = 8
-
 
 def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
     """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|).
@@ -35,9 +33,10 @@ def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
     if not is_ieee("cpu"):
         return None
     rows = a.get_size()[0]
-    if is_static(rows) and 1 <= int(rows) <= DECODE_ROWS and _is_half(b):
-        return _row_sums(a, b, int(rows))
-    return call(aten.mm.default, fp32(a), fp32(b))
+    if is_static(rows) and int(rows) == 1 and _is_half(b):
+        return _row_sum(a, b)
+    product = gemm.multiply(a, b)
+    return call(aten.mm.default, fp32(a), fp32(b)) if product is None else product
 
 
 def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
@@ -54,16 +53,12 @@ def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
     return call(aten.bmm.default, fp32(a), fp32(b))
 
 
-def _row_sums(a: Any, b: Any, rows: int) -> Any:
-    """One vectorized sum per row: `y[m, n] = sum_k a[m, k] * b[k, n]`."""
+def _row_sum(a: Any, b: Any) -> Any:
+    """One vectorized sum: `y[n] = sum_k a[k] * b[k, n]`."""
     a = fp32(a)
     a.realize()  # or its producer would be computed again for every output
     weight = fp32(call(aten.permute.default, b, [1, 0]))
-    sums = []
-    for row in range(rows):
-        products = mul(call(aten.slice.Tensor, a, 0, row, row + 1), weight)
-        sums.append(unsqueeze(call(aten.sum.dim_IntList, products, [1]), 0))
-    return sums[0] if rows == 1 else call(aten.cat.default, sums, 0)
+    return unsqueeze(call(aten.sum.dim_IntList, mul(a, weight), [1]), 0)
 
 
 def _is_half(x: Any) -> bool:
