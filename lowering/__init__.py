@@ -54,6 +54,8 @@ def register() -> None:
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
+        if operator in cpu.products.EXACT_LOWERINGS:
+            by_device["cpu, exact"] = cpu.products.EXACT_LOWERINGS[operator]
         fallback = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(
             _by_device(operator, by_device, fallback)
@@ -92,15 +94,24 @@ def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
 
 
 def _by_device(operator: Any, lowerings: Mapping[str, Lowering], fallback: Lowering) -> Lowering:
-    """A lowering that looks at the device, and leaves simulated arithmetic to the fallback."""
+    """A lowering that looks at the device, and leaves simulated arithmetic to the fallback.
+
+    Args:
+        operator: Of `heal::`.
+        lowerings: By device, `cpu` or `cuda`; `cpu, exact` for exact precisions, which have none
+            elsewhere.
+        fallback: The operator's reference implementation.
+    """
     names = [argument.name for argument in operator._schema.arguments]
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         leading = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         device: torch.device = leading.get_device()
         numerics = (dict(zip(names, args, strict=False)) | kwargs).get("numerics")
-        simulated = numerics is not None and not Numerics.parse(numerics).plain
-        lowering = None if simulated else lowerings.get(device.type)
+        how = None if numerics is None else Numerics.parse(numerics)
+        exact = ", exact" if how is not None and how.products is not None else ""
+        plain = how is None or how.plain
+        lowering = lowerings.get(f"{device.type}{exact}") if plain else None
         result = None if lowering is None else lowering(*args, **kwargs)
         return fallback(*args, **kwargs) if result is None else result
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from healpass.arithmetic.digits import BASE_BITS, DIGIT_MAX, scaled_digits
 from healpass.arithmetic.int16 import IntegerFormat
+from healpass.lowering.cpu import gemm
 from healpass.ops.attention.exact import ExactAttention
 from healpass.ops.attention.exact_steps import P_BITS, attend_scores, scaled_scores
 from healpass.ops.attention.integers import read
@@ -55,7 +56,7 @@ def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Any:
         numerics: As `heal::mm` takes it.
     """
     how = Numerics.parse(numerics)
-    if how.products is None or not _is_plain(how, a) or not _fits(a, b):
+    if how.products is None or not _is_plain(how, a) or _has_a_kernel(b) or not _fits(a, b):
         return NotImplemented
     plan, weight = (
         scheme(how.products, b.dtype),
@@ -69,8 +70,13 @@ def mm(a: Tensor, b: Tensor, numerics: str = "heal") -> Any:
     return heal.with_special(result, a, b, row_scale, column_scale)
 
 
+def _has_a_kernel(b: Tensor) -> bool:
+    """Whether `cpu.gemm` multiplies by it: the operator stays one, and is lowered."""
+    return gemm.has_vnni() and b.stride(0) == 1 and gemm.takes_exactly(*b.shape)
+
+
 def _is_plain(how: Numerics, x: Tensor) -> bool:
-    return how.simulate is None and how.order == 0 and x.device.type == "cpu"
+    return how.plain and x.device.type == "cpu"
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:

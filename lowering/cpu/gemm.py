@@ -1,9 +1,13 @@
-"""FP32 activations by a 16-bit weight on CPU, for any number of rows: `cpu_gemm.cpp.jinja`.
+"""Products with a linear layer's weight on CPU, for any number of rows. May import `ops`.
 
-One kernel serves decode and prefill, so a graph whose number of rows is not known (an engine's
+`cpu_gemm.cpp.jinja`: FP32 arithmetic on a 16-bit weight. One kernel serves decode and prefill, so a graph whose number of rows is not known (an engine's
 batch) reads the weight in its 16 bits, too. Error of an output of K products: WIDTH chains of
 K / WIDTH fused multiply-adds, then a tree, which is within the bound of one chain,
 K 2^-24 |a| |w|. Its bits are those of any other batch on the same processor.
+
+`cpu_exact_gemm.cpp.jinja`: the digits of `ops.products.exact`, made in the kernel, and INT8
+products of VNNI: the bits of the operators' reference. Sums of a level stay in INT32: with K up to
+2^14, three pairs of 255 by 128 reach 1.6e9. Processors without VNNI keep `cpu.exact`.
 """
 
 from __future__ import annotations
@@ -12,17 +16,27 @@ import functools
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import cpu_vec_isa, ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.utils import parallel_num_threads
 
+from healpass.arithmetic.digits import digit_limit
+from healpass.arithmetic.formats import FP32
 from healpass.lowering import compat
 from healpass.lowering.cpu.text import pointer, source
 from healpass.lowering.expressions import aten, call, fp32, is_static
+from healpass.ops.products.exact import Scheme, scheme
 
 #: Tuning: a block's weights and activations stay in a core's second cache.
-BLOCK_M, BLOCK_N = 192, 16
+BLOCK_M, BLOCK_N = 96, 32
+#: Of exact products: a block's digits are made again for each block of rows.
+EXACT_BLOCK_M, EXACT_BLOCK_N = 256, 64
+#: Rows of A whose digits one task makes.
+ROWS_OF_A_TASK = 8
+#: Terms of an exact product, whose sums stay within INT32 and FP64.
+MOST_TERMS = 1 << 14
 _HALVES = {torch.float16: "at::Half", torch.bfloat16: "at::BFloat16"}
+_WEIGHTS = {**_HALVES, torch.float32: "float"}
 
 
 def multiply(a: Any, b: Any) -> Any | None:
@@ -32,9 +46,45 @@ def multiply(a: Any, b: Any) -> Any | None:
         a: FP16, BF16 or FP32.
         b: FP16 or BF16, K elements side by side in memory, K and N known.
     """
+    return _product(CpuGemm, a, b) if b.get_dtype() in _HALVES else None
+
+
+def multiply_exactly(a: Any, b: Any, products: int) -> Any | None:
+    """`ops.products.exact.exact_matmul`; None where the kernel has no place for it.
+
+    Args:
+        a: As `multiply` takes it.
+        b: FP16, BF16 or FP32, as `multiply` takes it.
+        products: 3, 5, 6 or 8.
+    """
+    if not has_vnni() or b.get_dtype() not in _WEIGHTS:
+        return None
+    plan = scheme(products, b.get_dtype())
+    return _product(functools.partial(CpuExactGemm, plan), a, b)
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor, and what Inductor compiles for, have AVX-512 with VNNI."""
+    chosen = cpu_vec_isa.pick_vec_isa()
+    return isinstance(chosen, cpu_vec_isa.VecAVX512) and bool(torch.cpu._is_vnni_supported())
+
+
+def takes_exactly(terms: Any, columns: Any) -> bool:
+    """Whether sizes are known, and sums of so many terms within their budgets.
+
+    Args:
+        terms: K.
+        columns: N.
+    """
+    known = is_static(terms) and is_static(columns)
+    return known and 0 < int(terms) <= MOST_TERMS and int(columns) > 0
+
+
+def _product(template: Any, a: Any, b: Any) -> Any | None:
+    """A template's result, FP32 `[M, N]`; None where sizes or strides are not its own."""
     terms, columns = b.get_size()
-    sizes = (terms, columns)
-    if b.get_dtype() not in _HALVES or not all(is_static(s) and int(s) > 0 for s in sizes):
+    if not takes_exactly(terms, columns):
         return None
     weight = compat.realize_inputs(call(aten.permute.default, b, [1, 0]))
     activation = compat.realize_inputs(fp32(a))
@@ -44,32 +94,73 @@ def multiply(a: Any, b: Any) -> Any | None:
     if is_static(rows) and int(rows) == 0:
         return None
     layout = ir.FixedLayout(activation.get_device(), torch.float32, [rows, columns])
-    template = CpuGemm(layout, activation, weight)
-    return compat.select("heal_cpu_gemm", [template.generate()], template.input_nodes, layout)
+    made = template(layout, activation, weight)
+    return compat.select(made.name, [made.generate()], made.input_nodes, layout)
 
 
 class CpuGemm(CppTemplate):
-    """The template with one product's operands."""
+    """The template with one product's operands.
+
+    Attributes:
+        text: Its file, without endings.
+        blocks: Rows and columns of a block.
+    """
+
+    text, blocks = "cpu_gemm", (BLOCK_M, BLOCK_N)
 
     def __init__(self, layout: ir.Layout, activation: Any, weight: Any) -> None:
         self.activation, self.weight = activation, weight
-        super().__init__("heal_cpu_gemm", [activation, weight], layout, parallel_num_threads())
+        name = f"heal_{self.text}"
+        super().__init__(name, [activation, weight], layout, parallel_num_threads())
 
     def render(self, **options: Any) -> str:
         """The C++ text."""
         assert not options.get("epilogue_nodes"), "what reads the result reads other places"
         kernel, (columns, terms) = options["kernel"], self.weight.get_size()
-        text = self._template_from_string(source("cpu_gemm")).render(
+        text = self._template_from_string(source(self.text)).render(
             template=self,
             kernel=kernel,
             activation=self.activation,
             weight=self.weight,
             output=options.get("template_buffer_node") or self.output_node,
-            half=_HALVES[self.weight.get_dtype()],
+            weight_type=_WEIGHTS[self.weight.get_dtype()],
             pointer=functools.partial(pointer, kernel),
             K=int(terms),
             N=int(columns),
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
+            BLOCK_M=self.blocks[0],
+            BLOCK_N=self.blocks[1],
+            **self.more(),
         )
         return str(text)
+
+    def more(self) -> dict[str, Any]:
+        """What else is written into the text."""
+        return {}
+
+
+class CpuExactGemm(CpuGemm):
+    """The same by digits.
+
+    Attributes:
+        plan: Which pairs of digits are multiplied.
+    """
+
+    text, blocks = "cpu_exact_gemm", (EXACT_BLOCK_M, EXACT_BLOCK_N)
+
+    def __init__(self, plan: Scheme, layout: ir.Layout, activation: Any, weight: Any) -> None:
+        self.plan = plan
+        super().__init__(layout, activation, weight)
+
+    def more(self) -> dict[str, Any]:
+        """Digits and their limits."""
+        left, right = digit_limit(self.plan.left), digit_limit(self.plan.right)
+        return {
+            "plan": self.plan,
+            "left_bits": left.bit_length(),
+            "left_limit": float(left),
+            "right_bits": right.bit_length(),
+            "right_limit": float(right),
+            "min_exponent": FP32.min_exponent,
+            "max_exponent": FP32.max_exponent,
+            "ROWS_OF_A_TASK": ROWS_OF_A_TASK,
+        }

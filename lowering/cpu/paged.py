@@ -152,8 +152,7 @@ def _takes(asked: PagedAttention) -> bool:
     exact, weighed = how.products is not None, (scoring.softcap, scoring.sinks) != (None, None)
     indices = (asked.starts, asked.lengths, asked.blocks)
     return (
-        how.simulate is None
-        and how.order == 0
+        how.plain
         and not (exact and weighed)
         and 0 not in (*asked.query.shape, *asked.pages.shape, asked.cell.value_size)
         and asked.pages.stride(-1) == 1

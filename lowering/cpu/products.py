@@ -20,6 +20,7 @@ import torch
 from healpass.lowering.cpu import gemm
 from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsqueeze
 from healpass.ops.products.ieee import is_ieee
+from healpass.ops.products.numerics import Numerics
 
 def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
     """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|).
@@ -27,9 +28,9 @@ def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
     Args:
         a: FP16, BF16 or FP32.
         b: Any of those.
-        numerics: `heal` or `layercast`.
+        numerics: `heal` and `layercast` are the same FP32 arithmetic here.
     """
-    del numerics  # heal and layercast are the same FP32 arithmetic here
+    del numerics
     if not is_ieee("cpu"):
         return None
     rows = a.get_size()[0]
@@ -37,6 +38,19 @@ def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
         return _row_sum(a, b)
     product = gemm.multiply(a, b)
     return call(aten.mm.default, fp32(a), fp32(b)) if product is None else product
+
+
+def lower_exact_mm(a: Any, b: Any, numerics: str) -> Any:
+    """`heal::mm` of an exact precision on CPU, with the bits of its reference implementation.
+
+    Args:
+        a: FP16, BF16 or FP32 `[M, K]`.
+        b: Any of those, `[K, N]`.
+        numerics: An exact precision.
+    """
+    products = Numerics.parse(numerics).products
+    assert products is not None, "asked for an exact product"
+    return gemm.multiply_exactly(a, b, products)
 
 
 def lower_bmm(a: Any, b: Any, numerics: str = "heal") -> Any:
@@ -69,3 +83,4 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.heal.mm.default: lower_mm,
     torch.ops.heal.bmm.default: lower_bmm,
 }
+EXACT_LOWERINGS: dict[Any, Callable[..., Any]] = {torch.ops.heal.mm.default: lower_exact_mm}

@@ -61,8 +61,8 @@ class Numerics:
 
     @property
     def plain(self) -> bool:
-        """Whether lowerings implement it: nothing is exact, simulated or reordered."""
-        return self.simulate is None and self.order == 0 and self.products is None
+        """Whether lowerings may implement it: nothing is simulated or reordered."""
+        return self.simulate is None and self.order == 0
 
     @property
     def products(self) -> int | None:
