@@ -31,6 +31,7 @@ __all__ = [
     "is_many",
     "is_static",
     "is_true",
+    "keep_apart",
     "pins_contraction",
     "realize_inputs",
     "select",
@@ -80,6 +81,16 @@ def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -
     """
     result = autotune_select_algorithm(name, choices, nodes, layout)
     return result[0] if isinstance(result, tuple) else result
+
+
+def keep_apart(node: ir.TensorBox) -> ir.TensorBox:
+    """`node`, into whose kernel nothing is fused: a C++ template that writes its own result only.
+
+    Args:
+        node: What `select` returned.
+    """
+    V.graph.no_fuse_buffer_names.add(node.get_name())
+    return node
 
 
 def is_true(condition: Any) -> bool:

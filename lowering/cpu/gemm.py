@@ -95,7 +95,7 @@ def _product(template: Any, a: Any, b: Any) -> Any | None:
         return None
     layout = ir.FixedLayout(activation.get_device(), torch.float32, [rows, columns])
     made = template(layout, activation, weight)
-    return compat.select(made.name, [made.generate()], made.input_nodes, layout)
+    return compat.keep_apart(compat.select(made.name, [made.generate()], made.input_nodes, layout))
 
 
 class CpuGemm(CppTemplate):
@@ -115,7 +115,7 @@ class CpuGemm(CppTemplate):
 
     def render(self, **options: Any) -> str:
         """The C++ text."""
-        assert not options.get("epilogue_nodes"), "what reads the result reads other places"
+        assert not options.get("epilogue_nodes"), "nothing is fused into it"
         kernel, (columns, terms) = options["kernel"], self.weight.get_size()
         text = self._template_from_string(source(self.text)).render(
             template=self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from healpass.arithmetic.digits import DIGIT_MAX
-from healpass.lowering.cpu import exact
+from healpass.lowering.cpu import exact, gemm
 from healpass.ops.attention.exact_steps import P_BITS
 from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.attention.scoring import Scoring
@@ -27,6 +27,12 @@ from tests.support.strategies import DTYPES, data, fill
 heal = torch.ops.heal
 NUMERICS = [f"exact{products}" for products in SCHEMES]
 BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def without_vnni(monkeypatch):
+    """As on a processor whose products are torch's: with VNNI `cpu.gemm` has a kernel."""
+    monkeypatch.setattr(gemm, "has_vnni", lambda: False)
 
 
 def test_budgets():
@@ -58,6 +64,7 @@ def test_products_have_the_bits_of_the_reference(m, k, n, left, right, how, nume
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("without_vnni")
 def test_numbers_of_every_kind(rows):
     """Every exponent, NaN and infinities, in rows, in columns, and in both."""
     a, b = (
@@ -84,6 +91,7 @@ def test_other_arithmetic_keeps_its_reference(numerics):
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("numerics", ["exact5", "exact8"])
+@pytest.mark.usefixtures("without_vnni")
 def test_compiled_products_too(rows, numerics):
     """Inductor's loops: odd sizes, so that vectors have a rest; a producer that is fused in."""
     torch.manual_seed(0)

@@ -1,0 +1,122 @@
+"""The C++ kernels of products with a linear layer's weight: `cpu_gemm`, `cpu_exact_gemm`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from healpass.lowering.cpu import gemm
+from tests.support.bits import any_floats, compiled, differing
+from tests.support.profiles import examples
+from tests.support.strategies import DTYPES, data, fill
+
+heal = torch.ops.heal
+needs_vnni = pytest.mark.skipif(not gemm.has_vnni(), reason="this processor has no VNNI")
+#: K, N, the weight's dtype and a precision: odd sizes, single ones, more than a block of columns.
+EXACT = [
+    (333, 45, "bf16", "exact5"), (64, 130, "fp16", "exact3"), (77, 66, "fp32", "exact6"),
+    (1, 1, "bf16", "exact5"), (130, 17, "bf16", "exact8"), (96, 64, "fp32", "exact5"),
+]  # fmt: skip
+
+
+def product(numerics: str):
+    """A linear layer, compiled."""
+    return compiled(lambda x, w: heal.mm(x, w.t(), numerics))
+
+
+def run(function, x: Tensor, w: Tensor) -> Tensor:
+    """One call; one graph serves every number of rows above one."""
+    if len(x) > 1:
+        torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        return function(x, w)
+
+
+@needs_vnni
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: "-".join(map(str, case)))
+def test_exact_products_have_the_bits_of_the_reference(case):
+    """One to many rows, any magnitudes, subnormals; NaN and infinities in rows and columns."""
+    terms, columns, dtype, numerics = case
+    function = product(numerics)
+
+    @examples(25)
+    @given(
+        rows=st.sampled_from([1, 2, 3, 5, 8, 21]),
+        how=st.tuples(data(st.integers(-30, 30)), data(st.integers(-14, 14))),
+        seed=st.integers(0, 2**16),
+    )
+    def check(rows, how, seed):
+        x = fill((rows, terms), how[0], torch.float32, seed, 1)
+        w = fill((columns, terms), how[1], DTYPES[dtype], seed + 1, 1)
+        assert differing(run(function, x, w), heal.mm(x, w.t(), numerics)) == 0
+
+    check()
+    kinds = any_floats(300 * terms, 1)[: 300 * terms].reshape(300, terms)
+    weights = any_floats(columns * terms, 2)[: columns * terms].reshape(columns, terms)
+    weights = weights.to(DTYPES[dtype])
+    finite = torch.where(weights.isfinite(), weights, 1.0)
+    for w in (weights, finite):
+        assert differing(run(function, kinds, w), heal.mm(kinds, w.t(), numerics)) == 0
+
+
+@needs_vnni
+def test_exact_products_are_the_kernel_and_store_no_digits_of_a_weight():
+    x, w = torch.randn(5, 576), torch.randn(64, 576).to(torch.bfloat16)
+    found, code = run_and_get_code(product("exact5"), x, w)
+    assert differing(found, heal.mm(x, w.t(), "exact5")) == 0
+    assert "dpbusd" in code[0]
+    assert "empty_strided_cpu((64, 576)" not in code[0]
+
+
+BREAKS = {
+    "a digit": ("_mm512_srai_epi32(raised, 8)", "_mm512_srai_epi32(integers, 8)"),
+    "a pair": ("if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma"),
+    "the 128": ("offsets[i + j - CUT] += 128 * sums[i]", "offsets[i + j - CUT] += 127 * sums[i]"),
+    "a scale": ("> limit) scale *= 2.0f", "> 2.0 * limit) scale *= 2.0f"),
+}
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_kernel_shows(name, monkeypatch):
+    """The inverse; a scale one too small is seen where an element rounds up to its limit."""
+    before, after = BREAKS[name]
+    text = gemm.source("cpu_exact_gemm")
+    assert before in text
+    monkeypatch.setattr(gemm, "source", lambda _: text.replace(before, after))
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 200), torch.randn(32, 200).to(torch.bfloat16)
+    x[:, 0], w[:, 0] = 4.0 - 2.0**-22, 4.0 - 2.0**-6
+    assert differing(product("exact5")(x, w), heal.mm(x, w.t(), "exact5")) > 0
+
+
+@pytest.mark.parametrize(("terms", "columns"), [(576, 40), (37, 5), (1, 3), (16, 33)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_row_has_its_bits_in_every_batch_and_the_bound_of_a_chain(terms, columns, dtype):
+    """FP32: WIDTH chains and a tree are within K u of the product of magnitudes."""
+    torch.manual_seed(terms)
+    x, w = torch.randn(30, terms), torch.randn(columns, terms).to(DTYPES[dtype])
+    x[3, 0], w[1, 0] = 1e30, 2.0**-14
+    function = product("heal")
+    whole = run(function, x, w)
+    for rows in (2, 3, 4, 5, 6, 7, 11, 29):
+        assert differing(run(function, x[:rows], w), whole[:rows]) == 0
+    exact = x.double() @ w.t().double()
+    budget = terms * 2.0**-24 * (x.double().abs() @ w.t().double().abs()) + 2.0**-149
+    worst = float(((whole.double() - exact).abs() / budget).max())
+    print(f"observed / bound: {worst:.3f}")
+    assert worst <= 1
+
+
+def test_special_numbers_spread_as_in_fp32():
+    x, w = torch.randn(7, 50), torch.randn(9, 50).to(torch.bfloat16)
+    x[2, 49], w[4, 3], x[5, 7] = math.nan, math.inf, -math.inf
+    found, wanted = run(product("heal"), x, w), x @ w.t().float()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.isinf(), wanted.isinf())
