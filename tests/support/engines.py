@@ -35,6 +35,14 @@ WIDTHS = {
     "pad_token_id": None,
     "initializer_range": 0.06,
 }
+#: The square root of this width, which scales embeddings, is none of BF16's numbers.
+GEMMA = {
+    "hidden_size": 640,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+    "sliding_window": 24,
+}
 MODELS: dict[str, Any] = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
     # Heads that two ranks can share.
@@ -44,7 +52,13 @@ MODELS: dict[str, Any] = {
         {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
     ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 24}),
-    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, {"head_dim": 64, "sliding_window": 24}),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GEMMA),
+    "gemma3": (
+        hf.Gemma3ForCausalLM,
+        hf.Gemma3TextConfig,
+        GEMMA | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "cohere": (hf.CohereForCausalLM, hf.CohereConfig, {"use_qk_norm": True}),
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4}),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),

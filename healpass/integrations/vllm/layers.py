@@ -2,9 +2,7 @@
 
 Each stands in for vLLM's class of the same name, in every engine of a process, and does something
 else only in one that asks for `precision="exact"`: there elementary functions are `heal::`
-operators, which have one value on every device. The frequencies of a rotary table are not: they
-are torch's power on the CPU, here and in transformers, and its last bit depends on the processor's
-vectors. Imports vLLM.
+operators, which have one value on every device. Imports vLLM.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import (
@@ -22,12 +20,14 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import UnavailableError
+from healpass.integrations.frequencies import PinnedFunctions
 from healpass.integrations.vllm.options import current
 
-heal, aten = torch.ops.heal, torch.ops.aten
+heal = torch.ops.heal
 
 
 class Exact:
@@ -106,6 +106,26 @@ class HealSiluAndMul(Exact, SiluAndMul):
         return heal.silu(gate) * up
 
 
+class HealGeluAndMul(Exact, GeluAndMul):
+    """`gelu(gate) * up` of `[gate | up]`."""
+
+    def forward_native(self, x: Tensor) -> Tensor:
+        """`[..., N]` of `[..., 2 N]`."""
+        if not self.exact:
+            return super().forward_native(x)
+        gate, up = x.chunk(2, -1)
+        return (heal.gelu_tanh if self.approximate == "tanh" else heal.gelu)(gate) * up
+
+
+class HealVocabParallelEmbedding(VocabParallelEmbedding):
+    """An embedding with the engine's quantization, which Gemma's and Cohere's forget to hand on."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        if current() is not None and "quant_method" not in more:
+            more.setdefault("quant_config", get_current_vllm_config().quant_config)
+        super().__init__(*arguments, **more)
+
+
 class HealLogitsProcessor(LogitsProcessor):
     """Logits, capped by a pinned tanh where `exact`.
 
@@ -143,18 +163,8 @@ class HealLogitsProcessor(LogitsProcessor):
 HEADS = [("HealEmbeddingMethod", dtype) for dtype in (None, torch.float32)]
 
 
-class PinnedFunctions(TorchDispatchMode):
-    """Cosines and sines by `heal::cos` and `heal::sin`, on CPU."""
-
-    PINNED = {aten.cos.default: heal.cos.default, aten.sin.default: heal.sin.default}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operator, or the pinned one in its place."""
-        return self.PINNED.get(func, func)(*args, **(kwargs or {}))
-
-
 class PinnedTables(Exact):
-    """A rotary embedding whose table is made by pinned functions, on CPU."""
+    """A rotary embedding whose frequencies and table pinned functions make, on CPU."""
 
     def _compute_cos_sin_cache(self) -> Tensor:
         make = super()._compute_cos_sin_cache  # type: ignore[misc]
@@ -183,6 +193,8 @@ LAYERS: dict[Any, Any] = {
     RMSNorm: HealRMSNorm,
     GemmaRMSNorm: HealGemmaRMSNorm,
     SiluAndMul: HealSiluAndMul,
+    GeluAndMul: HealGeluAndMul,
+    VocabParallelEmbedding: HealVocabParallelEmbedding,
     LogitsProcessor: HealLogitsProcessor,
     RotaryEmbedding: HealRotaryEmbedding,
     Llama3RotaryEmbedding: HealLlama3RotaryEmbedding,

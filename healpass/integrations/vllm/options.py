@@ -20,7 +20,10 @@ SEEDS = "healpass.integrations.vllm.seeds:SeededDraws"
 #: The fields of `HealConfig` that an engine may give.
 FIELDS = ("precision", "kv", "exact_accuracy", "exact_products")
 #: Families whose every layer has the bits of `exact` without a compiler, too.
-EAGER = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+EAGER = (
+    *("CohereForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+)
 #: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
 ROTARY = ("default", "llama3", "yarn")
 #: `CompilationMode`: no compiler, and one whole graph by torch.compile.
