@@ -43,6 +43,7 @@ GEMMA = {
     "head_dim": 64,
     "sliding_window": 24,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 448}
 MODELS: dict[str, Any] = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
     # Heads that two ranks can share.
@@ -59,7 +60,27 @@ MODELS: dict[str, Any] = {
         GEMMA | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
     "cohere": (hf.CohereForCausalLM, hf.CohereConfig, {"use_qk_norm": True}),
-    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4}),
+    "mixtral": (
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig,
+        {"num_local_experts": 4, "intermediate_size": 448},
+    ),
+    "qwen2_moe": (
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig,
+        EXPERTS | {"shared_expert_intermediate_size": 448},
+    ),
+    "qwen3_moe": (
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig,
+        EXPERTS | {"head_dim": 64, "norm_topk_prob": True},
+    ),
+    "gpt_oss": (
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 448}
+        | {"head_dim": 64, "sliding_window": 24},
+    ),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 64}),

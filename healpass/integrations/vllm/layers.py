@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, SwigluOAIAndMul
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import (
@@ -117,13 +118,40 @@ class HealGeluAndMul(Exact, GeluAndMul):
         return (heal.gelu_tanh if self.approximate == "tanh" else heal.gelu)(gate) * up
 
 
+class HealSwigluOAIAndMul(Exact, SwigluOAIAndMul):
+    """GPT-OSS's gate, of `[gate, up, gate, up, ...]`."""
+
+    def forward_native(self, x: Tensor) -> Tensor:
+        """`[..., N]` of `[..., 2 N]`."""
+        if not self.exact:
+            return super().forward_native(x)
+        gate = x[..., ::2].clamp(max=self.limit)
+        up = x[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * heal.sigmoid(gate * self.alpha))
+
+
 class HealVocabParallelEmbedding(VocabParallelEmbedding):
-    """An embedding with the engine's quantization, which Gemma's and Cohere's forget to hand on."""
+    """An embedding with the engine's quantization, which Gemma and Cohere do not hand on."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        if current() is not None and "quant_method" not in more:
-            more.setdefault("quant_config", get_current_vllm_config().quant_config)
-        super().__init__(*arguments, **more)
+        super().__init__(*arguments, **quantized(more))
+
+
+class HealGateLinear(GateLinear):
+    """A router's product, which no model quantizes: `heal::linear`, and no kernel beside it."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **quantized(more))
+        if current() is not None:
+            for name in [name for name in vars(self) if name.startswith("allow_")]:
+                setattr(self, name, False)
+
+
+def quantized(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a layer with the engine's quantization, where that is HEAL's."""
+    if current() is None or arguments.get("quant_config") or arguments.get("quant_method"):
+        return arguments
+    return arguments | {"quant_config": get_current_vllm_config().quant_config}
 
 
 class HealLogitsProcessor(LogitsProcessor):
@@ -194,6 +222,8 @@ LAYERS: dict[Any, Any] = {
     GemmaRMSNorm: HealGemmaRMSNorm,
     SiluAndMul: HealSiluAndMul,
     GeluAndMul: HealGeluAndMul,
+    SwigluOAIAndMul: HealSwigluOAIAndMul,
+    GateLinear: HealGateLinear,
     VocabParallelEmbedding: HealVocabParallelEmbedding,
     LogitsProcessor: HealLogitsProcessor,
     RotaryEmbedding: HealRotaryEmbedding,

@@ -21,8 +21,9 @@ SEEDS = "healpass.integrations.vllm.seeds:SeededDraws"
 FIELDS = ("precision", "kv", "exact_accuracy", "exact_products")
 #: Families whose every layer has the bits of `exact` without a compiler, too.
 EAGER = (
-    *("CohereForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "LlamaForCausalLM"),
-    *("MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM"),
+    *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
 )
 #: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
 ROTARY = ("default", "llama3", "yarn")
