@@ -8,7 +8,9 @@ import torch
 from healpass.integrations.sampling import SeededSampler
 from healpass.integrations.transformers import heal_model
 from tests.support.engines import (
+    COMPILED,
     NEW,
+    ROPES,
     SAME_AS_TRANSFORMERS,
     Engine,
     make_model,
@@ -29,10 +31,10 @@ def test_a_sliding_window_in_batches_and_chunks(tmp_path):
         assert engine.together(given) == alone
 
 
-@pytest.mark.parametrize("family", SAME_AS_TRANSFORMERS)
+@pytest.mark.parametrize("family", [*SAME_AS_TRANSFORMERS, *(f"rope {kind}" for kind in ROPES)])
 def test_teacher_forced_log_probabilities_are_the_rollouts(tmp_path, family):
     """The importance ratio of a rollout is exactly 1: the log-probabilities are equal."""
-    with Engine(save_model(family, tmp_path)) as engine:
+    with Engine(save_model(family, tmp_path), compiled=family in COMPILED) as engine:
         answers = engine.together(GIVEN)
     model = heal_model(make_model(family), precision="exact")
     for prompt, (tokens, log_probabilities) in zip(GIVEN, answers, strict=True):

@@ -1,8 +1,8 @@
 """Mixtures of experts in vLLM: routing, and products by `heal::grouped_mm`. Imports vLLM.
 
-What `heal_model` computes of the same layer: each token's experts are sorted, their rows multiplied
-in groups, weighted, and summed exactly, so that the bits do not depend on who came with whom. The
-router's choice is part of it: equal scores go to the lowest index.
+What `heal_model` computes of the same layer: rows are sorted by expert, multiplied in groups,
+weighted, and summed exactly, so that the bits do not depend on who came with whom. The router's
+choice is part of it: equal scores go to the lowest index.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class HealExpertsMethod(FusedMoEMethodBase):
         inner = intermediate_size_per_partition
         shapes = {"w13": (2 * inner, hidden_size), "w2": (hidden_size, inner)}
         for name, (rows, columns) in shapes.items():
-            sizes = {"weight": (num_experts, rows, columns)}
+            sizes: dict[str, tuple[int, ...]] = {"weight": (num_experts, rows, columns)}
             if self.moe.has_bias:
                 sizes["bias"] = (num_experts, rows)
             for kind, size in sizes.items():

@@ -15,13 +15,19 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import UnavailableError
@@ -130,28 +136,37 @@ class HealSwigluOAIAndMul(Exact, SwigluOAIAndMul):
         return (up + 1) * (gate * heal.sigmoid(gate * self.alpha))
 
 
-class HealVocabParallelEmbedding(VocabParallelEmbedding):
-    """An embedding with the engine's quantization, which Gemma and Cohere do not hand on."""
+class Quantized:
+    """A layer with the engine's quantization, which some models do not hand on to it."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **quantized(more))
+        if current() is not None and not more.get("quant_method"):
+            more["quant_config"] = (
+                more.get("quant_config") or get_current_vllm_config().quant_config
+            )
+        super().__init__(*arguments, **more)
 
 
-class HealGateLinear(GateLinear):
-    """A router's product, which no model quantizes: `heal::linear`, and no kernel beside it."""
+class HealVocabParallelEmbedding(Quantized, VocabParallelEmbedding):
+    """Gemma's and Cohere's, which are their heads, too."""
+
+
+class HealParallelLMHead(Quantized, ParallelLMHead):
+    """A head."""
+
+
+class HealReplicatedLinear(Quantized, ReplicatedLinear):
+    """The gate of a shared expert."""
+
+
+class HealGateLinear(Quantized, GateLinear):
+    """A router's product: `heal::linear`, and no kernel beside it."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **quantized(more))
+        super().__init__(*arguments, **more)
         if current() is not None:
             for name in [name for name in vars(self) if name.startswith("allow_")]:
                 setattr(self, name, False)
-
-
-def quantized(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a layer with the engine's quantization, where that is HEAL's."""
-    if current() is None or arguments.get("quant_config") or arguments.get("quant_method"):
-        return arguments
-    return arguments | {"quant_config": get_current_vllm_config().quant_config}
 
 
 class HealLogitsProcessor(LogitsProcessor):
@@ -195,17 +210,36 @@ class PinnedTables(Exact):
     """A rotary embedding whose frequencies and table pinned functions make, on CPU."""
 
     def _compute_cos_sin_cache(self) -> Tensor:
-        make = super()._compute_cos_sin_cache  # type: ignore[misc]
         if not self.exact:
-            return make()
+            return super()._compute_cos_sin_cache()  # type: ignore[misc]
         target = torch.get_default_device()
         with torch.device("cpu"), PinnedFunctions():
-            table = make()
+            table = self.table()
         return table.to(target)
+
+    def table(self) -> Tensor:
+        """Cosines and sines, FP32 `[positions, rotary_dim]`."""
+        return super()._compute_cos_sin_cache()  # type: ignore[misc]
 
 
 class HealRotaryEmbedding(PinnedTables, RotaryEmbedding):
     """Without scaling."""
+
+
+class HealLinearRotaryEmbedding(PinnedTables, LinearScalingRotaryEmbedding):
+    """Frequencies over a factor; vLLM divides positions instead, which rounds otherwise."""
+
+    def table(self) -> Tensor:
+        """Cosines and sines, FP32 `[positions, rotary_dim]`."""
+        (factor,) = self.scaling_factors
+        self._scaling_factor_to_offset = {float(factor): 0}
+        positions = torch.arange(self.max_position_embeddings * factor, dtype=torch.float32)
+        angles = positions[:, None] * (self._compute_inv_freq(self.base) / factor)
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class HealDynamicRotaryEmbedding(PinnedTables, DynamicNTKScalingRotaryEmbedding):
+    """Frequencies of requests that are not longer than what the model was trained with."""
 
 
 class HealLlama3RotaryEmbedding(PinnedTables, Llama3RotaryEmbedding):
@@ -224,9 +258,13 @@ LAYERS: dict[Any, Any] = {
     GeluAndMul: HealGeluAndMul,
     SwigluOAIAndMul: HealSwigluOAIAndMul,
     GateLinear: HealGateLinear,
+    ReplicatedLinear: HealReplicatedLinear,
+    ParallelLMHead: HealParallelLMHead,
     VocabParallelEmbedding: HealVocabParallelEmbedding,
     LogitsProcessor: HealLogitsProcessor,
     RotaryEmbedding: HealRotaryEmbedding,
+    LinearScalingRotaryEmbedding: HealLinearRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding: HealDynamicRotaryEmbedding,
     Llama3RotaryEmbedding: HealLlama3RotaryEmbedding,
     YaRNScalingRotaryEmbedding: HealYaRNRotaryEmbedding,
 }

@@ -26,7 +26,9 @@ EAGER = (
     *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
 )
 #: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
-ROTARY = ("default", "llama3", "yarn")
+ROTARY = ("default", "linear", "dynamic", "llama3", "yarn")
+#: Parameters beside the type that ask for another table.
+OTHER_ROTARY = ("mrope_section", "use_fope", "alpha", "max_trained_positions")
 #: `CompilationMode`: no compiler, and one whole graph by torch.compile.
 NO_COMPILER, WHOLE_GRAPH = 0, 2
 
@@ -179,7 +181,14 @@ def _exact_reasons(model: Any) -> Iterator[str]:
         yield "the towers of a multimodal model run outside of the graph. Use precision='heal'."
     if getattr(model, "runner_type", "generate") == "pooling":
         yield "pooling adds floats in an order of its own. Use precision='heal'."
-    for kind in sorted(rotary_kinds(getattr(model, "hf_text_config", None)) - set(ROTARY)):
+    text = getattr(model, "hf_text_config", None)
+    kinds, trained = rotary_kinds(text), getattr(text, "max_position_embeddings", 0)
+    if "dynamic" in kinds and model.max_model_len > trained:
+        yield (
+            f"rotary embeddings of type 'dynamic' change with a request's length beyond {trained} "
+            f"tokens, and max_model_len={model.max_model_len}. Use max_model_len={trained}."
+        )
+    for kind in sorted(kinds - set(ROTARY)):
         yield (
             f"rotary embeddings of type {kind!r}: exact has pinned tables for "
             f"{', '.join(ROTARY)}. Use precision='heal', or heal_model in transformers."
@@ -199,7 +208,7 @@ def rotary_kinds(config: Any) -> set[str]:
     found = set()
     for kind in kinds:
         found.add(str(kind.get("rope_type", kind.get("type", "default"))))
-        found |= {key for key in ("mrope_section", "use_fope") if kind.get(key)}
+        found |= {key for key in OTHER_ROTARY if kind.get(key)}
     return found
 
 
