@@ -46,12 +46,19 @@ GEMMA = {
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 448}
 #: Scalings of rotary embeddings, at the base where torch's powers differ between processors.
 ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
     "linear": {"factor": 3.0},
-    "dynamic": {"factor": 3.0},
     "yarn": {"factor": 3.0, "original_max_position_embeddings": 171},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     | {"original_max_position_embeddings": 64},
 }
+
+
+def rope(kind: str) -> str:
+    """The name of a Llama with that scaling."""
+    return f"llama with {kind} frequencies"
+
+
 MODELS: dict[str, Any] = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
     # Heads that two ranks can share.
@@ -89,27 +96,28 @@ MODELS: dict[str, Any] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 448}
         | {"head_dim": 64, "sliding_window": 24},
     ),
+    "phi": (hf.PhiForCausalLM, hf.PhiConfig, {}),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     **{
-        f"rope {kind}": (
+        rope(kind): (
             hf.LlamaForCausalLM,
             hf.LlamaConfig,
             {"num_hidden_layers": 1, "head_dim": 128, "num_attention_heads": 4}
             | {"num_key_value_heads": 2}
             | {"rope_parameters": {"rope_type": kind, "rope_theta": 1e6} | more},
         )
-        for kind, more in ROPES.items()
+        for kind, more in {**ROPES, "dynamic": {"factor": 3.0}}.items()
     },
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 64}),
 }
 #: Families whose answers are those of transformers.
 SAME_AS_TRANSFORMERS = (
-    *("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3", "cohere"),
+    *("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
 )
 #: Those of them whose models compute something beside their layers, which only a compiler sees.
-COMPILED = ("cohere", "qwen2_moe")
+COMPILED = ("qwen2_moe",)
 #: What one request answers: its tokens, and their log-probabilities.
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 

@@ -6,6 +6,7 @@ with other arithmetic than it asked for: that it runs proves that HEAL is on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ EAGER = (
     *("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM"),
     *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
 )
+#: Families whose bits are those of `heal_model` in transformers, as the tests show.
+SAME_BITS = (*EAGER, "Qwen2MoeForCausalLM")
 #: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
 ROTARY = ("default", "linear", "dynamic", "llama3", "yarn")
 #: Parameters beside the type that ask for another table.
@@ -133,7 +136,7 @@ def current() -> EngineOptions | None:
 
 
 def check(engine: Any, environment: Mapping[str, str]) -> None:
-    """Refuse an engine that would not compute as it asked.
+    """Refuse an engine that would not compute as it asked; warn of bits that have no other side.
 
     Args:
         engine: A `VllmConfig` that asks for HEAL.
@@ -149,6 +152,13 @@ def check(engine: Any, environment: Mapping[str, str]) -> None:
             f"quantization='heal' cannot run this engine: {found[0]}\n{lines}\n"
             "healpass.integrations.vllm.engine_args(model, precision=...) gives the arguments "
             "that an engine needs."
+        )
+    options, family = asked(engine), engine.model_config.architecture
+    if options is not None and options.is_exact and family not in SAME_BITS:
+        warnings.warn(
+            f"precision='exact' repeats every bit of {family} in vLLM; that they are the bits of "
+            f"heal_model in transformers is shown for {', '.join(SAME_BITS)} only.",
+            stacklevel=2,
         )
 
 
