@@ -96,7 +96,6 @@ MODELS: dict[str, Any] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 448}
         | {"head_dim": 64, "sliding_window": 24},
     ),
-    "phi": (hf.PhiForCausalLM, hf.PhiConfig, {}),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
     **{
         rope(kind): (

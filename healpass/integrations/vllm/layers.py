@@ -160,13 +160,15 @@ class HealReplicatedLinear(Quantized, ReplicatedLinear):
 
 
 class HealGateLinear(Quantized, GateLinear):
-    """A router's product: `heal::linear`, and no kernel beside it."""
+    """A router's product: `heal::linear`, and neither the kernels nor the cast beside it."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        if current() is not None:
-            for name in [name for name in vars(self) if name.startswith("allow_")]:
-                setattr(self, name, False)
+        self.heal = current() is not None
+
+    def forward(self, x: Tensor) -> Any:
+        """Scores `[T, experts]`; with None for the bias where the model takes two."""
+        return ReplicatedLinear.forward(self, x) if self.heal else super().forward(x)
 
 
 class HealLogitsProcessor(LogitsProcessor):
