@@ -148,7 +148,12 @@ class Quantized:
 
 
 class HealVocabParallelEmbedding(Quantized, VocabParallelEmbedding):
-    """Gemma's and Cohere's, which are their heads, too."""
+    """Gemma's and Cohere's are their heads, too."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if current() is not None:  # the fused kernel hands out the checkpoint's dtype
+            self.use_fused_embedding = False
 
 
 class HealParallelLMHead(Quantized, ParallelLMHead):
