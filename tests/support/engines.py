@@ -44,7 +44,9 @@ GEMMA = {
     "sliding_window": 24,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 448}
-#: Scalings of rotary embeddings, at the base where torch's powers differ between processors.
+#: Scalings of rotary embeddings. At this base torch's powers differ between instruction sets for
+#: the second frequency, which turns keys by many radians.
+THETA = 9e4
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": 3.0},
@@ -101,9 +103,8 @@ MODELS: dict[str, Any] = {
         rope(kind): (
             hf.LlamaForCausalLM,
             hf.LlamaConfig,
-            {"num_hidden_layers": 1, "head_dim": 128, "num_attention_heads": 4}
-            | {"num_key_value_heads": 2}
-            | {"rope_parameters": {"rope_type": kind, "rope_theta": 1e6} | more},
+            {"num_hidden_layers": 1}
+            | {"rope_parameters": {"rope_type": kind, "rope_theta": THETA} | more},
         )
         for kind, more in {**ROPES, "dynamic": {"factor": 3.0}}.items()
     },
