@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from healpass.errors import ConfigError, UnavailableError
 from healpass.integrations.vllm import engine_args
-from healpass.integrations.vllm.experts import HealExpertsMethod
+from healpass.integrations.vllm.experts import HealExpertsMethod, reasons
 from healpass.integrations.vllm.layers import LAYERS
 from tests.support.engines import save_model
 
@@ -102,7 +102,7 @@ def experts(**changes):
 def test_experts_that_are_chosen_otherwise(changes, word):
     with pytest.raises(UnavailableError, match=word):
         HealExpertsMethod(experts(**changes), torch.bfloat16, "exact5")
-    HealExpertsMethod(experts(), torch.bfloat16, "exact5")
+    assert not list(reasons(experts()))
 
 
 def test_layers_have_the_names_that_switch_them():

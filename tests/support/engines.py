@@ -103,8 +103,10 @@ MODELS: dict[str, Any] = {
         rope(kind): (
             hf.LlamaForCausalLM,
             hf.LlamaConfig,
-            {"num_hidden_layers": 1}
-            | {"rope_parameters": {"rope_type": kind, "rope_theta": THETA} | more},
+            {
+                "num_hidden_layers": 1,
+                "rope_parameters": {"rope_type": kind, "rope_theta": THETA} | more,
+            },
         )
         for kind, more in {**ROPES, "dynamic": {"factor": 3.0}}.items()
     },

@@ -46,7 +46,7 @@ class HealExpertsMethod(FusedMoEMethodBase):
 
     def __init__(self, layer: Any, dtype: torch.dtype, numerics: str) -> None:
         super().__init__(layer.moe_config)
-        for reason in _reasons(layer):
+        for reason in reasons(layer):
             raise UnavailableError(
                 f"quantization='heal' cannot run the experts of {layer.layer_name}: {reason}\n"
                 "Run the model in transformers with heal_model."
@@ -153,7 +153,12 @@ def route(
     return best, chosen
 
 
-def _reasons(layer: Any) -> Iterator[str]:
+def reasons(layer: Any) -> Iterator[str]:
+    """Why HEAL cannot run a layer.
+
+    Args:
+        layer: vLLM's `RoutedExperts`.
+    """
     parallel = layer.moe_config.moe_parallel_config
     if max(parallel.tp_size, parallel.ep_size, parallel.dp_size) > 1 or parallel.enable_eplb:
         yield "split over ranks, sums of experts are sums of floats. Use one rank."
