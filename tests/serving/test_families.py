@@ -10,7 +10,7 @@ import torch
 from healpass.integrations.sampling import SeededSampler
 from healpass.integrations.transformers import heal_model
 from healpass.integrations.vllm import gemma, layers, quant
-from healpass.integrations.vllm.experts import HealExpertsMethod
+from healpass.integrations.vllm.experts import HealExpertsMethod, route
 from tests.support.engines import (
     COMPILED,
     NEW,
@@ -66,6 +66,14 @@ def test_teacher_forced_log_probabilities_are_the_rollouts(tmp_path, family):
     """The importance ratio of a rollout is exactly 1: the log-probabilities are equal."""
     with Engine(save_model(family, tmp_path), compiled=family in COMPILED) as engine:
         assert equal(family, engine.together(GIVEN)) == len(GIVEN)
+
+
+@pytest.mark.parametrize("chosen_first", [False, True])
+def test_the_router_takes_the_lowest_of_equals(chosen_first):
+    scores = torch.tensor([[0.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    weights, chosen = route(scores, 2, True, chosen_first)
+    assert chosen.tolist() == [[1, 2], [0, 1]]
+    assert weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
 def test_a_dynamic_scaling_is_none_up_to_the_trained_length(tmp_path):
