@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from healpass.integrations.border import Border, CallBorder
 from healpass.integrations.cache import HealCache
 from healpass.integrations.entries import methods_of, modules_of
 from healpass.integrations.entry import CALL, Entry
+from healpass.integrations.frequencies import Pinned, pin
 from healpass.integrations.generation import prepare_cache, refuse_continuous_batching
 
 __all__ = ["HealCache", "entries", "heal_model", "register", "unheal_model"]
@@ -49,12 +51,14 @@ class Healed:
         entries: Name -> the compiled entry.
         attention: Each configuration, and the implementation of attention that it had.
         replaced: (module, attribute) of the methods that were replaced for `generate`.
+        frequencies: Of rotary embeddings, where `exact` replaced them.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.attention: list[tuple[Any, Any]] = []
         self.replaced: list[tuple[Any, str]] = []
+        self.frequencies: list[Pinned] = []
 
     def undo(self) -> None:
         """Put everything back."""
@@ -64,6 +68,8 @@ class Healed:
             config._attn_implementation_internal = name
         for module, name in self.replaced:
             vars(module).pop(name, None)
+        for pinned in self.frequencies:
+            pinned.undo()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickled model is loaded in a process that may not know HEAL's attention."""
@@ -89,7 +95,9 @@ def heal_model(
     `HealCache` takes the place of the one that transformers would have made. Logits are handed out
     in FP32 (unless `outputs="traced"` is given): rounded to BF16, the best two tokens often tie.
     Whatever else leads into the model is compiled as well: `entries(model)` lists it. Copies and
-    pickles of the model are healed, too. Another call replaces the first.
+    pickles of the model are healed, too. Another call replaces the first. With `exact`, the
+    frequencies of rotary embeddings, which torch's power made, are computed again by
+    `frequencies.pin`; a warning lists those that cannot be.
 
     Args:
         model: A `PreTrainedModel`; or a `PeftModel` or a `SentenceTransformer` around one; not the
@@ -115,6 +123,8 @@ def heal_model(
         if wanted.rewrites:
             _set_attention(record, base)
             _hook_generation(record, base, wanted)
+        if wanted.precision == "exact":
+            _pin_frequencies(record, base)
     for name, tuner in tuners:
         vars(bases[0])[RECORD].entries[name] = Entry(tuner, CALL, wanted)
     return model
@@ -177,6 +187,19 @@ def _set_attention(record: Healed, base: Any) -> None:
     if base._can_set_attn_implementation():
         register()
         base.set_attn_implementation("heal")
+
+
+def _pin_frequencies(record: Healed, base: Any) -> None:
+    record.frequencies, kept = pin(base)
+    if kept:
+        lines = "\n".join(f"- {name}: {reason}" for name, reason in kept.items())
+        warnings.warn(
+            f"precision='exact' leaves {len(kept)} tables of frequencies as they are:\n{lines}\n"
+            "The graph's bits are the same everywhere for these frequencies; torch's power, which "
+            "makes them, may round its last bit otherwise on another processor. Save them, or "
+            "compare with healpass fingerprint.",
+            stacklevel=3,
+        )
 
 
 def _configs(config: Any) -> list[Any]:

@@ -1,10 +1,12 @@
-"""Engines in processes of their own: other numbers of threads, and two ranks."""
+"""Engines in processes of their own: other threads, another instruction set, two ranks."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.support.engines import Engine, elsewhere, prompts, same, save_model
+from healpass.integrations.frequencies import PinnedFunctions
+from tests.support.engines import Engine, elsewhere, prompts, rope, same, save_model
 
 GIVEN = prompts()
 
@@ -23,6 +25,33 @@ def expected(model):
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_numbers_of_threads(model, expected, threads):
     assert elsewhere(model, {"OMP_NUM_THREADS": threads}) == expected
+
+
+@pytest.fixture(scope="module")
+def without_vectors(tmp_path_factory):
+    """A model whose frequencies torch's powers round differently; its answers without vectors."""
+    model = save_model(rope("default"), tmp_path_factory.mktemp("frequencies"))
+    return model, elsewhere(model, {"ATEN_CPU_CAPABILITY": "default"})
+
+
+def test_another_instruction_set(without_vectors):
+    model, expected = without_vectors
+    with Engine(model) as engine:
+        assert engine.together(GIVEN) == expected
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="this processor has one power only",
+)
+def test_another_instruction_set_without_the_pin(without_vectors, monkeypatch):
+    """The inverse: torch's power makes the frequencies."""
+    powers = {operator: kept for operator, kept in PinnedFunctions.PINNED.items()
+              if "pow" not in str(operator)}  # fmt: skip
+    monkeypatch.setattr(PinnedFunctions, "PINNED", powers)
+    model, expected = without_vectors
+    with Engine(model) as engine:
+        assert engine.together(GIVEN) != expected
 
 
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -35,6 +35,32 @@ WIDTHS = {
     "pad_token_id": None,
     "initializer_range": 0.06,
 }
+#: The square root of this width, which scales embeddings, is none of BF16's numbers.
+GEMMA = {
+    "hidden_size": 640,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+    "sliding_window": 24,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 448}
+#: Scalings of rotary embeddings. At this base torch's powers differ between instruction sets for
+#: the second frequency, which turns keys by many radians.
+THETA = 9e4
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "yarn": {"factor": 3.0, "original_max_position_embeddings": 171},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 64},
+}
+
+
+def rope(kind: str) -> str:
+    """The name of a Llama with that scaling."""
+    return f"llama with {kind} frequencies"
+
+
 MODELS: dict[str, Any] = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
     # Heads that two ranks can share.
@@ -44,14 +70,56 @@ MODELS: dict[str, Any] = {
         {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
     ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 24}),
-    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, {"head_dim": 64, "sliding_window": 24}),
-    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4}),
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GEMMA),
+    "gemma3": (
+        hf.Gemma3ForCausalLM,
+        hf.Gemma3TextConfig,
+        GEMMA | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "cohere": (hf.CohereForCausalLM, hf.CohereConfig, {"use_qk_norm": True}),
+    "mixtral": (
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig,
+        {"num_local_experts": 4, "intermediate_size": 448},
+    ),
+    "qwen2_moe": (
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig,
+        EXPERTS | {"shared_expert_intermediate_size": 448},
+    ),
+    "qwen3_moe": (
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig,
+        EXPERTS | {"head_dim": 64, "norm_topk_prob": True},
+    ),
+    "gpt_oss": (
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 448}
+        | {"head_dim": 64, "sliding_window": 24},
+    ),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config, {}),
+    **{
+        rope(kind): (
+            hf.LlamaForCausalLM,
+            hf.LlamaConfig,
+            {
+                "num_hidden_layers": 1,
+                "rope_parameters": {"rope_type": kind, "rope_theta": THETA} | more,
+            },
+        )
+        for kind, more in {**ROPES, "dynamic": {"factor": 3.0}}.items()
+    },
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 64}),
 }
 #: Families whose answers are those of transformers.
-SAME_AS_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")
+SAME_AS_TRANSFORMERS = (
+    *("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+)
+#: Those of them whose models compute something beside their layers, which only a compiler sees.
+COMPILED = ("qwen2_moe",)
 #: What one request answers: its tokens, and their log-probabilities.
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from healpass.integrations.vllm.options import (
     BACKEND,
     EAGER,
     ROTARY,
+    SAME_BITS,
     SEEDS,
     EngineOptions,
     asked,
@@ -53,14 +55,25 @@ def engine(**changes: Any) -> Any:
     return SimpleNamespace(**whole, **made)
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_engine_as_the_helper_makes_it_is_accepted():
     check(engine(), PLAIN)
     check(engine(), PLAIN | {"VLLM_BATCH_INVARIANT": "0"})
     eager = {"compilation_config__mode": 0, "compilation_config__backend": "inductor"}
     for family in EAGER:
         check(engine(**eager, model_config__architecture=family), {})
+    for family in SAME_BITS:
+        check(engine(model_config__architecture=family), PLAIN)
     draft = SimpleNamespace(method="ngram")
     check(engine(speculative_config=draft, model_config__logits_processors=None), PLAIN)
+
+
+def test_a_family_that_nobody_has_compared_is_said():
+    cohere = {"model_config__architecture": "CohereForCausalLM"}
+    with pytest.warns(UserWarning, match="every bit of CohereForCausalLM"):
+        check(engine(**cohere), PLAIN)
+    with warnings.catch_warnings(action="error"):
+        check(engine(**cohere, additional_config={"heal": {"precision": "heal"}}), PLAIN)
 
 
 @pytest.mark.parametrize(("changes", "word"), [
@@ -115,19 +128,31 @@ def test_what_would_give_other_bits_is_refused(changes, word):
     ({"rope_theta": 1e4}, {"default"}),
     ({"rope_type": "llama3", "factor": 8.0}, {"llama3"}),
     ({"type": "linear"}, {"linear"}),
+    ({"type": "longrope"}, {"longrope"}),
+    ({"rope_type": "dynamic", "alpha": 3.0}, {"dynamic", "alpha"}),
     ({"rope_type": "default", "mrope_section": [8, 12, 12]}, {"default", "mrope_section"}),
     ({"full": {"rope_type": "yarn"}, "sliding": {"rope_theta": 1e4}}, {"yarn", "default"}),
 ])  # fmt: skip
 def test_rotary_scalings_that_are_not_pinned_are_refused(given, kinds):
-    config = SimpleNamespace(rope_parameters=given)
+    config = SimpleNamespace(rope_parameters=given, max_position_embeddings=64)
     assert rotary_kinds(config) == kinds
-    scaled = engine(model_config__hf_text_config=config)
+    scaled = engine(model_config__hf_text_config=config, model_config__max_model_len=64)
     if kinds <= set(ROTARY):
         return check(scaled, PLAIN)
-    with pytest.raises(UnavailableError, match=r"'linear'|'mrope_section'"):
+    with pytest.raises(UnavailableError, match=r"'longrope'|'mrope_section'|'alpha'"):
         check(scaled, PLAIN)
     other = {"heal": {"precision": "heal"}}  # FP32's accuracy, whoever made the table
     return check(engine(model_config__hf_text_config=config, additional_config=other), PLAIN)
+
+
+def test_a_dynamic_scaling_that_would_begin_is_refused():
+    config = SimpleNamespace(
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=64
+    )
+    given = {"model_config__hf_text_config": config}
+    check(engine(**given, model_config__max_model_len=64), PLAIN)
+    with pytest.raises(UnavailableError, match="Use max_model_len=64"):
+        check(engine(**given, model_config__max_model_len=65), PLAIN)
 
 
 def test_every_reason_is_named_at_once():

@@ -12,7 +12,9 @@ does not: `quantization="heal"` is the switch. What follows from it::
 
     options.py     additional_config["heal"], read strictly; what an engine has to be for it
     quant.py       linear layers and embeddings: weights as the checkpoint has them, FP32 between
+    experts.py     mixtures of experts: the router's choice, products in groups
     layers.py      norms, activations, rotary tables, the logits' cap
+    gemma.py       the factor of Gemma's embeddings
     attention.py   the backend over paged cells (`heal::paged_write`, `heal::paged_attention`)
     compiled.py    the model's graph through backend="heal"
     sampling.py    log-probabilities
@@ -32,6 +34,8 @@ __all__ = ["command_line", "engine_args", "register"]
 
 #: Classes of vLLM's quantization and attention registries live in modules that import vLLM.
 _HERE = "healpass.integrations.vllm"
+#: Models that `gemma` stands in for.
+GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 
 def engine_args(
@@ -92,6 +96,7 @@ def command_line(model: str, *, compiled: bool = True, **options: Any) -> list[s
 def register() -> None:
     """What vLLM calls in every process: names for what an engine may ask for."""
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -101,6 +106,8 @@ def register() -> None:
         return
     register_quantization_config("heal")(quant.HealQuantConfig)
     layers.register()
+    for model in GEMMA:
+        ModelRegistry.register_model(model, f"{_HERE}.gemma:{model}")
     register_backend(AttentionBackendEnum.CUSTOM, f"{_HERE}.chosen.Backend")
     if current_platform.is_cpu():  # the platform offers no choice: the name there looks itself
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{_HERE}.chosen.CpuBackend")

@@ -16,8 +16,11 @@ from torch._dynamo.backends.registry import lookup_backend
 from healpass.errors import UnavailableError
 from healpass.integrations.vllm.options import EngineOptions, current
 
-#: What a graph of vLLM's keeps beside: attention over HEAL's pages, and `weight.data`.
-SETTLED = {"unified_kv_cache_update", "unified_attention_with_output", "_get_data_attr"}
+#: What a graph of vLLM's keeps beside: attention over HEAL's pages, experts, and `weight.data`.
+SETTLED = {
+    *("unified_kv_cache_update", "unified_attention_with_output", "moe_forward"),
+    "_get_data_attr",
+}
 
 
 def compiler(options: EngineOptions) -> Callable[..., Any]:

@@ -2,9 +2,7 @@
 
 Each stands in for vLLM's class of the same name, in every engine of a process, and does something
 else only in one that asks for `precision="exact"`: there elementary functions are `heal::`
-operators, which have one value on every device. The frequencies of a rotary table are not: they
-are torch's power on the CPU, here and in transformers, and its last bit depends on the processor's
-vectors. Imports vLLM.
+operators, which have one value on every device. Imports vLLM.
 """
 
 from __future__ import annotations
@@ -13,21 +11,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul, SwigluOAIAndMul
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 import healpass.ops  # noqa: F401  the operators must be registered
 from healpass.errors import UnavailableError
+from healpass.integrations.frequencies import PinnedFunctions
 from healpass.integrations.vllm.options import current
 
-heal, aten = torch.ops.heal, torch.ops.aten
+heal = torch.ops.heal
 
 
 class Exact:
@@ -106,6 +113,69 @@ class HealSiluAndMul(Exact, SiluAndMul):
         return heal.silu(gate) * up
 
 
+class HealGeluAndMul(Exact, GeluAndMul):
+    """`gelu(gate) * up` of `[gate | up]`."""
+
+    def forward_native(self, x: Tensor) -> Tensor:
+        """`[..., N]` of `[..., 2 N]`."""
+        if not self.exact:
+            return super().forward_native(x)
+        gate, up = x.chunk(2, -1)
+        return (heal.gelu_tanh if self.approximate == "tanh" else heal.gelu)(gate) * up
+
+
+class HealSwigluOAIAndMul(Exact, SwigluOAIAndMul):
+    """GPT-OSS's gate, of `[gate, up, gate, up, ...]`."""
+
+    def forward_native(self, x: Tensor) -> Tensor:
+        """`[..., N]` of `[..., 2 N]`."""
+        if not self.exact:
+            return super().forward_native(x)
+        gate = x[..., ::2].clamp(max=self.limit)
+        up = x[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * heal.sigmoid(gate * self.alpha))
+
+
+class Quantized:
+    """A layer with the engine's quantization, which some models do not hand on to it."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        if current() is not None and not more.get("quant_method"):
+            more["quant_config"] = (
+                more.get("quant_config") or get_current_vllm_config().quant_config
+            )
+        super().__init__(*arguments, **more)
+
+
+class HealVocabParallelEmbedding(Quantized, VocabParallelEmbedding):
+    """Gemma's and Cohere's are their heads, too."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if current() is not None:  # the fused kernel hands out the checkpoint's dtype
+            self.use_fused_embedding = False
+
+
+class HealParallelLMHead(Quantized, ParallelLMHead):
+    """A head."""
+
+
+class HealReplicatedLinear(Quantized, ReplicatedLinear):
+    """The gate of a shared expert."""
+
+
+class HealGateLinear(Quantized, GateLinear):
+    """A router's product: `heal::linear`, and neither the kernels nor the cast beside it."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.heal = current() is not None
+
+    def forward(self, x: Tensor) -> Any:
+        """Scores `[T, experts]`; with None for the bias where the model takes two."""
+        return ReplicatedLinear.forward(self, x) if self.heal else super().forward(x)
+
+
 class HealLogitsProcessor(LogitsProcessor):
     """Logits, capped by a pinned tanh where `exact`.
 
@@ -143,31 +213,40 @@ class HealLogitsProcessor(LogitsProcessor):
 HEADS = [("HealEmbeddingMethod", dtype) for dtype in (None, torch.float32)]
 
 
-class PinnedFunctions(TorchDispatchMode):
-    """Cosines and sines by `heal::cos` and `heal::sin`, on CPU."""
-
-    PINNED = {aten.cos.default: heal.cos.default, aten.sin.default: heal.sin.default}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operator, or the pinned one in its place."""
-        return self.PINNED.get(func, func)(*args, **(kwargs or {}))
-
-
 class PinnedTables(Exact):
-    """A rotary embedding whose table is made by pinned functions, on CPU."""
+    """A rotary embedding whose frequencies and table pinned functions make, on CPU."""
 
     def _compute_cos_sin_cache(self) -> Tensor:
-        make = super()._compute_cos_sin_cache  # type: ignore[misc]
         if not self.exact:
-            return make()
+            return super()._compute_cos_sin_cache()  # type: ignore[misc]
         target = torch.get_default_device()
         with torch.device("cpu"), PinnedFunctions():
-            table = make()
+            table = self.table()
         return table.to(target)
+
+    def table(self) -> Tensor:
+        """Cosines and sines, FP32 `[positions, rotary_dim]`."""
+        return super()._compute_cos_sin_cache()  # type: ignore[misc]
 
 
 class HealRotaryEmbedding(PinnedTables, RotaryEmbedding):
     """Without scaling."""
+
+
+class HealLinearRotaryEmbedding(PinnedTables, LinearScalingRotaryEmbedding):
+    """Frequencies over a factor; vLLM divides positions instead, which rounds otherwise."""
+
+    def table(self) -> Tensor:
+        """Cosines and sines, FP32 `[positions, rotary_dim]`."""
+        (factor,) = self.scaling_factors
+        self._scaling_factor_to_offset = {float(factor): 0}
+        positions = torch.arange(self.max_position_embeddings * factor, dtype=torch.float32)
+        angles = positions[:, None] * (self._compute_inv_freq(self.base) / factor)
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class HealDynamicRotaryEmbedding(PinnedTables, DynamicNTKScalingRotaryEmbedding):
+    """Frequencies of requests that are not longer than what the model was trained with."""
 
 
 class HealLlama3RotaryEmbedding(PinnedTables, Llama3RotaryEmbedding):
@@ -183,8 +262,16 @@ LAYERS: dict[Any, Any] = {
     RMSNorm: HealRMSNorm,
     GemmaRMSNorm: HealGemmaRMSNorm,
     SiluAndMul: HealSiluAndMul,
+    GeluAndMul: HealGeluAndMul,
+    SwigluOAIAndMul: HealSwigluOAIAndMul,
+    GateLinear: HealGateLinear,
+    ReplicatedLinear: HealReplicatedLinear,
+    ParallelLMHead: HealParallelLMHead,
+    VocabParallelEmbedding: HealVocabParallelEmbedding,
     LogitsProcessor: HealLogitsProcessor,
     RotaryEmbedding: HealRotaryEmbedding,
+    LinearScalingRotaryEmbedding: HealLinearRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding: HealDynamicRotaryEmbedding,
     Llama3RotaryEmbedding: HealLlama3RotaryEmbedding,
     YaRNScalingRotaryEmbedding: HealYaRNRotaryEmbedding,
 }

@@ -6,6 +6,7 @@ with other arithmetic than it asked for: that it runs proves that HEAL is on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,17 @@ SEEDS = "healpass.integrations.vllm.seeds:SeededDraws"
 #: The fields of `HealConfig` that an engine may give.
 FIELDS = ("precision", "kv", "exact_accuracy", "exact_products")
 #: Families whose every layer has the bits of `exact` without a compiler, too.
-EAGER = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+EAGER = (
+    *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM"),
+    *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+)
+#: Families whose bits are those of `heal_model` in transformers, as the tests show.
+SAME_BITS = (*EAGER, "Qwen2MoeForCausalLM")
 #: Scalings of rotary embeddings whose tables are pinned (`layers.PinnedTables`).
-ROTARY = ("default", "llama3", "yarn")
+ROTARY = ("default", "linear", "dynamic", "llama3", "yarn")
+#: Parameters beside the type that ask for another table.
+OTHER_ROTARY = ("mrope_section", "use_fope", "alpha", "max_trained_positions")
 #: `CompilationMode`: no compiler, and one whole graph by torch.compile.
 NO_COMPILER, WHOLE_GRAPH = 0, 2
 
@@ -127,7 +136,7 @@ def current() -> EngineOptions | None:
 
 
 def check(engine: Any, environment: Mapping[str, str]) -> None:
-    """Refuse an engine that would not compute as it asked.
+    """Refuse an engine that would not compute as it asked; warn of bits that have no other side.
 
     Args:
         engine: A `VllmConfig` that asks for HEAL.
@@ -143,6 +152,13 @@ def check(engine: Any, environment: Mapping[str, str]) -> None:
             f"quantization='heal' cannot run this engine: {found[0]}\n{lines}\n"
             "healpass.integrations.vllm.engine_args(model, precision=...) gives the arguments "
             "that an engine needs."
+        )
+    options, family = asked(engine), engine.model_config.architecture
+    if options is not None and options.is_exact and family not in SAME_BITS:
+        warnings.warn(
+            f"precision='exact' repeats every bit of {family} in vLLM; that they are the bits of "
+            f"heal_model in transformers is shown for {', '.join(SAME_BITS)} only.",
+            stacklevel=2,
         )
 
 
@@ -175,7 +191,14 @@ def _exact_reasons(model: Any) -> Iterator[str]:
         yield "the towers of a multimodal model run outside of the graph. Use precision='heal'."
     if getattr(model, "runner_type", "generate") == "pooling":
         yield "pooling adds floats in an order of its own. Use precision='heal'."
-    for kind in sorted(rotary_kinds(getattr(model, "hf_text_config", None)) - set(ROTARY)):
+    text = getattr(model, "hf_text_config", None)
+    kinds, trained = rotary_kinds(text), getattr(text, "max_position_embeddings", 0)
+    if "dynamic" in kinds and model.max_model_len > trained:
+        yield (
+            f"rotary embeddings of type 'dynamic' change with a request's length beyond {trained} "
+            f"tokens, and max_model_len={model.max_model_len}. Use max_model_len={trained}."
+        )
+    for kind in sorted(kinds - set(ROTARY)):
         yield (
             f"rotary embeddings of type {kind!r}: exact has pinned tables for "
             f"{', '.join(ROTARY)}. Use precision='heal', or heal_model in transformers."
@@ -195,7 +218,7 @@ def rotary_kinds(config: Any) -> set[str]:
     found = set()
     for kind in kinds:
         found.add(str(kind.get("rope_type", kind.get("type", "default"))))
-        found |= {key for key in ("mrope_section", "use_fope") if kind.get(key)}
+        found |= {key for key in OTHER_ROTARY if kind.get(key)}
     return found
 
 

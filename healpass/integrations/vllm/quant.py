@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     RowParallelLinear,
@@ -34,7 +35,9 @@ from healpass.errors import UnavailableError
 from healpass.integrations.vllm import sampling
 from healpass.integrations.vllm.attention import BACKENDS
 from healpass.integrations.vllm.compiled import multiplier
+from healpass.integrations.vllm.experts import HealExpertsMethod
 from healpass.integrations.vllm.options import NO_COMPILER, asked, check
+from healpass.integrations.vllm.stored import stored_dtype
 
 heal = torch.ops.heal
 
@@ -47,19 +50,18 @@ def registered() -> bool:
 class StoredWeights:
     """What both methods do with a weight: it stays in the checkpoint's dtype, as it was loaded."""
 
-    def create_weights(
-        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **more: Any
-    ) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
         """Allocate the weight.
 
         Args:
             layer: Gets the weight.
-            *sizes: As vLLM gives them.
-            params_dtype: The engine's; the checkpoint's 16 bits go before it.
-            **more: Attributes of the weight.
+            *sizes: Four, as vLLM gives them; a fifth is `params_dtype`.
+            **more: `params_dtype`, the engine's, before which the checkpoint's 16 bits go, and
+                attributes of the weight.
         """
+        given = sizes[4] if len(sizes) > 4 else more.pop("params_dtype")
         allocate = super().create_weights  # type: ignore[misc]
-        allocate(layer, *sizes, params_dtype=stored_dtype(params_dtype), **more)
+        allocate(layer, *sizes[:4], params_dtype=stored_dtype(given), **more)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weight as it is."""
@@ -191,6 +193,9 @@ class HealQuantConfig(QuantizationConfig):
             return HealEmbeddingMethod(multiplier(options, compiles))
         if isinstance(layer, LinearBase):
             return HealLinearMethod(options.numerics)
+        if isinstance(layer, RoutedExperts):
+            dtype = stored_dtype(torch.get_default_dtype())
+            return HealExpertsMethod(layer, dtype, options.numerics)
         if type(layer).__name__ == "Attention":
             return _check_attention(layer)
         raise UnavailableError(
@@ -205,18 +210,3 @@ def _check_attention(layer: Any) -> None:
             f"vLLM chose {layer.attn_backend.__name__} for layer {layer.layer_name}, which is not "
             "over HEAL's pages.\nUse healpass.integrations.vllm.engine_args."
         )
-
-
-def stored_dtype(default: torch.dtype) -> torch.dtype:
-    """The 16-bit dtype of the checkpoint; `default` where it has another.
-
-    Args:
-        default: The engine's.
-    """
-    model = get_current_vllm_config().model_config
-    for config in (model.hf_text_config, model.hf_config):
-        found = getattr(config, "dtype", None)
-        found = getattr(torch, found) if isinstance(found, str) else found
-        if found in (torch.bfloat16, torch.float16):
-            return found
-    return default
