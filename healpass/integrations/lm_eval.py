@@ -4,14 +4,14 @@
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,precision=exact \
         --tasks lambada_openai --batch_size 16
 
-The module adds two names to the harness and hands over to its command line; in Python, importing
-this module adds them too. `heal-hf` is the harness's `hf` with a model that HEAL compiled. It takes
-the arguments of `hf`, and the fields of `HealConfig` beside them. `heal-vllm` is the harness's
-`vllm` in the same way (`vllm.harness`, imported when it is asked for).
+The module adds two names to the harness and hands over to its command line. In Python, importing
+it adds them too. `heal-hf` is the harness's `hf` with a model that HEAL compiled: it takes the
+arguments of `hf`, and the fields of `HealConfig` beside them. `heal-vllm` is the harness's `vllm`
+in the same way (`vllm.harness`, imported when it is asked for).
 
-For `heal-hf` the harness takes the log-softmax of the logits in torch, row by row, after the model:
-in `exact` a score has the same bits for every batch size; from machine to machine that softmax is
-torch's.
+For `heal-hf` the harness takes the log-softmax of the logits in torch, row by row, after the
+model: in `exact` a score has the same bits for every batch size; from machine to machine that
+softmax is torch's.
 
 Imports `config` and `errors`.
 """
