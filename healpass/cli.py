@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ def env(as_json: AsJson = False) -> None:
 
 @app.command()
 def explain(
+    context: typer.Context,
     model: Model,
     precision: Annotated[str, typer.Option(help="heal, layercast, exact or traced.")] = "heal",
     kv: Annotated[str | None, typer.Option(help="int16, int24 or fp32.")] = None,
@@ -76,12 +78,19 @@ def explain(
     bounds: Annotated[
         bool, typer.Option("--bounds", help="With operands, error bounds and source lines.")
     ] = False,
+    in_vllm: Annotated[
+        bool, typer.Option("--vllm", help="Of an engine of vLLM: its layers, pages and graphs.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which matmuls and attentions HEAL rewrites in MODEL, and where 16 bits remain."""
     from healpass import HealConfig
     from healpass import explain as explain_model
 
+    if in_vllm:
+        _refuse_given(context, ("simulate", "strict", "prompt", "observe", "bounds"))
+        _explain_in_vllm(model, _given({"precision": precision, "kv": kv}), as_json)
+        return
     config = HealConfig.read(
         precision=precision, kv=kv, strict=strict, debug={"simulate": simulate or None}
     )
@@ -94,6 +103,15 @@ def explain(
         report.print(bounds=bounds)
     else:
         typer.echo(report.text(bounds=bounds))
+
+
+def _explain_in_vllm(model: str, options: dict[str, str], as_json: bool) -> None:
+    """What runs where in an engine."""
+    from healpass.integrations.checkpoint import Checkpoint
+    from healpass.integrations.vllm import explained
+
+    found = explained.explain(Checkpoint(model).location(), options)
+    typer.echo(strict_json.dumps(asdict(found), indent=2) if as_json else found.text())
 
 
 @app.command()
@@ -110,11 +128,7 @@ def check(
         str, typer.Option(help="standard, quick, layercast-study or overnight.")
     ] = "standard",
     precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Which to compare, with commas between: bf16,fp16,fp32,layercast,heal,exact, "
-            "which are the default; in vLLM exact, or heal, layercast, and none for vLLM as it is."
-        ),
+        str | None, typer.Option(help="Which to compare, with commas; none is vLLM as it is.")
     ] = None,
     batch_sizes: Axis = None,
     orders: Annotated[
@@ -169,9 +183,8 @@ def _check_in_transformers(
         "orders": _numbers("--orders", own["orders"]),
         "gpus": _names(own["gpus"]),
     }
-    model = asked.pop("model")
-    plan = presets.plan(own["preset"], model, _given(axes), **asked)
-    folder = own["out"] or Path(f"healpass-check-{Path(model).name}")
+    plan = presets.plan(own["preset"], axes=_given(axes), **asked)
+    folder = own["out"] or Path(f"healpass-check-{Path(plan.model).name}")
     request = study.Request(folder, shlex.join(_command()), own["resume"], shown != "tables")
     logging.disable_progress_bar()  # that of loading weights; ours tells of everything
     with _interruptible(folder):
@@ -200,11 +213,11 @@ def _check_in_vllm(asked: dict[str, Any], precision: str | None, shown: str) -> 
 
 
 def _refuse_given(context: typer.Context, options: Iterable[str]) -> None:
-    """Options of the study in transformers say nothing in another engine."""
+    """What belongs to transformers says nothing in vLLM."""
     for name in options:
         if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
             option = "--" + name.replace("_", "-")
-            raise StudyError(f"{option} belongs to the study in transformers. Leave it out.")
+            raise StudyError(f"{option} belongs to transformers, not to vLLM. Leave it out.")
 
 
 @app.command()

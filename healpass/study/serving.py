@@ -1,20 +1,17 @@
 """`healpass check --engine vllm`: does what a scheduler does change an answer?
 
-Layer: study. Imports `errors`, `integrations` and `study`; vLLM runs in processes of its own.
+Layer: study. Imports `integrations` and `study`; vLLM runs in processes of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from healpass.errors import StudyError
-from healpass.integrations import smollm2
 from healpass.integrations.checkpoint import Checkpoint
 from healpass.integrations.vllm import checking
 from healpass.integrations.vllm.checking import Asked, Events, Row
@@ -65,18 +62,11 @@ class Request:
             TaskError: The tasks cannot be read.
         """
         options = {name: _options(name) for name in self.precisions}
-        if Path(self.model).suffix == ".gguf":
-            raise StudyError(
-                f"{self.model!r} is quantized by itself, and quantization='heal' is another.\n"
-                "Give the 16-bit checkpoint, or leave out --engine vllm."
-            )
-        tasks = choose_tasks(self.tasks, self.prompts)
-        prompts = token_ids(Checkpoint(self.model).tokenizer(), tasks)
-        is_ours = self.model == smollm2.SMOLLM2.name
-        folder = str(smollm2.fetch()) if is_ours else self.model
+        checkpoint, tasks = Checkpoint(self.model), choose_tasks(self.tasks, self.prompts)
+        location, prompts = checkpoint.location(), token_ids(checkpoint.tokenizer(), tasks)
         return {
             name: Asked(
-                model=folder,
+                model=location,
                 options=given,
                 prompts=prompts,
                 new_tokens=self.max_new_tokens,

@@ -1,4 +1,4 @@
-"""`healpass check --engine vllm`: every axis happens, `exact` has one answer, plain vLLM has not."""
+"""`healpass check --engine vllm`: every axis happens; `exact` has one answer, vLLM has not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from healpass.errors import UnavailableError
 from healpass.integrations.vllm.checking import Asked, answers, check
 from tests.support.engines import prompts, save_model
 
-#: A few of each length; two pages of 16 tokens are full at once, and grow.
+#: The prompt of 64 tokens fills its pages, so that its answer needs another.
 GIVEN = [prompts()[number] for number in (0, 2, 3, 5, 6, 11)]
 
 
@@ -36,5 +36,5 @@ def test_vllm_as_it_is_has_not(llama):
 
 
 def test_an_engine_that_is_refused_says_why(tmp_path):
-    with pytest.raises(UnavailableError, match="vLLM with alone: .*MixtralForCausalLM"):
+    with pytest.raises(UnavailableError, match=r"vLLM with alone: .*MixtralForCausalLM"):
         next(check(asked(save_model("mixtral", tmp_path))))

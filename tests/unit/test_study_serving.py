@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from healpass import cli
 from healpass.errors import MissingExtraError, StudyError, UnavailableError
 from healpass.integrations.vllm import checking
+from healpass.integrations.vllm import explained as explaining
 from healpass.integrations.vllm.checking import Answer, Asked, Events, axes, check
 from healpass.study import serving
 
@@ -48,8 +50,8 @@ def test_every_axis_is_an_engine_of_its_own(monkeypatch):
     assert engines["prefixes in the cache"].rounds == 2
     chunks = engines["prompts in chunks of 16"].engine
     assert chunks == {"max_model_len": 38, "max_num_seqs": 2, "max_num_batched_tokens": 16}
-    # 1 and 2 pages for the prompts, one more, and vLLM's own; the answers need 2 and 3.
-    assert engines["too few pages"].engine["num_gpu_blocks_override"] == 5
+    # A page for each prompt, and vLLM's own; the second answer needs another.
+    assert engines["too few pages"].engine["num_gpu_blocks_override"] == 3
 
 
 def test_one_bit_is_a_difference(monkeypatch):
@@ -107,8 +109,8 @@ def test_a_difference_is_exit_code_1_as_json(monkeypatch, engines):
 
 
 @pytest.mark.parametrize(("arguments", "word"), [
-    (["--gpus", "h100"], "--gpus belongs to the study in transformers"),
-    (["--preset", "quick"], "--preset belongs to the study in transformers"),
+    (["--gpus", "h100"], "--gpus belongs to transformers"),
+    (["--preset", "quick"], "--preset belongs to transformers"),
     (["--precision", "exakt"], "precision='exakt' is not one of"),
     (["--precision", "traced"], "leave the model as it is"),
 ])  # fmt: skip
@@ -139,3 +141,38 @@ def test_a_process_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(checking, "find_spec", lambda name: name)
     with pytest.raises(UnavailableError, match="vLLM with alone ended with status 1"):
         checking.in_a_process("nowhere", {}, "alone")
+
+
+FOUND = {
+    "compiled": True,
+    "layers": [
+        {"name": f"model.layers.{n}.mlp.down_proj", "kind": "RowParallelLinear",
+         "weight": "bfloat16", "runs": "heal::linear, exact5"}
+        for n in range(2)
+    ],
+    "pages": [{"layers": 2, "heads": 3, "head_size": 64, "block_size": 16,
+               "page_bytes": 16 * 3 * 264, "blocks": 100}],
+    "graphs": [{"name": "model", "became": {"heal::mm": 2}, "kept": [["topk", "a reason", 1]]}],
+}  # fmt: skip
+
+
+def explained(*arguments):
+    return CliRunner().invoke(cli.app, ["explain", "m", "--vllm", *arguments])
+
+
+def test_explain_says_what_runs_where_in_vllm(monkeypatch):
+    asked = []
+    monkeypatch.setattr(explaining, "in_a_process", lambda *given: asked.append(given) or FOUND)
+    text = explained("--precision", "exact", "--kv", "int24").stdout
+    assert asked[0][1]["options"] == {"precision": "exact", "kv": "int24"}
+    assert re.search(r"2 +model\.layers\.\*\.mlp\.down_proj +RowParallelLinear +bfloat16", text)
+    assert "264 bytes per token and head, 1584 per token; 100 pages of 16 tokens" in text
+    assert "Graph of model, compiled whole; rewritten: 2 heal::mm" in text
+    assert "kept: 1 topk: a reason" in text
+    assert json.loads(explained("--json").stdout) == FOUND
+
+
+def test_explain_in_vllm_refuses_what_belongs_to_transformers():
+    done = explained("--observe")
+    assert isinstance(done.exception, StudyError)
+    assert "--observe belongs to transformers" in str(done.exception)

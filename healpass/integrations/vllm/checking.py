@@ -24,8 +24,8 @@ from typing import Any, Literal
 from healpass.errors import MissingExtraError, UnavailableError
 
 Arrivals = Literal["alone", "together", "staggered"]
-#: Tokens of a page in the axes that need small ones.
-BLOCK = 16
+#: Tokens of a page in the axes that need small ones; plain vLLM on CPU has no smaller.
+BLOCK = 32
 #: What a process of ours needs: the engine in it, and no artifacts that outlive versions of HEAL.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0"}
 
@@ -165,10 +165,10 @@ def _pages(size: int) -> dict[str, Any]:
 
 
 def _few_pages(prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-    """Pages for all prompts and one more, but not for their answers."""
+    """Pages for all prompts, but not for their answers."""
     longest = max(map(len, prompts)) + new_tokens
     pages = sum(-(-len(prompt) // BLOCK) for prompt in prompts)
-    count = max(pages, -(-longest // BLOCK)) + 2  # the first page is vLLM's own
+    count = max(pages, -(-longest // BLOCK)) + 1  # the first page is vLLM's own
     few = {"block_size": BLOCK, "num_gpu_blocks_override": count, "enable_prefix_caching": False}
     return {"engine": few}
 
