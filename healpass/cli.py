@@ -155,8 +155,8 @@ def check(
     """
     sizes = _given({"prompts": prompts, "max_new_tokens": max_new_tokens, "compiled": compiled})
     asked = {"model": model, "tasks": tasks, **sizes}
-    own = {"preset": preset, "batch_sizes": batch_sizes, "orders": orders, "gpus": gpus}
-    own |= {"out": out, "resume": resume}
+    axes = {"batch_sizes": batch_sizes, "orders": orders, "gpus": gpus}
+    own = {"preset": preset, "out": out, "resume": resume, **axes}
     shown = "json" if as_json else "" if quiet else "tables"
     with _wrong_use():
         if engine == "vllm":

@@ -235,10 +235,10 @@ def in_a_process(module: str, asked: dict[str, Any], name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         question, reply = Path(folder, "asked.json"), Path(folder, "found.json")
         question.write_text(json.dumps(asked))
-        command = [sys.executable, "-m", f"healpass.integrations.vllm.{module}", question, reply]
+        script = ["-m", f"healpass.integrations.vllm.{module}", str(question), str(reply)]
         environment = quiet | os.environ | _ENVIRONMENT
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *script], env=environment, capture_output=True, text=True, check=False
         )
         found = json.loads(reply.read_text()) if reply.exists() else {}
     if "refused" in found:
