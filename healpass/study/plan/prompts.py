@@ -30,6 +30,18 @@ def chat(tokenizer: Any, prompt: str) -> str:
     )
 
 
+def token_ids(tokenizer: Any, tasks: Sequence[Task]) -> list[list[int]]:
+    """The prompts as token ids, in the model's chat format.
+
+    Args:
+        tokenizer: The model's own.
+        tasks: One prompt each.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    texts = [chat(tokenizer, task.prompt) for task in tasks]
+    return [tokenizer(text, add_special_tokens=not has_template)["input_ids"] for text in texts]
+
+
 def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -> list[list[int]]:
     """The prompts as token ids.
 
@@ -43,9 +55,7 @@ def encode(model: Any, tokenizer: Any, tasks: Sequence[Task], new_tokens: int) -
         StudyError: A prompt and its answer do not fit into the model's context, or the tokenizer
             has tokens that the model has not.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    texts = [chat(tokenizer, task.prompt) for task in tasks]
-    ids = [tokenizer(text, add_special_tokens=not has_template)["input_ids"] for text in texts]
+    ids = token_ids(tokenizer, tasks)
     known = model.get_input_embeddings().num_embeddings
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for task, tokens in zip(tasks, ids, strict=True):

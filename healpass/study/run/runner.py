@@ -42,20 +42,24 @@ class Materials:
     prompts: tuple[tuple[int, ...], ...]
 
 
-def choose_tasks(plan: StudyPlan) -> tuple[Task, ...]:
-    """The plan's number of tasks, spread evenly over the suite, so over its domains too.
+def choose_tasks(suite: str, count: int) -> tuple[Task, ...]:
+    """So many tasks, spread evenly over the suite, so over its domains too.
+
+    Args:
+        suite: As `tasks.load` takes it.
+        count: How many.
 
     Raises:
         StudyError: There are fewer.
         TaskError: The file has no tasks.
     """
-    found = suites.load(plan.tasks)
-    if len(found) < plan.prompts:
+    found = suites.load(suite)
+    if len(found) < count:
         raise StudyError(
-            f"{plan.prompts} prompts are asked for, but {plan.tasks} has {len(found)}. Give a "
+            f"{count} prompts are asked for, but {suite} has {len(found)}. Give a "
             "smaller --prompts, or more tasks."
         )
-    return tuple(found[index * len(found) // plan.prompts] for index in range(plan.prompts))
+    return tuple(found[index * len(found) // count] for index in range(count))
 
 
 def gather(plan: StudyPlan) -> Materials:
@@ -66,7 +70,7 @@ def gather(plan: StudyPlan) -> Materials:
         StudyError: It is no causal language model, or a prompt is too long for it.
         TaskError: The tasks cannot be read.
     """
-    tasks = choose_tasks(plan)
+    tasks = choose_tasks(plan.tasks, plan.prompts)
     checkpoint = Checkpoint(plan.model)
     tokenizer = checkpoint.tokenizer()
     prompts = encode(checkpoint.model(), tokenizer, tasks, plan.max_new_tokens)
