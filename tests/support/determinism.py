@@ -1,13 +1,13 @@
-"""A pytest plugin that runs vLLM's own tests of determinism on a CPU; their files stay as they are.
+"""A pytest plugin: vLLM's own tests of determinism run on a CPU; their files stay as they are.
 
     python -m pytest -p tests.support.determinism --arithmetic exact -c /dev/null FILE::TEST
 
 The tests know accelerators only, and ask for dtype and attention by name. So the plugin gives them
 
 - a backend of this machine, in place of the marks that skip them here;
-- an engine of HEAL's (`--arithmetic exact`), or of vLLM's BF16 (`plain`), where they make an `LLM`;
-- no `VLLM_BATCH_INVARIANT`, which their conftest sets: HEAL refuses it, and without HEAL its Triton
-  kernels do not start on a CPU;
+- an engine of HEAL's (`--arithmetic exact`) or of vLLM's BF16 (`plain`) where they make an `LLM`;
+- no `VLLM_BATCH_INVARIANT`, which their conftest sets: HEAL refuses it, and vLLM's Triton kernels,
+  which it switches on, do not start on a CPU;
 - greedy requests where a prompt is cut into chunks: vLLM 0.32 turns a generator back there, and a
   CPU's has no offset.
 """
