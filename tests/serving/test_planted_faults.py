@@ -1,7 +1,7 @@
 """Rows in which plain vLLM happens to agree on a CPU: they notice a fault that is planted.
 
-In place of `heal::paged_attention` stands attention whose products are added in FP64, part by part,
-and whose parts are added in FP32, in the order of chunks or of pages. So bits depend on what was
+In place of `heal::paged_attention` stands attention that adds products in FP64, part by part, and
+the parts in FP32, in the order of chunks or of pages. So bits depend on what was
 cached, or on the size of a block, by a rounding or two.
 """
 
