@@ -56,7 +56,7 @@ def engine_of(arithmetic: str, make: Any) -> Any:
         given = {name: value for name, value in theirs.items() if name not in SETTLED}
         if arithmetic == "plain":
             return make(model=model, dtype="bfloat16", enforce_eager=True, **given)
-        return make(**engine_args(model, compiled=False, engine=given, precision="exact"))
+        return make(**engine_args(model, engine=given, precision="exact"))
 
     return engine
 

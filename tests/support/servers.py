@@ -54,13 +54,17 @@ class Server:
         assert response.status == 200, f"{path}: {response.status}"
         return response.read().decode()
 
-    def asked(self, prompt: Sequence[Any], more: dict[str, Any]) -> http.client.HTTPResponse:
-        """The beginning of a response to a prompt, or to several at once."""
+    def sent(self, prompt: Sequence[Any], more: dict[str, Any]) -> http.client.HTTPConnection:
+        """A connection over which a request for a prompt, or for several at once, has gone."""
         connection, words = self.connection(), {"Content-Type": "application/json"}
         given = {"model": self.model, "prompt": prompt, "max_tokens": NEW, "temperature": 0}
         given |= {"logprobs": 1, "return_token_ids": True, "ignore_eos": True}
         connection.request("POST", "/v1/completions", json.dumps(given | more), words)
-        response = connection.getresponse()
+        return connection
+
+    def asked(self, prompt: Sequence[Any], more: dict[str, Any]) -> http.client.HTTPResponse:
+        """The beginning of the response."""
+        response = self.sent(prompt, more).getresponse()
         assert response.status == 200, response.read()
         return response
 
@@ -93,10 +97,20 @@ class Server:
         assert response.readline().startswith(b"data: ")
         return response
 
-    def counted(self, name: str, label: str) -> int:
-        """One of the server's counters, of one label."""
-        pattern = rf"^{re.escape(name)}{{[^}}]*{re.escape(label)}[^}}]*}} ([\d.e+]+)$"
-        return sum(int(float(n)) for n in re.findall(pattern, self.get("/metrics"), re.MULTILINE))
+    def counted(self, name: str) -> int:
+        """One of the server's numbers, as `vllm:num_requests_running`."""
+        found = re.findall(rf"^{name}{{.*}} (\S+)$", self.get("/metrics"), re.MULTILINE)
+        assert found, f"vLLM counts no {name}"
+        return int(sum(map(float, found)))
+
+    def rest(self) -> None:
+        """Wait until no request runs."""
+        until = time.monotonic() + PATIENCE
+        while self.counted("vllm:num_requests_running") + self.counted(
+            "vllm:num_requests_waiting"
+        ):
+            assert time.monotonic() < until, "requests go on and on"
+            time.sleep(0.5)
 
 
 @contextmanager
