@@ -176,6 +176,9 @@ GRIDS = {
     "attention_backward_key": attention_backward_key_grid,
 }
 
+#: Templates that are launched outside of graphs (`eager`).
+EAGER = ("paged_query", "paged_write", "paged_attention", "paged_tops", "paged_sums")
+
 
 @functools.cache
 def template(name: str) -> TritonTemplate:

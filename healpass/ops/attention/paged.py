@@ -81,8 +81,7 @@ class Cell:
         return key, value
 
 
-@torch.library.custom_op("heal::paged_write", mutates_args=("pages",))
-def paged_write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:
+def write_tokens(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:
     """Write tokens into pages.
 
     Args:
@@ -97,18 +96,31 @@ def paged_write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: st
         DtypeError: Keys or values of another dtype.
     """
     cell = Cell(kv, key.shape[-1], value.shape[-1])
-    _check_pages(pages, key.shape[1], cell)
+    check_pages(pages, key.shape[1], cell)
     written = slots >= 0
     target, cells = slots[written], cell.pack(key[written], value[written])
     pages[target // pages.shape[2], :, target % pages.shape[2]] = cells
 
 
+paged_write = torch.library.custom_op("heal::paged_write", write_tokens, mutates_args=("pages",))
+
+
 @paged_write.register_fake
 def _(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:  # noqa: ARG001
-    _check_pages(pages, key.shape[1], Cell(kv, key.shape[-1], value.shape[-1]))
+    check_pages(pages, key.shape[1], Cell(kv, key.shape[-1], value.shape[-1]))
 
 
-def _check_pages(pages: Tensor, heads: int, cell: Cell) -> None:
+def check_pages(pages: Tensor, heads: int, cell: Cell) -> None:
+    """Refuse pages that do not hold such cells of so many heads.
+
+    Args:
+        pages: INT8 `[P, Hkv, N, C]`.
+        heads: Hkv.
+        cell: Their format.
+
+    Raises:
+        OperandError: They do not.
+    """
     if pages.dtype != torch.int8 or pages.dim() != 4 or pages.shape[3] != cell.nbytes:
         raise OperandError(
             f"pages of {cell.kv} with keys of {cell.size} and values of {cell.value_size} "
@@ -173,7 +185,7 @@ class PagedAttention:
         """
         sinks, is_causal, scale, window, softcap, value_size, kv, numerics = rest
         cell = Cell(kv, query.shape[-1], value_size)
-        _check_pages(pages, pages.shape[1], cell)
+        check_pages(pages, pages.shape[1], cell)
         if query.shape[1] % max(pages.shape[1], 1):
             raise OperandError(
                 f"{query.shape[1]} query heads do not share {pages.shape[1]} key heads evenly.\n"
