@@ -107,7 +107,11 @@ def binary(kernel: Kernel, capability: int) -> Any:
 
 def compiled(kernel: Kernel, capability: int) -> Report:
     """Compile a generated kernel for an architecture and disassemble it."""
-    built = binary(kernel, capability)
+    return disassembled(binary(kernel, capability), capability)
+
+
+def disassembled(built: Any, capability: int) -> Report:
+    """What the tools say of a kernel that Triton compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(built.asm["cubin"])

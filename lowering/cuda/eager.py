@@ -32,23 +32,12 @@ class Text:
     Attributes:
         template: Its name.
         layouts: Of the tensors whose sizes or strides the template asks for, by name.
-        knobs: Constants of the template, by name.
+        knobs: Constants of the template, by name; dtypes end with `DTYPE`.
     """
 
     template: str
     layouts: tuple[tuple[str, Layout], ...]
     knobs: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, template: str, layouts: Mapping[str, Layout], knobs: Mapping[str, Any]) -> Text:
-        """From tables.
-
-        Args:
-            template: As the attribute.
-            layouts: As the attribute.
-            knobs: As the attribute.
-        """
-        return cls(template, tuple(layouts.items()), tuple(knobs.items()))
 
     @property
     def name(self) -> str:
@@ -70,7 +59,8 @@ class Text:
         for name, value in self.knobs:
             if isinstance(value, (bool, int, float)):
                 lines.append(f"    {name} : tl.constexpr = {value!r}")
-        lines.append("    INDEX_DTYPE : tl.constexpr = tl.int64")
+            elif name.endswith("DTYPE"):
+                lines.append(f"    {name} : tl.constexpr = {value}")
         return "\n".join(lines)
 
     def _size(self, name: str | None, dim: int) -> int:
@@ -104,6 +94,27 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        template: str,
+        tables: tuple[Mapping[str, Layout], Mapping[str, Any]],
+        arguments: Mapping[str, Tensor | int],
+        grid: tuple[int, int],
+        **tuning: int,
+    ) -> Launch:
+        """With the text of these layouts and knobs.
+
+        Args:
+            template: As the text's.
+            tables: The text's layouts and knobs.
+            arguments: As the attribute.
+            grid: As the attribute.
+            **tuning: `num_warps`, `num_stages`.
+        """
+        layouts, knobs = (tuple(table.items()) for table in tables)
+        return cls(Text(template, layouts, knobs), arguments, grid, **tuning)
+
     def taken(self, names: Sequence[str]) -> dict[str, Tensor | int]:
         """The arguments of these names."""
         return {name: self.arguments[name] for name in names}
@@ -129,3 +140,13 @@ def kernel(text: Text) -> Any:
 
     function = getattr(PyCodeCache.load(text.render()), text.name)
     return triton.jit(function.fn, do_not_specialize=[name for name in function.arg_names if name in COUNTS])
+
+
+def index_dtype(*places: int) -> str:
+    """What holds places in memory that are below these: Triton's INT32 where it can."""
+    return "tl.int64" if max(places) >= 1 << 31 else "tl.int32"
+
+
+def span(x: Tensor) -> int:
+    """Elements from the first of a tensor to behind the last."""
+    return 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

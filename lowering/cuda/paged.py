@@ -29,13 +29,13 @@ from healpass.lowering.cuda.attention import (
     MERGE,
     keys_per_block,
 )
-from healpass.lowering.cuda.eager import Launch, Layout, Text
+from healpass.lowering.cuda.eager import Launch, Layout
 from healpass.lowering.cuda.exact_attention import BLOCK_N, DECODE_CHUNK, EXP
 from healpass.lowering.cuda.exact_matmul import capability, terms
-from healpass.lowering.cuda.exact_tiles import exact_attention_tiles, prefers_half
+from healpass.lowering.cuda.exact_tiles import exact_paged_tile, prefers_half
 from healpass.lowering.cuda.matmul import LOWEST_CAPABILITY, chain_k
 from healpass.lowering.cuda.pages import Pages
-from healpass.lowering.cuda.tiles import FEW_FP32_ROWS, AttentionTile, attention_tiles
+from healpass.lowering.cuda.tiles import AttentionTile, paged_tile
 from healpass.ops.attention.exact_chunks import exponent_above, settled
 from healpass.ops.attention.exact_steps import MOST_KEYS, P_BITS, P_DIGITS
 from healpass.ops.attention.paged import (
@@ -112,11 +112,8 @@ class PagedProblem:
         decodes = tokens * self.heads[2] <= DECODE_ROWS * requests
         kind = (self.capability, max(self.pages.blocks), self.pages.digits)
         if self.exact:
-            return exact_attention_tiles(*kind, decodes=decodes)[0]
-        tile = attention_tiles(*kind, decodes)[0].halved()
-        if self.layercast:
-            return AttentionTile(min(tile.block, FEW_FP32_ROWS), tile.num_warps, 1)
-        return tile
+            return exact_paged_tile(*kind, decodes=decodes)
+        return paged_tile(*kind, decodes=decodes, layercast=self.layercast)
 
     @property
     def programs(self) -> int:
@@ -175,9 +172,14 @@ class PagedProblem:
             arguments: All that it takes.
             splits: Programs that share the keys of a tile.
         """
-        text, tile = Text.of(template, self.layouts(), self.knobs() | knobs), self.tile
-        grid = (self.programs, splits)
-        eager.run(Launch(text, arguments, grid, tile.num_warps, tile.num_stages))
+        (tokens, heads, size), cell = self.asked.query.shape, self.asked.cell
+        places = tokens * heads * max(self.pages.digits * size, splits * cell.value_size)
+        knobs = self.knobs() | knobs | {"INDEX_DTYPE": eager.index_dtype(places)}
+        grid, warps, stages = (self.programs, splits), self.tile.num_warps, self.tile.num_stages
+        tables = (self.layouts(), knobs)
+        eager.run(
+            Launch.of(template, tables, arguments, grid, num_warps=warps, num_stages=stages)
+        )
 
 
 def attend(problem: PagedProblem) -> Tensor:
@@ -221,9 +223,10 @@ def _merge(problem: PagedProblem, arguments: dict[str, Tensor | int]) -> Tensor:
     }
     sinks = problem.asked.scoring.sinks
     knobs = {"HAS_SINKS": sinks is not None, "BLOCK_V": problem.pages.blocks[1], **MERGE}
+    knobs["INDEX_DTYPE"] = eager.index_dtype(tokens * heads * chunks * size)
     arguments = arguments | {"OUT": output, "LOGSUMEXP": output.new_empty((tokens, heads))}
-    text = Text.of("attention_merge", layouts, knobs)
-    eager.run(Launch(text, arguments, (tokens * heads, 1), num_warps=1))
+    grid = (tokens * heads, 1)
+    eager.run(Launch.of("attention_merge", (layouts, knobs), arguments, grid, num_warps=1))
     return output
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from healpass.lowering.cuda import eager
 from healpass.lowering.cuda.attention import SMALLEST_E, SMALLEST_V
-from healpass.lowering.cuda.eager import Launch, Layout, Text
+from healpass.lowering.cuda.eager import Launch, Layout
 from healpass.ops.attention.paged import SCALE_BYTES, Cell
 from healpass.ops.attention.quantize import FORMATS
 
@@ -68,7 +68,7 @@ class Pages:
         return found
 
     def knobs(self) -> dict[str, Any]:
-        """Digits, padded head sizes, keys of a page, and how far pages and keys are apart."""
+        """Digits, padded head sizes, keys of a page, how far pages and keys are apart."""
         page, _, key, _ = (stride // SCALE_BYTES for stride in self.memory.stride())
         block_e, block_v = self.blocks
         return {
@@ -87,7 +87,7 @@ class Pages:
         """
         layouts = {"KEY": _layout(key), "VALUE": _layout(value)} | self.layouts()
         tensors = {"KEY": key, "VALUE": value, "SLOTS": slots.contiguous()} | self.tensors()
-        self._make_integers("paged_write", layouts, tensors)
+        self._make_integers("paged_write", layouts, tensors, (key, value))
 
     def integers(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """INT8 `[T, H, D, E]` and FP32 `[T, H]` of queries `[T, H, E]`, in the pages' format."""
@@ -95,18 +95,32 @@ class Pages:
         digits = query.new_empty((tokens, heads, self.digits, size), dtype=torch.int8)
         scale = query.new_empty((tokens, heads), dtype=torch.float32)
         tensors = {"X": query, "Q": digits, "Q_SCALE": scale}
-        self._make_integers("paged_query", {"X": _layout(query)}, tensors)
+        self._make_integers("paged_query", {"X": _layout(query)}, tensors, (query, digits))
         return digits, scale
 
     def _make_integers(
-        self, template: str, layouts: dict[str, Layout], tensors: dict[str, Tensor]
+        self,
+        template: str,
+        layouts: dict[str, Layout],
+        tensors: dict[str, Tensor],
+        tokens: tuple[Tensor, ...],
     ) -> None:
-        limit = float(FORMATS[self.cell.kv].limit)
-        text = Text.of(template, layouts, self.knobs() | {"LIMIT": limit, "ROWS": ROWS})
-        tokens, heads, _ = next(iter(tensors.values())).shape
-        grid = (-(-tokens * heads // ROWS), 1)
-        if tokens * heads:
-            eager.run(Launch(text, tensors | {"T": tokens}, grid, WARPS))
+        """Launch it over all rows.
+
+        Args:
+            template: Its name.
+            layouts: Of what it reads.
+            tensors: All that it takes.
+            tokens: Those of them that hold all tokens, the first `[T, H, E]`.
+        """
+        knobs = self.knobs() | {
+            "LIMIT": float(FORMATS[self.cell.kv].limit), "ROWS": ROWS,
+            "INDEX_DTYPE": eager.index_dtype(*map(eager.span, tokens)),
+        }  # fmt: skip
+        count, heads, _ = tokens[0].shape
+        grid, arguments = (-(-count * heads // ROWS), 1), tensors | {"T": count}
+        if count * heads:
+            eager.run(Launch.of(template, (layouts, knobs), arguments, grid, num_warps=WARPS))
 
 
 def _layout(states: Tensor) -> Layout:

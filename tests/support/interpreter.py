@@ -193,7 +193,7 @@ def _interpreted_functions(module: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _corrected() -> Iterator[None]:
+def corrected() -> Iterator[None]:
     """Triton's interpreter with its faults corrected, for the time of a block."""
     changes = {
         "create_dot": _dot,
@@ -228,7 +228,7 @@ def _corrected() -> Iterator[None]:
 @contextlib.contextmanager
 def interpreted(kernel: JITFunction) -> Iterator[Any]:
     """A kernel that was written by hand, to be launched on CPU tensors for the time of a block."""
-    with _corrected():
+    with corrected():
         yield interpreter.InterpretedFunction(kernel.fn)
 
 
@@ -349,5 +349,5 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         if isinstance(node, ast.FunctionDef) and node.name == "call"
     )
     exec(compile(ast.Module([call], []), "<wrapper>", "exec"), names)
-    with _corrected():
+    with corrected():
         return names["call"](None, list(inputs))
