@@ -55,6 +55,8 @@ class Text:
         return f"import triton\nimport triton.language as tl\n\n\n{body.strip()}\n"
 
     def _head(self, *arguments: str) -> str:
+        # What `store_output` writes is no argument of Inductor's `def_kernel` either.
+        arguments += tuple(name for name, _ in self.layouts if name == "OUT")
         lines = [f"@triton.jit\ndef {self.name}({', '.join(arguments)}):"]
         for name, value in self.knobs:
             if isinstance(value, (bool, int, float)):
