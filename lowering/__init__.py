@@ -59,6 +59,8 @@ def register() -> None:
         )
     decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
+    for operator, kernel in cuda.paged.KERNELS.items():
+        operator.register_kernel("cuda")(kernel)
 
 
 @cache
