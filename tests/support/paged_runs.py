@@ -57,6 +57,92 @@ def attended(
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Ragged requests whose keys are in pages in a random order; what nobody wrote is poison.
+
+    Attributes:
+        queries: Of each request; some have none.
+        keys: Of each request.
+        room: Tokens of a page.
+        kv: Of the pages.
+        heads: Key heads, and query heads that share one.
+        sizes: Of keys and of values.
+        seed: Of everything random.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    room: int = 16
+    kv: str = "int16"
+    heads: tuple[int, int] = (1, 2)
+    sizes: tuple[int, int] = (16, 24)
+    seed: int = 0
+
+    #: Queries behind the last request's, as in an engine's padded batch.
+    PADDING = 3
+
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q `[T, H, E]` with NaN for padding, K `[S, Hkv, E]`, V `[S, Hkv, Ev]`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        (key_heads, group), (size, value_size) = self.heads, self.sizes
+        tokens, keys = sum(self.queries) + self.PADDING, sum(self.keys)
+        query = torch.randn(tokens, key_heads * group, size, generator=generator) * 2
+        key = torch.randn(keys, key_heads, size, generator=generator)
+        value = torch.randn(keys, key_heads, value_size, generator=generator)
+        value *= 2.0 ** torch.randint(-9, 9, (keys, 1, 1), generator=generator)
+        query[sum(self.queries) :] = torch.nan
+        return query, key, value
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Pages of each request, INT32 `[R, M]`, and the slot of each key; page 0 is nobody's."""
+        rooms = [-(-keys // self.room) for keys in self.keys]
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        listed = (torch.randperm(sum(rooms), generator=generator) + 1).split(rooms)
+        slots = [
+            (pages[:, None] * self.room + torch.arange(self.room)).flatten()[:keys]
+            for pages, keys in zip(listed, self.keys, strict=True)
+        ]
+        blocks = torch.zeros(len(rooms), max(rooms) + 1, dtype=torch.int32)
+        for row, pages in zip(blocks, listed, strict=True):
+            row[: len(pages)] = pages
+        return blocks, torch.cat(slots)
+
+    def empty_pages(self) -> Tensor:
+        """Poison: scales of such bytes are NaN."""
+        cell = Cell(self.kv, *self.sizes)
+        pages = 1 + sum(-(-keys // self.room) for keys in self.keys)
+        size = (pages, self.heads[0], self.room, cell.nbytes)
+        return torch.full(size, -1, dtype=torch.int8)
+
+    def call(self, numerics: str, **scoring: Any) -> tuple[Any, ...]:
+        """The arguments of `heal::paged_attention`."""
+        query, key, value = self.states()
+        (blocks, slots), pages = self.places(), self.empty_pages()
+        torch.ops.heal.paged_write(pages, key, value, slots, self.kv)
+        starts = torch.tensor((0, *self.queries)).cumsum(0).to(torch.int32)
+        how = {"is_causal": True, "sinks": None, "window": None, "softcap": None, "scale": 0.25}
+        how |= scoring
+        return (
+            query, pages, starts, torch.tensor(self.keys, dtype=torch.int32), blocks,
+            how["sinks"], how["is_causal"], how["scale"], how["window"], how["softcap"],
+            self.sizes[1], self.kv, numerics,
+        )  # fmt: skip
+
+    def requests(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+        """Each request's rows of the output, and its Q, K and V as `[1, H, S, E]`."""
+        query, key, value = self.states()
+        first_row, first_key = 0, 0
+        for rows, keys in zip(self.queries, self.keys, strict=True):
+            parts = (
+                query[first_row : first_row + rows], key[first_key : first_key + keys],
+                value[first_key : first_key + keys],
+            )  # fmt: skip
+            q, k, v = (x.transpose(0, 1)[None] for x in parts)
+            yield slice(first_row, first_row + rows), (q, k, v)
+            first_row, first_key = first_row + rows, first_key + keys
+
+
+@dataclass(frozen=True)
 class PagedCase:
     """A step of a serving engine whose kernels the tests look at.
 
