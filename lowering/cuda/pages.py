@@ -52,11 +52,14 @@ class Pages:
 
     def tensors(self) -> dict[str, Tensor]:
         """What the templates call K, V and their scales: views that begin where the first does."""
-        scales = self.memory.view(torch.float32)
-        values = self.memory[..., self.digits * self.cell.size :]
+        cell, scales = self.cell, self.memory.view(torch.float32)
+        first, last = self.digits * cell.size, cell.nbytes // SCALE_BYTES - 1
         return {
-            "K": self.memory, "K_SCALE": scales[..., -2:], "V": values, "V_SCALE": scales[..., -1:],
-        }  # fmt: skip
+            "K": self.memory,
+            "V": self.memory.narrow(-1, first, self.digits * cell.value_size),
+            "K_SCALE": scales.narrow(-1, last - 1, 1),
+            "V_SCALE": scales.narrow(-1, last, 1),
+        }
 
     def layouts(self) -> dict[str, Layout]:
         """As `[1, Hkv, D, S, E]` and `[1, Hkv, S]`, with S in units of a scale's bytes."""
