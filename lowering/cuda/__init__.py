@@ -9,4 +9,11 @@ from healpass.lowering.cuda import (
     paged,
 )
 
-__all__ = ["attention", "attention_gradients", "exact_attention", "exact_matmul", "matmul", "paged"]
+__all__ = [
+    "attention",
+    "attention_gradients",
+    "exact_attention",
+    "exact_matmul",
+    "matmul",
+    "paged",
+]

@@ -177,9 +177,7 @@ class PagedProblem:
         knobs = self.knobs() | knobs | {"INDEX_DTYPE": eager.index_dtype(places)}
         grid, warps, stages = (self.programs, splits), self.tile.num_warps, self.tile.num_stages
         tables = (self.layouts(), knobs)
-        eager.run(
-            Launch.of(template, tables, arguments, grid, num_warps=warps, num_stages=stages)
-        )
+        eager.run(Launch.of(template, tables, arguments, grid, num_warps=warps, num_stages=stages))
 
 
 def attend(problem: PagedProblem) -> Tensor:
@@ -222,8 +220,10 @@ def _merge(problem: PagedProblem, arguments: dict[str, Tensor | int]) -> Tensor:
         "SINKS": problem.layouts()["SINKS"],
     }
     sinks = problem.asked.scoring.sinks
-    knobs = {"HAS_SINKS": sinks is not None, "BLOCK_V": problem.pages.blocks[1], **MERGE}
-    knobs["INDEX_DTYPE"] = eager.index_dtype(tokens * heads * chunks * size)
+    knobs: dict[str, Any] = {
+        "HAS_SINKS": sinks is not None, "BLOCK_V": problem.pages.blocks[1], **MERGE,
+        "INDEX_DTYPE": eager.index_dtype(tokens * heads * chunks * size),
+    }  # fmt: skip
     arguments = arguments | {"OUT": output, "LOGSUMEXP": output.new_empty((tokens, heads))}
     grid = (tokens * heads, 1)
     eager.run(Launch.of("attention_merge", (layouts, knobs), arguments, grid, num_warps=1))

@@ -7,6 +7,7 @@ CPU. Else a result has to be as close to FP64 as attention in FP32 would have to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,10 +89,11 @@ class PagedCheck:
         pages = torch.full(size, -1, dtype=torch.int8, device=device)  # scales that are NaN
         torch.ops.heal.paged_write(pages, key, value, slots, self.kv)
         starts = torch.tensor((0, *self.queries), device=device).cumsum(0).to(torch.int32)
+        lengths = torch.tensor(self.keys, device=device)
         sinks = None if scoring.sinks is None else scoring.sinks.to(device)
         output = torch.ops.heal.paged_attention(
-            query, pages, starts, torch.tensor(self.keys, device=device), blocks, sinks, True,
-            scoring.scale, scoring.window, scoring.softcap, value.shape[-1], self.kv, self.numerics,
+            query, pages, starts, lengths, blocks, sinks, True, scoring.scale, scoring.window,
+            scoring.softcap, value.shape[-1], self.kv, self.numerics,
         )  # fmt: skip
         return pages.cpu(), output.cpu()
 
@@ -150,7 +152,8 @@ def _worst(check: PagedCheck, output: Tensor) -> float:
     for q, k, v, result in parts:
         exact, allowed = _promise(check, q, k, v)
         error = (result - exact).abs()
-        worst = max(worst, torch.where(error == 0, 0.0, error / allowed).max().item())
+        ratio = torch.where(error == 0, 0.0, error / allowed).nan_to_num(math.inf)
+        worst = max(worst, ratio.max().item())
     return worst
 
 

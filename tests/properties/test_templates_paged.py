@@ -148,7 +148,7 @@ def test_bits_tell_nothing_of_tiles_programs_and_the_batch(numerics, how, monkey
     how = how if numerics != "exact5" else {"window": how.get("window")}
     call = LONG.call(numerics, **how)
     wanted = attended(*call)
-    query, pages, starts, lengths, blocks, *rest = call
+    query, pages, _, lengths, blocks, *rest = call
     for request, (rows, _) in enumerate(LONG.requests()):
         alone = (query[rows], pages, torch.tensor([0, rows.stop - rows.start]))
         one = slice(request, request + 1)
@@ -215,18 +215,25 @@ def test_a_lost_piece_leaves_the_bound():
     assert run_within(SOME, "heal", without_products_of("q_1")) > 1
 
 
+#: Fault -> what a kernel's text has, and what it has instead.
 FAULTS = {
-    "the pages in order": replaced("tl.load(BLOCKS + request * WIDTH + idx_s // 16,", "(idx_s // 16) + tl.load(BLOCKS + request * WIDTH + idx_s * 0,"),
-    "another request's pages": replaced("BLOCKS + request * WIDTH", "BLOCKS + (1 - request) * WIDTH"),
-    "queries at the first keys": replaced("idx_l = before + row", "idx_l = row"),
-    "keys past the end": replaced("inside_s = idx_s < S", "inside_s = idx_s < S + 3"),
-    "a scale of another head": replaced("idx_h = idx_hkv * GROUP + row % GROUP", "idx_h = idx_hkv * GROUP"),
-}  # fmt: skip
+    "the pages in order": (
+        "page = tl.load(BLOCKS + request * WIDTH + idx_s // 16",
+        "page = 1 + idx_s // 16 + 0 * tl.load(BLOCKS + request * WIDTH + idx_s // 16",
+    ),
+    "another request's pages": ("BLOCKS + request * WIDTH", "BLOCKS + (1 - request) * WIDTH"),
+    "queries at the first keys": ("idx_l = before + row", "idx_l = row"),
+    "keys past the end": ("inside_s = idx_s < S", "inside_s = idx_s < S + 3"),
+    "a query of another head": (
+        "idx_h = idx_hkv * GROUP + row % GROUP",
+        "idx_h = idx_hkv * GROUP",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows_in_bits_and_leaves_the_bound(fault):
-    change = FAULTS[fault]
+    change = replaced(*FAULTS[fault])
     assert not run_within(SOME, "heal", change, is_causal=fault != "keys past the end") <= 1
     call = SOME.call("exact5", is_causal=fault != "keys past the end")
     assert differing(attended(*call, change=change), PagedAttention.read(*call).attend()) > 0

@@ -42,9 +42,7 @@ def interpreted(change: Change | None = None) -> Iterator[list[str]]:
         yield names
 
 
-def attended(
-    *call: Any, capability: int = 90, change: Change | None = None
-) -> Tensor:
+def attended(*call: Any, capability: int = 90, change: Change | None = None) -> Tensor:
     """What the kernels make of the arguments of `heal::paged_attention`, which are on CPU.
 
     Args:

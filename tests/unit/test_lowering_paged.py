@@ -38,7 +38,9 @@ def gpu(capability: int = 90) -> Iterator[list[str]]:
     names: list[str] = []
 
     def run(launch: Launch) -> None:
-        assert all(isinstance(x, int) or x.device.type == "cuda" for x in launch.arguments.values())
+        assert all(
+            isinstance(x, int) or x.device.type == "cuda" for x in launch.arguments.values()
+        )
         names.append(launch.text.template)
 
     with (
@@ -78,7 +80,7 @@ def test_a_gpu_runs_kernels_and_nothing_is_read_on_the_host(numerics):
 
 def test_the_reference_reads_on_the_host():
     """The inverse: these tensors notice it."""
-    with gpu(), pytest.raises(Exception, match="data-dependent|tolist|aten._local_scalar_dense"):
+    with gpu(), pytest.raises(Exception, match=r"_local_scalar_dense|data-dependent"):
         PagedAttention.read(*moved(BATCH.call("exact5"))).attend()
 
 
@@ -147,9 +149,9 @@ def test_a_kernel_that_failed_its_check_does_not_run(monkeypatch):
             paged.attend_on_cuda(*moved(BATCH.call("exact5")))
         with pytest.warns(selfcheck.TemplateWarning, match="'paged_attention'"):
             assert paged.attend_on_cuda(*moved(BATCH.call("heal"))) == "the reference"
+        call = moved((BATCH.empty_pages(), key, value, BATCH.places()[1], "int16"))
         with pytest.warns(selfcheck.TemplateWarning, match="'paged_write'"):
-            call = (BATCH.empty_pages(), key, value, BATCH.places()[1], "int16")
-            paged.write_on_cuda(*moved(call))
+            paged.write_on_cuda(*call)
     assert names == []
 
 
