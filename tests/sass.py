@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from torch.torch_version import TorchVersion
 from tests.support.attention_cases import CASES as ATTENTION
 from tests.support.exact_cases import CASES as EXACT
 from tests.support.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
+from tests.support.paged_runs import CASES as PAGED
+from tests.support.paged_runs import binary as binary_of_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
@@ -229,6 +232,15 @@ def main() -> None:
             for kernel in case.templates(capability):
                 row = compiled(kernel, capability).row()
                 print(f"{case.title:26} {row}", flush=True)
+    _print_paged(words, chosen)
+
+
+def _print_paged(words: list[str], chosen: Sequence[int]) -> None:
+    for case in PAGED:
+        for capability in chosen if not words or any(word in case.title for word in words) else ():
+            for launch in case.launches(capability):
+                built = binary_of_launch(launch, capability)
+                print(f"{case.title:26} {disassembled(built, capability).row()}", flush=True)
 
 
 if __name__ == "__main__":
