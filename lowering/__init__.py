@@ -6,7 +6,8 @@ at the device and hands on to `cpu` (C++ code), to `cuda` (Triton templates), or
 implementation, as one call from the code. Exact precisions are decompositions instead:
 bit-reproducible operators are traced as they are, and matrix products and attention are decomposed
 by `cpu.exact`, or by `cuda.exact_matmul` and `cuda.exact_attention`. Where the compile says that
-operators stay whole, AOTAutograd decomposes none, and the backend does later.
+operators stay whole, AOTAutograd decomposes none, and the backend does later. Operators that
+engines call between graphs have kernels of their own on CUDA (`cuda.paged`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Lowering = Callable[..., Any]
 
 @cache
 def register() -> None:
-    """Register lowerings and decompositions with Inductor, once: for `heal::` operators only."""
+    """Register lowerings, decompositions and kernels, once: for `heal::` operators only."""
     from torch._inductor import decomposition
     from torch._inductor.lowering import fallback_handler, register_lowering
 
