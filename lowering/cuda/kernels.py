@@ -177,7 +177,10 @@ GRIDS = {
 }
 
 #: Templates that are launched outside of graphs (`eager`).
-EAGER = ("paged_query", "paged_write", "paged_attention", "paged_tops", "paged_sums")
+EAGER = (
+    *("paged_query", "paged_write", "paged_attention"),
+    *("paged_tops", "paged_sums", "paged_settle"),
+)
 
 
 @functools.cache

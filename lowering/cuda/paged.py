@@ -34,9 +34,9 @@ from healpass.lowering.cuda.exact_attention import BLOCK_N, DECODE_CHUNK, EXP
 from healpass.lowering.cuda.exact_matmul import capability, terms
 from healpass.lowering.cuda.exact_tiles import exact_paged_tile, prefers_half
 from healpass.lowering.cuda.matmul import LOWEST_CAPABILITY, chain_k
-from healpass.lowering.cuda.pages import Pages
+from healpass.lowering.cuda.pages import ROWS, WARPS, Pages
 from healpass.lowering.cuda.tiles import AttentionTile, paged_tile
-from healpass.ops.attention.exact_chunks import exponent_above, settled
+from healpass.ops.attention.exact_chunks import exponent_above
 from healpass.ops.attention.exact_steps import MOST_KEYS, P_BITS, P_DIGITS
 from healpass.ops.attention.paged import (
     Cell,
@@ -58,7 +58,7 @@ PART_BYTES = 1 << 28
 
 WRITES = ("paged_write",)
 ATTENDS = ("paged_query", "paged_attention", "attention_merge")
-ATTENDS_EXACTLY = ("paged_query", "paged_tops", "paged_sums")
+ATTENDS_EXACTLY = ("paged_query", "paged_tops", "paged_sums", "paged_settle")
 
 
 @dataclass(frozen=True)
@@ -242,16 +242,29 @@ def _attend_exactly(problem: PagedProblem) -> Tensor:
     arguments |= {"TOP": tops.fill_(-math.inf), "LARGEST": largest.zero_()}
     problem.launch("paged_tops", {"HALF": half}, arguments, splits)
 
-    top, exponent = tops.amax(0), exponent_above(largest.amax(0))
-    part = new((*size, asked.cell.value_size), dtype=torch.int64)
-    total = new(size, dtype=torch.int64)
-    factor = fp64.two_to(P_BITS - exponent)
-    arguments |= {"TOP": top, "FACTOR": factor, "PART": part, "TOTAL": total}
+    top, output = tops.amax(0), asked.results().zero_()
+    factor = fp64.two_to(P_BITS - exponent_above(largest.amax(0)))
+    arguments |= {"TOP": top, "FACTOR": factor, "OUT": output}
     span = terms(Scheme(P_DIGITS, problem.pages.digits, 0), half=half) // BLOCK_N * BLOCK_N
     spans = {"SPAN": span, "LONG": (-(-keys // BLOCK_N) // splits + 1) * BLOCK_N > span}
-    knobs = spans | {"HALF": half, "UNIT": 2.0**ELEMENT_BITS, **EXP}
+    knobs = spans | {"HALF": half, "WHOLE": splits == 1, "UNIT": 2.0**ELEMENT_BITS, **EXP}
+    if splits > 1:
+        part = new((*size, asked.cell.value_size), dtype=torch.int64)
+        arguments |= {"PART": part, "TOTAL": new(size, dtype=torch.int64)}
     problem.launch("paged_sums", knobs, arguments, splits)
-    return settled(top, exponent, (part.sum(0), total.sum(0)), ELEMENT_BITS)[0]
+    if splits > 1:
+        _settle(problem, arguments)
+    return output
+
+
+def _settle(problem: PagedProblem, arguments: dict[str, Tensor | int]) -> None:
+    """Each row's parts, in any order: they are integers."""
+    (tokens, _, _), (heads, _, _) = problem.sizes, problem.heads
+    knobs = problem.knobs() | {
+        "UNIT": 2.0**ELEMENT_BITS, "ROWS": ROWS, "INDEX_DTYPE": "tl.int64",
+    }  # fmt: skip
+    grid, tables = (-(-tokens * heads // ROWS), 1), (problem.layouts(), knobs)
+    eager.run(Launch.of("paged_settle", tables, arguments, grid, num_warps=WARPS))
 
 
 # ------------------------------------------------------------------------------------ operators

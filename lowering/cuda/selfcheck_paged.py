@@ -20,7 +20,7 @@ from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
 
 WRITE, QUERY, ATTENTION, MERGE = "paged_write", "paged_query", "paged_attention", "attention_merge"
-EXACT = (QUERY, "paged_tops", "paged_sums")
+EXACT, SETTLE = (QUERY, "paged_tops", "paged_sums"), "paged_settle"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def checks() -> Iterator[PagedCheck]:
         for name, templates in (
             ("exact5", EXACT), ("heal", (QUERY, ATTENTION)), ("layercast", (QUERY, ATTENTION)),
         ):  # fmt: skip
-            more = () if name == "exact5" else (MERGE,)
+            more = (SETTLE,) if name == "exact5" else (MERGE,)
             yield PagedCheck((WRITE, *templates, *more), kv, name, (1, 2, 1), (40, 300, 1))
             yield PagedCheck((WRITE, *templates), kv, name, (30, 1, 70), (45, 20, 70))
     for size in (64, 128):

@@ -53,7 +53,7 @@ def moved(call: tuple[Any, ...]) -> list[Any]:
 
 BATCH = Batch((5, 1), (40, 300))
 RUNS = {
-    "exact5": ["paged_query", "paged_tops", "paged_sums"],
+    "exact5": ["paged_query", "paged_tops", "paged_sums", "paged_settle"],
     "heal": ["paged_query", "paged_attention", "attention_merge"],
     "layercast": ["paged_query", "paged_attention", "attention_merge"],
 }
@@ -201,7 +201,7 @@ def test_places_past_31_bits_have_64():
 
 def test_counts_make_no_kernel_of_their_own():
     """Triton would compile once more for a single request, and for a multiple of 16."""
-    (*_, launch) = PagedCase("a step", numerics="exact5").launches()
+    (*_, launch, _) = PagedCase("a step", numerics="exact5").launches()
     function = eager.kernel(launch.text)
     fixed = {name for name, p in zip(function.arg_names, function.params, strict=True)
              if p.do_not_specialize}  # fmt: skip

@@ -38,7 +38,7 @@ def units(facts: Report) -> set[str]:
     return {re.sub(r"\..*", "", name) for name in facts.mma}
 
 
-EXACT = {"paged_query", "paged_write", "paged_tops", "paged_sums"}
+EXACT = {"paged_query", "paged_write", "paged_tops", "paged_sums", "paged_settle"}
 SHOWN = [("paged prefill 128", 90), ("exact paged prefill 64", 90), ("paged decode 64, all", 80)]
 
 

@@ -47,8 +47,11 @@ def attend_in_chunks(asked: ExactAttention, chunk: int) -> tuple[Tensor, Tensor]
     bits = element_bits(key.shape[2])
     units = (fp64.two_to(P_BITS - exponent), 2.0**bits)
     numerators, denominators = heal.exact_sums(*query, *key, *value, *how, top, *units)
-    sums = numerators.sum(0), denominators.sum(0)
-    output, denominator = settled(top, exponent, sums, bits)
+    numerator = from_integers(numerators.sum(0)) * fp64.two_to(exponent - P_BITS).unsqueeze(-1)
+    denominator = from_integers(denominators.sum(0)) * 2.0**-bits
+    result = numerator / denominator.unsqueeze(-1)
+    result = torch.where((top == -math.inf).unsqueeze(-1), 0.0, result)
+    output = fp64.to_fp32(torch.where(top.isnan().unsqueeze(-1), math.nan, result))
     return output, logsumexp(top, denominator)
 
 
@@ -56,24 +59,6 @@ def exponent_above(largest: Tensor) -> Tensor:
     """The exponent above that of each row's largest visible scale of V, INT64."""
     exponent = (largest.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS + 1
     return exponent.clamp(-200, 200)
-
-
-def settled(
-    top: Tensor, exponent: Tensor, sums: tuple[Tensor, Tensor], bits: int
-) -> tuple[Tensor, Tensor]:
-    """The last step: output, FP32 `[..., Ev]`, and denominator, FP64 `[...]`.
-
-    Args:
-        top: FP64 `[...]`, the largest score; NaN where the row meets a NaN or an infinity.
-        exponent: INT64 `[...]`, as `exponent_above` has it.
-        sums: INT64 `[..., Ev]` and `[...]`: P V and P over all keys; anything where `top` is -inf.
-        bits: P was summed in units of 2^-bits.
-    """
-    numerator = from_integers(sums[0]) * fp64.two_to(exponent - P_BITS).unsqueeze(-1)
-    denominator = from_integers(sums[1]) * 2.0**-bits
-    result = numerator / denominator.unsqueeze(-1)
-    result = torch.where((top == -math.inf).unsqueeze(-1), 0.0, result)
-    return fp64.to_fp32(torch.where(top.isnan().unsqueeze(-1), math.nan, result)), denominator
 
 
 def read(*how: Any) -> tuple[Scoring, int]:
