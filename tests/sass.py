@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from torch.torch_version import TorchVersion
 from tests.support.attention_cases import CASES as ATTENTION
 from tests.support.exact_cases import CASES as EXACT
 from tests.support.fake_cuda import Device, Kernel, fake_cuda, generated_source, kernels
+from tests.support.paged_runs import CASES as PAGED
+from tests.support.paged_runs import binary as binary_of_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
@@ -107,7 +110,11 @@ def binary(kernel: Kernel, capability: int) -> Any:
 
 def compiled(kernel: Kernel, capability: int) -> Report:
     """Compile a generated kernel for an architecture and disassemble it."""
-    built = binary(kernel, capability)
+    return disassembled(binary(kernel, capability), capability)
+
+
+def disassembled(built: Any, capability: int) -> Report:
+    """What the tools say of a kernel that Triton compiled."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(built.asm["cubin"])
@@ -225,6 +232,15 @@ def main() -> None:
             for kernel in case.templates(capability):
                 row = compiled(kernel, capability).row()
                 print(f"{case.title:26} {row}", flush=True)
+    _print_paged(words, chosen)
+
+
+def _print_paged(words: list[str], chosen: Sequence[int]) -> None:
+    for case in PAGED:
+        for capability in chosen if not words or any(word in case.title for word in words) else ():
+            for launch in case.launches(capability):
+                built = binary_of_launch(launch, capability)
+                print(f"{case.title:26} {disassembled(built, capability).row()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Serving engines call these operators as they are, outside of compiled graphs, with other sizes at
 each step. So a kernel is compiled by Inductor's own C++ compiler and kept in its cache, for
-everything but sizes, and stands in for the reference implementation on CPU once `register()` ran.
+everything but sizes, and stands in for the reference implementation on CPU once `lowering.register()` ran.
 In an exact precision it has the reference's bits. The others' weights are FP64: their error is
 that of the integers, and one rounding (`arithmetic.attention_bounds` with `kv=`).
 
@@ -108,7 +108,7 @@ def write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> 
     cell = Cell(kv, key.shape[-1], value.shape[-1])
     paged.check_pages(pages, key.shape[1], cell)
     if 0 in (*key.shape, *value.shape) or len(slots) != len(key) or pages.stride(-1) != 1:
-        return paged.write(pages, key, value, slots, kv)
+        return paged.write_tokens(pages, key, value, slots, kv)
     key, value = _rows(key), _rows(value)
     fault = torch.zeros(1, dtype=torch.int64)
     run = compiled(_writer(cell))
@@ -117,7 +117,7 @@ def write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> 
         *(len(key), key.shape[1], pages.shape[0], pages.shape[2]),
         *(*key.stride()[:2], *value.stride()[:2], *pages.stride()[:3], torch.get_num_threads()),
     )
-    return paged.write(pages, key, value, slots, kv) if fault else None
+    return paged.write_tokens(pages, key, value, slots, kv) if fault else None
 
 
 @functools.cache
@@ -212,8 +212,5 @@ def _attender(cell: Cell, scoring: Scoring, exact: bool, types: tuple[str, ...])
     return Kernel("cpu_paged_attention", _of_cell(cell) | values, pointers, 14)
 
 
-@functools.cache
-def register() -> None:
-    """Let the operators run these on CPU."""
-    paged.paged_write.register_kernel("cpu")(write)
-    paged.paged_attention.register_kernel("cpu")(attend)
+#: Operator -> what runs in its place on CPU.
+KERNELS = {paged.paged_write: write, paged.paged_attention: attend}

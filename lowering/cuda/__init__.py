@@ -6,6 +6,14 @@ from healpass.lowering.cuda import (
     exact_attention,
     exact_matmul,
     matmul,
+    paged,
 )
 
-__all__ = ["attention", "attention_gradients", "exact_attention", "exact_matmul", "matmul"]
+__all__ = [
+    "attention",
+    "attention_gradients",
+    "exact_attention",
+    "exact_matmul",
+    "matmul",
+    "paged",
+]

@@ -123,3 +123,21 @@ def exact_attention_tiles(
     if head_block > 64 or digits == 3 or 100 <= capability < 120:
         return [AttentionTile(32, 8, 2), AttentionTile(32, 8, 1)]
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]
+
+
+def exact_paged_tile(
+    capability: int, head_block: int, digits: int, *, decodes: bool
+) -> AttentionTile:
+    """The tile of both kernels of exact attention over pages.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        digits: Of Q, K and V.
+        decodes: Requests have few rows.
+    """
+    if head_block > 128 or (prefers_half(capability) and head_block > 64):
+        return AttentionTile(16, 8, 1)
+    if decodes or (digits == 3 and head_block > 64):
+        return AttentionTile(16, 8, 4 - digits)  # with the other number of stages one spills
+    return AttentionTile(32, 8, 2)

@@ -31,17 +31,24 @@ TEXTS = {
     "exact_grouped_sum": "exact_gemm",
     "exact_sums": "exact_gemm",
 }
+#: Macros, a file each, and what calls them: a template, or macros that stand before them here.
+MACROS = {
+    "paged_macros": ("paged_place(", "token_rows("),
+    "exact_attention_spans": ("sums_span(",),
+    "exact_attention_macros": ("exact_scores(", "tops_block("),
+    "attention_fold": ("fold_block(",),
+    "attention_macros": ("finish_scores(", "exact_scores("),
+}
 #: Device functions, a file each; one calls only those that stand before it.
-HELPERS = ("helpers", "attention_helpers", "exact_helpers")
+HELPERS = ("helpers", "attention_helpers", "exact_helpers", "quantize_helpers")
 
 
 def source(name: str) -> str:
     """Text of a template: its macros, itself, and the device functions that it calls."""
     text = _read(TEXTS.get(name, name))
-    if "exact_scores(" in text:
-        text = _read("exact_attention_macros") + text
-    if "finish_scores(" in text or "exact_scores(" in text:
-        text = _read("attention_macros") + text
+    for part, calls in MACROS.items():
+        if any(call in text for call in calls):
+            text = _read(part) + text
     helpers = [function for part in HELPERS for function in _read(part).split("\n\n\n")]
     called: list[str] = []
     for function in reversed(helpers):  # a function calls only those that stand before it
@@ -168,6 +175,12 @@ GRIDS = {
     "attention_backward_query": attention_grid,
     "attention_backward_key": attention_backward_key_grid,
 }
+
+#: Templates that are launched outside of graphs (`eager`).
+EAGER = (
+    *("paged_query", "paged_write", "paged_attention"),
+    *("paged_tops", "paged_sums", "paged_settle"),
+)
 
 
 @functools.cache

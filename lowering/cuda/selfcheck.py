@@ -4,7 +4,7 @@ At first use a second process multiplies small matrices through every template a
 FP64, exact templates bit by bit with their reference implementation on CPU. (A second process,
 because a broken kernel takes down the CUDA context it runs in.) The verdict is kept in the user's
 cache folder under the GPU's name, the versions and a hash of this package's sources. May import
-`selfcheck_attention`, `selfcheck_exact`, `kernels`, and the operators.
+`selfcheck_attention`, `selfcheck_exact`, `selfcheck_paged`, `kernels`, and the operators.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from torch import Tensor
 
 from healpass.cache_key import current_config
 from healpass.errors import DeviceCheckError, StrictError
-from healpass.lowering.cuda import kernels, selfcheck_attention, selfcheck_exact
+from healpass.lowering.cuda import (
+    kernels,
+    selfcheck_attention,
+    selfcheck_exact,
+    selfcheck_paged,
+)
 
 #: Multiplies two matrices (or batches) with the given `numerics`.
 Multiply = Callable[[Tensor, Tensor, str], Tensor]
 
-#: Seconds that the second process may take: about forty kernels are compiled in it.
+#: Seconds that the second process may take: about sixty kernels are compiled in it.
 TIMEOUT = 600
 UNIT = 2.0**-24
 
@@ -203,7 +208,8 @@ def verdict(index: int) -> dict[str, str]:
         found: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
         last = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
-        return dict.fromkeys(kernels.GRIDS, f"the check itself failed ({last})")
+        names = (*kernels.GRIDS, *kernels.EAGER)
+        return dict.fromkeys(names, f"the check itself failed ({last})")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(found, file)
@@ -265,6 +271,7 @@ def main() -> None:
         wrong = examine(on_gpu(index))
         wrong |= selfcheck_attention.examine(selfcheck_attention.on_gpu(index))
         wrong |= selfcheck_exact.examine(selfcheck_exact.on_gpu(index))
+        wrong |= selfcheck_paged.examine(selfcheck_paged.on_gpu(index))
         sys.stdout.write(json.dumps(wrong) + "\n")
     finally:
         _examining.reset(token)

@@ -174,6 +174,26 @@ def attention_tiles(
     return [AttentionTile(64, 8, 2), AttentionTile(64, 8, 1)]
 
 
+def paged_tile(
+    capability: int, head_block: int, digits: int, *, decodes: bool, layercast: bool
+) -> AttentionTile:
+    """The tile of attention over pages, which has two accumulators.
+
+    Args:
+        capability: As 90 for 9.0.
+        head_block: The larger padded head size.
+        digits: Of Q, K and V.
+        decodes: Requests have few rows.
+        layercast: P V is in FP32; more rows spill.
+    """
+    tile = attention_tiles(capability, head_block, digits, decodes)[0].halved()
+    if layercast:
+        return AttentionTile(16, tile.num_warps, 1)
+    # On sm_100 a second stage spills.
+    stages = 1 if 100 <= capability < 120 and not decodes else tile.num_stages
+    return AttentionTile(tile.block, tile.num_warps, stages)
+
+
 def attention_backward_tiles(
     capability: int, head_block: int, digits: int
 ) -> tuple[list[AttentionTile], list[AttentionTile]]:

@@ -17,6 +17,7 @@ from tests.sass import Case
 from tests.support.attention_cases import AttentionCase, Scoring
 from tests.support.exact_cases import ExactAttentionCase, ExactCase, ExactGroupsCase, ExactSumsCase
 from tests.support.fake_cuda import Device, generated_source, kernels
+from tests.support.paged_runs import PagedCase
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -49,6 +50,12 @@ CASES = {
     "exact_attention": ExactAttentionCase("exact attention", 2048, 2048, 128),
     "exact_attention_decode": ExactAttentionCase("exact decode", 1, 8192, 64, "int24"),
 }  # fmt: skip
+#: Serving engines' steps, whose kernels no graph holds.
+PAGED = {
+    "paged_decode": PagedCase("decode", sinks=True, window=1024),
+    "paged_prefill": PagedCase("prefill", 512, kv="int24", numerics="layercast"),
+    "paged_exact": PagedCase("exact decode", kv="int24", numerics="exact5"),
+}
 #: Compute capability where it is not Hopper's.
 DEVICES = {"gemm_ampere": Device(80), "exact_half": Device(103)}
 
@@ -59,8 +66,19 @@ def test_generated_kernels_are_as_expected(name):
     settings = PINNED_SETTINGS if name.startswith("exact") else {}
     device = DEVICES.get(name, Device())
     found = kernels(generated_source(case, case.tensors(), device, **settings))
-    ours = [kernel for kernel in found if kernel.is_template]  # the others are Inductor's own
-    text = "\n".join(f"# {kernel.name}\n{kernel.body.rstrip()}\n" for kernel in ours)
+    # The others are Inductor's own.
+    compare(name, [(kernel.name, kernel.body) for kernel in found if kernel.is_template])
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_kernels_over_pages_are_as_expected(name):
+    found = [launch.text for launch in PAGED[name].launches()]
+    compare(name, [(text.name, text.render()) for text in found])
+
+
+def compare(name: str, found: list[tuple[str, str]]) -> None:
+    """With the file of this name: kernels by name."""
+    text = "\n".join(f"# {kernel}\n{body.rstrip()}\n" for kernel, body in found)
     text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
     path = Path(__file__).with_name(f"test_templates.{name}.expected")
     if os.environ.get("EXPECTTEST_ACCEPT"):

@@ -75,7 +75,7 @@ def call_of(requests: list[tuple[int, int]], room: int, call: tuple[str, ...], *
     for token in changes.get("lost", ()):
         key[token % len(slots), 0, 0] = math.inf
         value[(token + 5) % len(slots), -1, -1] = math.nan
-    paged.write(pages, key, value, torch.tensor(slots), kv)
+    paged.write_tokens(pages, key, value, torch.tensor(slots), kv)
     starts = torch.tensor([0, *torch.tensor([q for _, q in requests]).cumsum(0)], dtype=index)
     query = drawn_states((int(starts[-1]) + 1, heads, size), 3, spread)
     sinks = torch.linspace(-1, 3, heads) if how["sinks"] else None
@@ -236,7 +236,7 @@ def test_cells_have_the_bytes_of_the_reference(tokens, room, call, dtype, specia
     key, value = both.split([size, value_size], -1)  # strided
     found = pages.clone()
     kernels.write(found, key, value, slots, kv)
-    paged.write(pages, key, value, slots, kv)
+    paged.write_tokens(pages, key, value, slots, kv)
     assert torch.equal(found, pages)
 
 

@@ -182,8 +182,18 @@ def scores_and_errors(query: Operand, key: Operand, scoring: Scoring) -> tuple[T
     return scores, error * (1 + 2.0**-10)  # the errors of erroneous numbers
 
 
-def exact(query: Operand, key: Operand, value: Operand, scoring: Scoring) -> Exact:
-    """Attention in FP64, and the bound of the kernels."""
+def exact(
+    query: Operand, key: Operand, value: Operand, scoring: Scoring, *, joined: bool = False
+) -> Exact:
+    """Attention in FP64, and the bound of the kernels.
+
+    Args:
+        query: `[B, H, L, E]`.
+        key: `[B, Hkv, S, E]`.
+        value: `[B, Hkv, S, Ev]`.
+        scoring: All else that decides a weight.
+        joined: Rows have chunks however many they are.
+    """
     groups = query.scale.shape[1] // key.scale.shape[1]
     rows = groups * query.scale.shape[-1]
     key, value = key.repeated(groups), value.repeated(groups)
@@ -201,7 +211,7 @@ def exact(query: Operand, key: Operand, value: Operand, scoring: Scoring) -> Exa
     head_block = padded(query.values, value.values)
     block = keys_per_block(head_block, key.digits, chain_k(80))
     blocks = -(-scores.shape[-1] // block)
-    chunks = -(-scores.shape[-1] // CHUNK) if rows <= DECODE_ROWS else 0
+    chunks = -(-scores.shape[-1] // CHUNK) if joined or rows <= DECODE_ROWS else 0
     steps = (2 * blocks + chunks + 4) * UNIT
     sink_error = torch.exp(UNIT * (4 * sink.abs().nan_to_num(0.0, 0.0) + 1)) * (1 + 4 * UNIT) - 1
     count = visible.sum(-1, keepdim=True)

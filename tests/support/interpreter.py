@@ -11,7 +11,7 @@ Faults of the interpreter (Triton 3.6, 3.7.1 and 3.9), which real GPUs do not ha
 * `tl.fma` rounds twice (before 3.9): it is made to round once;
 * the maximum and the minimum that ignore NaN hand it on (before 3.9): they are made to ignore it;
 * arithmetic on BF16 works on bits: it is refused, so that no test passes by accident;
-* a mask made of a comparison of scalars is not of NumPy's bool: it is made so;
+* a comparison of scalars, and a mask made of one, is not of NumPy's bool: it is made so;
 * a number that bounds a loop is not a number for NumPy 2.4 (in 3.6): it is made one;
 * a call of a device function leaves `triton.language` patched for good: it is patched once, here;
 * Inductor's `max2` goes element by element through Python: NumPy's maximum has the same meaning.
@@ -63,6 +63,10 @@ _PIECES = {
     ir.INPUT_PRECISION.TF32x3: (11, 2),
     ir.INPUT_PRECISION.BF16x6: (8, 3),
 }
+_COMPARISONS = (
+    *(np.less, np.less_equal, np.greater),
+    *(np.greater_equal, np.equal, np.not_equal),
+)
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 
 
@@ -156,7 +160,8 @@ def _rounding_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> An
 def _no_bf16_arithmetic(self: Any, left: Any, right: Any, op: Any, *rest: Any) -> Any:
     if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar) and op not in _BITWISE:
         raise TypeError("the interpreter computes on the bits of BF16: upcast first")
-    return _binary(self, left, right, op, *rest)
+    result = _binary(self, left, right, op, *rest)
+    return _boolean(result) if op in _COMPARISONS else result
 
 
 def _boolean(mask: Any) -> Any:
@@ -193,7 +198,7 @@ def _interpreted_functions(module: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _corrected() -> Iterator[None]:
+def corrected() -> Iterator[None]:
     """Triton's interpreter with its faults corrected, for the time of a block."""
     changes = {
         "create_dot": _dot,
@@ -228,7 +233,7 @@ def _corrected() -> Iterator[None]:
 @contextlib.contextmanager
 def interpreted(kernel: JITFunction) -> Iterator[Any]:
     """A kernel that was written by hand, to be launched on CPU tensors for the time of a block."""
-    with _corrected():
+    with corrected():
         yield interpreter.InterpretedFunction(kernel.fn)
 
 
@@ -349,5 +354,5 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         if isinstance(node, ast.FunctionDef) and node.name == "call"
     )
     exec(compile(ast.Module([call], []), "<wrapper>", "exec"), names)
-    with _corrected():
+    with corrected():
         return names["call"](None, list(inputs))

@@ -43,9 +43,7 @@ def attend_in_chunks(asked: ExactAttention, chunk: int) -> tuple[Tensor, Tensor]
     query, key, value, scoring = asked.query, asked.key, asked.value, asked.scoring
     how = (scoring.attn_mask, scoring.is_causal, scoring.scale, scoring.window, chunk)
     tops, scales = heal.exact_tops(*query, *key, value.scale, *how)
-    top, largest = tops.amax(0), scales.amax(0)
-    exponent = (largest.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS + 1
-    exponent = exponent.clamp(-200, 200)
+    top, exponent = tops.amax(0), exponent_above(scales.amax(0))
     bits = element_bits(key.shape[2])
     units = (fp64.two_to(P_BITS - exponent), 2.0**bits)
     numerators, denominators = heal.exact_sums(*query, *key, *value, *how, top, *units)
@@ -55,6 +53,12 @@ def attend_in_chunks(asked: ExactAttention, chunk: int) -> tuple[Tensor, Tensor]
     result = torch.where((top == -math.inf).unsqueeze(-1), 0.0, result)
     output = fp64.to_fp32(torch.where(top.isnan().unsqueeze(-1), math.nan, result))
     return output, logsumexp(top, denominator)
+
+
+def exponent_above(largest: Tensor) -> Tensor:
+    """The exponent above that of each row's largest visible scale of V, INT64."""
+    exponent = (largest.to(torch.float64).view(torch.int64) >> fp64.FRACTION_BITS) - fp64.BIAS + 1
+    return exponent.clamp(-200, 200)
 
 
 def read(*how: Any) -> tuple[Scoring, int]:
