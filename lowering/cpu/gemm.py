@@ -1,9 +1,10 @@
 """Products with a linear layer's weight on CPU, for any number of rows. May import `ops`.
 
-`cpu_gemm.cpp.jinja`: FP32 arithmetic on a 16-bit weight. One kernel serves decode and prefill, so a graph whose number of rows is not known (an engine's
-batch) reads the weight in its 16 bits, too. Error of an output of K products: WIDTH chains of
-K / WIDTH fused multiply-adds, then a tree, which is within the bound of one chain,
-K 2^-24 |a| |w|. Its bits are those of any other batch on the same processor.
+`cpu_gemm.cpp.jinja`: FP32 arithmetic on a 16-bit weight. One kernel for decode and prefill, so a
+graph whose number of rows is not known (an engine's batch) reads the weight in its 16 bits, too.
+Error of an output of K products: WIDTH chains of K / WIDTH fused multiply-adds, then a tree, which
+is within the bound of one chain, K 2^-24 |a| |w|. A row's bits are those of any other batch on the
+same processor.
 
 `cpu_exact_gemm.cpp.jinja`: the digits of `ops.products.exact`, made in the kernel, and INT8
 products of VNNI: the bits of the operators' reference. Sums of a level stay in INT32: with K up to

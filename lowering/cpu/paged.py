@@ -2,7 +2,7 @@
 
 Serving engines call these operators as they are, outside of compiled graphs, with other sizes at
 each step. So a kernel is compiled by Inductor's own C++ compiler and kept in its cache, for
-everything but sizes, and stands in for the reference implementation on CPU once `lowering.register()` ran.
+everything but sizes, and stands in for the reference implementation on CPU (`KERNELS`).
 In an exact precision it has the reference's bits. The others' weights are FP64: their error is
 that of the integers, and one rounding (`arithmetic.attention_bounds` with `kv=`).
 

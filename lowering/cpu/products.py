@@ -22,6 +22,7 @@ from healpass.lowering.expressions import aten, call, fp32, is_static, mul, unsq
 from healpass.ops.products.ieee import is_ieee
 from healpass.ops.products.numerics import Numerics
 
+
 def lower_mm(a: Any, b: Any, numerics: str = "heal") -> Any:
     """`heal::mm` on CPU: `[M, K]` by `[K, N]`, FP32 arithmetic, bound K * 2^-24 * (|a| @ |b|).
 

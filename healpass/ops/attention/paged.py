@@ -81,6 +81,36 @@ class Cell:
         return key, value
 
 
+def write_tokens(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:
+    """Write tokens into pages.
+
+    Args:
+        pages: INT8 `[P, Hkv, N, C]`, changed in place.
+        key: `[T, Hkv, E]` in FP16, BF16 or FP32.
+        value: `[T, Hkv, Ev]`, any of those.
+        slots: INT64 `[T]`: page times N plus place in it; a negative one writes nothing.
+        kv: `int16` or `int24`.
+
+    Raises:
+        OperandError: Pages of another format or size, or `kv` is no format of integers.
+        DtypeError: Keys or values of another dtype.
+    """
+    cell = Cell(kv, key.shape[-1], value.shape[-1])
+    check_pages(pages, key.shape[1], cell)
+    written = slots >= 0
+    target, cells = slots[written], cell.pack(key[written], value[written])
+    pages[target // pages.shape[2], :, target % pages.shape[2]] = cells
+
+
+paged_write = torch.library.custom_op("heal::paged_write", write_tokens, mutates_args=("pages",))
+
+
+@paged_write.register_fake
+def _(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:  # noqa: ARG001
+    check_pages(pages, key.shape[1], Cell(kv, key.shape[-1], value.shape[-1]))
+
+
+def check_pages(pages: Tensor, heads: int, cell: Cell) -> None:
     """Refuse pages that do not hold such cells of so many heads.
 
     Args:
@@ -90,3 +120,149 @@ class Cell:
 
     Raises:
         OperandError: They do not.
+    """
+    if pages.dtype != torch.int8 or pages.dim() != 4 or pages.shape[3] != cell.nbytes:
+        raise OperandError(
+            f"pages of {cell.kv} with keys of {cell.size} and values of {cell.value_size} "
+            f"elements are INT8 [P, Hkv, N, {cell.nbytes}], got {pages.dtype} "
+            f"{list(pages.shape)}.\n"
+            "A cell is D (E + Ev) + 8 bytes, D = 2 digits for int16 and 3 for int24."
+        )
+    if pages.shape[1] != heads:
+        raise OperandError(
+            f"pages of {pages.shape[1]} heads do not hold keys of {heads} heads.\n"
+            "Allocate the pages for the heads of this rank."
+        )
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """One call of `heal::paged_attention`.
+
+    Attributes:
+        query: `[T, H, E]` of all requests, one after another.
+        pages: INT8 `[P, Hkv, N, C]`.
+        starts: INT `[R + 1]`, where each request's queries begin, and T.
+        lengths: INT `[R]`, tokens of each request, its queries included.
+        blocks: INT `[R, M]`, its pages in order, anything behind them.
+        scoring: What decides a weight; its offset is set per request.
+        cell: Format of the pages.
+        how: `heal`, `layercast` or an exact precision.
+    """
+
+    query: Tensor
+    pages: Tensor
+    starts: Tensor
+    lengths: Tensor
+    blocks: Tensor
+    scoring: Scoring
+    cell: Cell
+    how: Numerics
+
+    @classmethod
+    def read(
+        cls,
+        query: Tensor,
+        pages: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        blocks: Tensor,
+        *rest: Any,
+    ) -> PagedAttention:
+        """Read and check the arguments of the operator.
+
+        Args:
+            query: As the attribute.
+            pages: As the attribute.
+            starts: As the attribute.
+            lengths: As the attribute.
+            blocks: As the attribute.
+            *rest: `sinks`, `is_causal`, `scale`, `window`, `softcap`, `value_size`, `kv` and
+                `numerics` of the operator.
+
+        Raises:
+            OperandError: Sizes do not fit, or `kv` is no format of integers.
+        """
+        sinks, is_causal, scale, window, softcap, value_size, kv, numerics = rest
+        cell = Cell(kv, query.shape[-1], value_size)
+        check_pages(pages, pages.shape[1], cell)
+        if query.shape[1] % max(pages.shape[1], 1):
+            raise OperandError(
+                f"{query.shape[1]} query heads do not share {pages.shape[1]} key heads evenly.\n"
+                "Allocate the pages for the key heads of this rank."
+            )
+        if len(starts) != len(lengths) + 1 or len(blocks) != len(lengths):
+            raise OperandError(
+                f"{len(lengths)} requests need {len(lengths) + 1} starts and as many lists of "
+                f"pages as requests, got {len(starts)} and {len(blocks)}.\n"
+                "starts ends with the number of queries."
+            )
+        scoring = Scoring(scale, sinks=sinks, is_causal=is_causal, window=window, softcap=softcap)
+        how = Numerics.parse(numerics)
+        return cls(query, pages, starts, lengths, blocks, scoring, cell, how)
+
+    def results(self) -> Tensor:
+        """Memory for the output, FP32 `[T, H, Ev]`."""
+        size = (*self.query.shape[:2], self.cell.value_size)
+        return self.query.new_empty(size, dtype=torch.float32)
+
+    def attend(self) -> Tensor:
+        """The output, 0 for a query that belongs to no request or sees no key."""
+        output = self.results().zero_()
+        for rows, key, value in self._requests():
+            query = Integers.of(self.query[rows].transpose(0, 1)[None], self.cell.kv)
+            before = key.shape[2] - (rows.stop - rows.start)
+            attended = self._attended(query, key, value, self.scoring.at(before))
+            output[rows] = attended[0].transpose(0, 1)
+        return output
+
+    def _requests(self) -> Iterator[tuple[slice, Integers, Integers]]:
+        """Queries of each request that has some, and all of its keys and values."""
+        starts, room = self.starts.tolist(), self.pages.shape[2]
+        for request, keys in enumerate(self.lengths.tolist()):
+            rows = slice(starts[request], starts[request + 1])
+            if rows.stop <= rows.start or not keys:
+                continue
+            pages = self.blocks[request, : -(-keys // room)].to(torch.int64)
+            self._check_request(request, rows, keys, pages)
+            cells = self.pages[pages].transpose(0, 1).flatten(1, 2)[:, :keys]
+            yield rows, *self.cell.unpack(cells)
+
+    def _check_request(self, request: int, rows: slice, keys: int, pages: Tensor) -> None:
+        """Refuse what would be read from nowhere, or from a page of nobody."""
+        count, room, tokens = self.pages.shape[0], self.pages.shape[2], len(self.query)
+        queries = rows.stop - rows.start
+        if not 0 <= rows.start <= rows.stop <= tokens or queries > keys:
+            raise OperandError(
+                f"request {request} has the queries {rows.start} to {rows.stop} of {tokens}, and "
+                f"{keys} keys.\nlengths counts a request's queries, too, and starts ends with "
+                "their number."
+            )
+        if len(pages) * room < keys or int(pages.min()) < 0 or int(pages.max()) >= count:
+            raise OperandError(
+                f"request {request} has {keys} keys on the pages {pages.tolist()} of {room} each; "
+                f"there are {count} pages.\nList its pages in blocks, in order."
+            )
+
+    def _attended(
+        self, query: Integers, key: Integers, value: Integers, scoring: Scoring
+    ) -> Tensor:
+        weighed = scoring.softcap is not None or scoring.sinks is not None
+        if self.how.products is not None and weighed:
+            states = (query.dequantized(), key.dequantized(), value.dequantized())
+            return attend_by_weights(states, scoring, self.cell.kv, str(self.how))
+        return attention_of(query, key, value, scoring, self.how).attend()[0]
+
+
+SCHEMA = (
+    "(Tensor query, Tensor pages, Tensor starts, Tensor lengths, Tensor blocks, Tensor? sinks, "
+    "bool is_causal, float scale, SymInt? window, float? softcap, SymInt value_size, str kv, "
+    "str numerics) -> Tensor"
+)
+paged_attention = torch.library.custom_op(
+    "heal::paged_attention",
+    lambda *call: PagedAttention.read(*call).attend(),
+    mutates_args=(),
+    schema=SCHEMA,
+)
+paged_attention.register_fake(lambda *call: PagedAttention.read(*call).results())
