@@ -47,7 +47,7 @@ EXACT_TESTS = tests/unit/test_lowering_exact_ptx.py
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
-.PHONY: help venv demo demo-full study bench model test test-full test-deep test-gpu test-transformers test-torchtitan \
+.PHONY: help venv demo demo-full study bench bench-vllm model test test-full test-deep test-gpu test-transformers test-torchtitan \
     test-triton test-vllm test-vllm-part test-resolve check docs docs-serve fix
 
 help:  ## List the targets
@@ -138,6 +138,12 @@ test-vllm-part: $(VLLM)/.installed  ## Run those of them that `make test-full` r
 	$(VLLM_PYTEST) tests/serving/test_pages.py tests/serving/test_schedules.py \
 	    -k 'test_pages or batch or preempted'
 	$(VLLM_PYTEST) tests/serving/test_refusals.py
+
+bench-vllm: $(VLLM)/.installed $(STAMP)  ## Tokens per second inside vLLM, HEAL's beside its own (half an hour)
+	VLLM_USE_AOT_COMPILE=0 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
+	    VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m healpass.bench.serving \
+	    "$$($(PYTHON) -c 'from healpass.integrations import smollm2; print(smollm2.fetch())')" \
+	    --csv docs/measurements/serving.csv --page docs/measurements/serving.md
 
 test-resolve:  ## Check that the pins resolve from the public registry alone, for each Python at hand
 	$(PYTHON3) -m tests.resolve

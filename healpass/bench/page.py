@@ -36,7 +36,16 @@ def write_page(path: Path, rows: Sequence[Cells]) -> None:
     Raises:
         BenchError: The page has no marks, or cannot be written.
     """
-    made = f"{BEGIN}\n\n{markdown(rows)}\n\n{END}"
+    put_between_marks(path, markdown(rows))
+
+
+def put_between_marks(path: Path, text_between: str) -> None:
+    """Put a text between the marks of a page, or write a page of nothing else.
+
+    Raises:
+        BenchError: The page has no marks, or cannot be written.
+    """
+    made = f"{BEGIN}\n\n{text_between}\n\n{END}"
     try:
         text = path.read_text() if path.exists() else f"{BEGIN}{END}\n"
         before, found, rest = text.partition(BEGIN)
