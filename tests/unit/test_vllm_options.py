@@ -108,6 +108,7 @@ def test_a_family_that_nobody_has_compared_is_said():
     ({"model_config__logprobs_mode": "processed_logprobs"}, "processed_logprobs"),
     ({"model_config__is_multimodal_model": True}, "multimodal"),
     ({"model_config__runner_type": "pooling"}, "pooling"),
+    ({"model_config__head_dtype": "torch.bfloat16"}, "head_dtype='bfloat16'"),
     ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     (
         {"compilation_config__mode": 0, "model_config__architecture": "PhiForCausalLM"},

@@ -191,6 +191,9 @@ def _exact_reasons(model: Any) -> Iterator[str]:
         yield "the towers of a multimodal model run outside of the graph. Use precision='heal'."
     if getattr(model, "runner_type", "generate") == "pooling":
         yield "pooling adds floats in an order of its own. Use precision='heal'."
+    head = str(getattr(model, "head_dtype", None)).removeprefix("torch.")
+    if head not in ("None", "float32"):
+        yield f"head_dtype={head!r}: logits are FP32. Leave head_dtype out."
     text = getattr(model, "hf_text_config", None)
     kinds, trained = rotary_kinds(text), getattr(text, "max_position_embeddings", 0)
     if "dynamic" in kinds and model.max_model_len > trained:
