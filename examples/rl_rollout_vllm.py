@@ -4,9 +4,12 @@
 
 Each step samples seeded replies in vLLM's continuous batch, scores the same tokens in one training
 pass in transformers, and takes a step of policy gradient; the next engine starts from the new
-weights (plain vLLM on CPU packs its weights, and takes no others while it runs). The importance ratio `exp(trainer - rollout)` of each token should be 1: the weights are the same. By
-default it is not, since two engines add in other orders, and trainers clip or weigh it. Printed is
-its range, by arithmetic: with `exact` it is exactly 1 for every token of every step.
+weights (plain vLLM on CPU packs its weights, and takes no others while it runs).
+
+The importance ratio `exp(trainer - rollout)` of each token should be 1: the weights are the same.
+By default it is not, since two engines add in other orders, and trainers clip or weigh it. Printed
+is its range, by arithmetic: with `exact` it is exactly 1 for every token of every step. Most of
+the time goes to torch, which compiles the training pass.
 
 The model is a tiny random Llama, so that the rewards are of no matter; the environment is vLLM's
 (docs/serving.md).
