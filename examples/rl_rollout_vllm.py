@@ -3,10 +3,13 @@
     python examples/rl_rollout_vllm.py [--steps 2] [--new-tokens 16]
 
 Each step samples seeded replies in vLLM's continuous batch, scores the same tokens in one training
-pass in transformers, takes a step of policy gradient, and hands the new weights to the engine. The
-importance ratio `exp(trainer - rollout)` of each token should be 1: the weights are the same. By
-default it is not, since two engines add in other orders, and trainers clip or weigh it. Printed is
-its range, by arithmetic: with `exact` it is exactly 1 for every token of every step.
+pass in transformers, and takes a step of policy gradient; the next engine starts from the new
+weights (plain vLLM on CPU packs its weights, and takes no others while it runs).
+
+The importance ratio `exp(trainer - rollout)` of each token should be 1: the weights are the same.
+By default it is not, since two engines add in other orders, and trainers clip or weigh it. Printed
+is its range, by arithmetic: with `exact` it is exactly 1 for every token of every step. Most of
+the time goes to torch, which compiles the training pass.
 
 The model is a tiny random Llama, so that the rewards are of no matter; the environment is vLLM's
 (docs/serving.md).
@@ -15,13 +18,14 @@ The model is a tiny random Llama, so that the rewards are of no matter; the envi
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Before vLLM is imported: the engine in this process, so that it takes weights from the trainer.
+# Before vLLM is imported: the engine in this process, which ends when it is collected.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -116,27 +120,32 @@ def reward(reply: Reply) -> float:
     return sum(token % 2 == 0 for token in reply.tokens) / len(reply.tokens)
 
 
-def train(options: dict[str, str] | None, steps: int, new_tokens: int) -> Tensor:
-    """Steps of policy gradient; the importance ratio of every token that was sampled."""
-    model = make_model()
+def sampled(model: Any, options: dict[str, str] | None, new_tokens: int, step: int) -> list[Reply]:
+    """Replies of an engine that starts from the trainer's weights of this step."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         llm = make_engine(folder, options)
+    replies = rollout(llm, new_tokens, step)
+    del llm
+    gc.collect()  # or the engine would end while the next one runs
+    return replies
+
+
+def train(options: dict[str, str] | None, steps: int, new_tokens: int) -> Tensor:
+    """Steps of policy gradient; the importance ratio of every token that was sampled."""
+    model = make_model()
     model = model if options is None else heal_model(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     ratios = []
     for step in range(steps):
-        replies = rollout(llm, new_tokens, step)
+        replies = sampled(model, options, new_tokens, step)
         rewards = torch.tensor([reward(reply) for reply in replies])
-        sampled = torch.stack([reply.log_probabilities for reply in replies])
-        ratio = (score(model, replies) - sampled).exp()
+        drawn = torch.stack([reply.log_probabilities for reply in replies])
+        ratio = (score(model, replies) - drawn).exp()
         (-ratio * (rewards - rewards.mean())[:, None]).mean().backward()
         ratios.append(ratio.detach().flatten())
         optimizer.step()
         optimizer.zero_grad()
-        weights = dict(model.state_dict())
-        llm.apply_model(lambda network, new=weights: bool(network.load_weights(new.items())))
-        llm.reset_prefix_cache()
     return torch.cat(ratios)
 
 

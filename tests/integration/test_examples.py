@@ -14,23 +14,14 @@ import warnings
 import pytest
 import torch
 from rich.console import Console
-from torch._dynamo.backends.debugging import aot_eager
 
 from healpass.integrations import smollm2
 from healpass.integrations.transformers import heal_model
 from tests.support.bits import differing
-from tests.support.examples import EXAMPLES, load_example
+from tests.support.examples import EXAMPLES, load_example, run_by_torch
 from tests.support.ranks import on_ranks, table_rank
 
 pytestmark = pytest.mark.model
-
-
-def run_by_torch(graph_module, inputs, *_):
-    """What stands in for Inductor."""
-    trained = torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
-    )
-    return aot_eager(graph_module, inputs) if trained else graph_module.forward
 
 
 @pytest.fixture(autouse=True)

