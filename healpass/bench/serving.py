@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -255,4 +254,4 @@ def _command(load: Load, engines: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)
