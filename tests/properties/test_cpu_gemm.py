@@ -74,6 +74,23 @@ def test_exact_products_are_the_kernel_and_store_no_digits_of_a_weight():
     assert "empty_strided_cpu((64, 576)" not in code[0]
 
 
+@pytest.mark.parametrize("numerics", ["heal", pytest.param("exact5", marks=needs_vnni)])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_what_makes_the_activation_may_have_another_dtype(numerics, rows):
+    """Exact functions end as INT32 bits that are read as FP32; halves are widened."""
+    torch.manual_seed(0)
+    w = torch.randn(33, 70).to(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(rows, 70).to(dtype)
+
+        def layer(x, w):
+            return heal.silu(heal.mm(heal.silu(x), w.t(), numerics))
+
+        found, wanted = run(compiled(layer), x, w), layer(x, w)
+        distance = (found.double() - wanted.double()).abs().max() / wanted.abs().max()
+        assert distance <= (0 if numerics == "exact5" else 70 * 2.0**-22)
+
+
 BREAKS = {
     "a digit": ("_mm512_srai_epi32(raised, 8)", "_mm512_srai_epi32(integers, 8)"),
     "a pair": ("if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._inductor import decomposition
 from torch._inductor.compile_fx import compile_fx
 
+from healpass import lowering
 from healpass.backend import PINNED_SETTINGS
 from healpass.lowering.cpu import exact as exact_cpu
 from healpass.ops.reproducible import fp64
@@ -78,6 +79,7 @@ def ordinary(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`function` through Inductor as `precision="exact"` compiles, its operators decomposed."""
+    lowering.register()  # some stay operators, and have kernels
     patches = {**PINNED_SETTINGS, **settings}
     table = {**decomposition.select_decomp_table(), **DECOMPOSITIONS, **exact_cpu.DECOMPOSITIONS}
 
