@@ -87,8 +87,6 @@ test: model  ## Run the tests that touch every promise once (ten minutes)
 
 test-full: model  ## Run the tests that `make test` leaves out, but for those that take hours (half an hour)
 	$(PYTEST) -m 'full and not deep and not gpu'
-	@if $(MAKE) $(VLLM)/.installed; then $(MAKE) test-vllm-part; else \
-	    echo 'not run: tests inside vLLM, whose environment could not be made (the reason is above)'; fi
 
 # A thousand compiled graphs are one test: hours, not the usual quarter of one.
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property
@@ -134,7 +132,7 @@ $(VLLM_SOURCE)/.unpacked: tests/data/vllm_source.txt $(VLLM)/.installed
 test-vllm: model $(VLLM)/.installed $(VLLM_SOURCE)/.unpacked  ## Run the tests inside vLLM, in an environment beside .venv (half an hour)
 	for file in tests/serving/test_*.py; do $(VLLM_PYTEST) $$file || exit 1; done
 
-test-vllm-part: $(VLLM)/.installed  ## Run those of them that `make test-full` runs (four minutes)
+test-vllm-part: $(VLLM)/.installed  ## The shortest of them: pages, batches, preemption, refusals (four minutes)
 	$(VLLM_PYTEST) tests/serving/test_pages.py tests/serving/test_schedules.py \
 	    -k 'test_pages or batch or preempted'
 	$(VLLM_PYTEST) tests/serving/test_refusals.py
