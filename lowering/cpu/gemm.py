@@ -88,9 +88,10 @@ def _product(template: Any, a: Any, b: Any) -> Any | None:
     if not takes_exactly(terms, columns):
         return None
     weight = compat.realize_inputs(call(aten.permute.default, b, [1, 0]))
-    activation = compat.realize_inputs(fp32(a))
-    if weight.get_stride()[1] != 1 or activation.get_stride()[1] != 1:
+    weight.freeze_layout()  # or Inductor may choose another one afterwards
+    if weight.get_stride()[1] != 1:
         return None
+    activation = ir.ExternKernel.require_contiguous(fp32(a))
     rows = activation.get_size()[0]
     if is_static(rows) and int(rows) == 0:
         return None
