@@ -95,7 +95,7 @@ def _product(template: Any, a: Any, b: Any) -> Any | None:
     rows = activation.get_size()[0]
     if is_static(rows) and int(rows) == 0:
         return None
-    layout = ir.FixedLayout(activation.get_device(), torch.float32, [rows, columns])
+    layout = ir.FixedLayout(weight.get_device(), torch.float32, [rows, columns])
     made = template(layout, activation, weight)
     return compat.keep_apart(compat.select(made.name, [made.generate()], made.input_nodes, layout))
 
