@@ -54,11 +54,10 @@ def register() -> None:
         by_device = {
             device: table[operator] for device, table in tables.items() if operator in table
         }
-        if operator in cpu.products.EXACT_LOWERINGS:
-            by_device["cpu, exact"] = cpu.products.EXACT_LOWERINGS[operator]
+        exactly = {"cpu": cpu.products.EXACT_LOWERINGS.get(operator)}
         fallback = fallback_handler(operator)
         register_lowering(operator, type_promotion_kind=None)(
-            _by_device(operator, by_device, fallback)
+            _by_device(operator, by_device, exactly, fallback)
         )
     decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
@@ -95,13 +94,18 @@ def _first(choices: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     return decompose
 
 
-def _by_device(operator: Any, lowerings: Mapping[str, Lowering], fallback: Lowering) -> Lowering:
+def _by_device(
+    operator: Any,
+    lowerings: Mapping[str, Lowering],
+    exactly: Mapping[str, Lowering | None],
+    fallback: Lowering,
+) -> Lowering:
     """A lowering that looks at the device, and leaves simulated arithmetic to the fallback.
 
     Args:
         operator: Of `heal::`.
-        lowerings: By device, `cpu` or `cuda`; `cpu, exact` for exact precisions, which have none
-            elsewhere.
+        lowerings: By device, `cpu` or `cuda`.
+        exactly: The same for exact precisions.
         fallback: The operator's reference implementation.
     """
     names = [argument.name for argument in operator._schema.arguments]
@@ -110,10 +114,9 @@ def _by_device(operator: Any, lowerings: Mapping[str, Lowering], fallback: Lower
         leading = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         device: torch.device = leading.get_device()
         numerics = (dict(zip(names, args, strict=False)) | kwargs).get("numerics")
-        how = None if numerics is None else Numerics.parse(numerics)
-        exact = ", exact" if how is not None and how.products is not None else ""
-        plain = how is None or how.plain
-        lowering = lowerings.get(f"{device.type}{exact}") if plain else None
+        how = Numerics("heal") if numerics is None else Numerics.parse(numerics)
+        table = lowerings if how.products is None else exactly
+        lowering = table.get(device.type) if how.plain else None
         result = None if lowering is None else lowering(*args, **kwargs)
         return fallback(*args, **kwargs) if result is None else result
 

@@ -28,15 +28,11 @@ from healpass.bench.page import put_between_marks
 from healpass.bench.run import spread
 from healpass.environment import collect
 from healpass.errors import BenchError
+from healpass.integrations.vllm.checking import Asked
 
-#: Name in the table -> the engine's own arguments, or HEAL's options.
-ENGINES: dict[str, dict[str, Any]] = {
-    "vllm-bf16": {"dtype": "bfloat16"},
-    "vllm-fp32": {"dtype": "float32"},
-    "heal": {"precision": "heal"},
-    "layercast": {"precision": "layercast"},
-    "exact": {"precision": "exact"},
-}
+#: vLLM as it is, by the dtype that it computes in; the others are HEAL's precisions.
+PLAIN = {"vllm-bf16": "bfloat16", "vllm-fp32": "float32"}
+ENGINES = (*PLAIN, "heal", "layercast", "exact")
 BASELINES = ("vllm-bf16", "vllm-fp32")
 COLUMNS = (
     "requests", "engine", "tokens_per_second", "p20", "p80", "to_bf16", "to_fp32", "model",
@@ -64,21 +60,26 @@ class Load:
     rounds: int
     threads: int
 
-    def arguments(self, engine: str) -> dict[str, Any]:
-        """Of `vllm.LLM`."""
-        from healpass.integrations.vllm import engine_args
-
-        common = {
+    def asked(self, name: str) -> Asked:
+        """The engine of a name, without prompts."""
+        engine: dict[str, Any] = {
             "max_model_len": self.prompt + self.new,
             "max_num_seqs": max(self.requests),
             "enable_prefix_caching": False,
-            "skip_tokenizer_init": True,
-            "seed": 0,
         }
-        given = ENGINES[engine]
-        if "dtype" in given:
-            return {"model": self.model, **given, **common}
-        return engine_args(self.model, engine=common, **given)
+        plain = {"dtype": PLAIN[name]} if name in PLAIN else {}
+        return Asked(
+            model=self.model,
+            options=None if plain else {"precision": name},
+            prompts=(),
+            new_tokens=self.new,
+            engine=engine | plain,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the model: the last two folders of a path."""
+        return "/".join(Path(self.model).parts[-2:])
 
     def prompts(self, count: int, turn: int) -> list[list[int]]:
         """So many, none like another: no prefix is shared."""
@@ -87,19 +88,21 @@ class Load:
         return [[int(token) for token in row] for row in drawn]
 
 
-def serve(load: Load, engine: str, calls: Connection) -> None:
+def serve(load: Load, name: str, calls: Connection) -> None:
     """A worker: start an engine, then answer (requests, turn) by seconds, until None comes.
 
     Args:
         load: What it gets.
-        engine: Of `ENGINES`.
+        name: Of `ENGINES`.
         calls: To the process that measures.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
+    from healpass.integrations.vllm.answering import engine
+
     torch.set_num_threads(load.threads)
-    llm = LLM(**load.arguments(engine))
+    llm = engine(load.asked(name))
     asked = SamplingParams(temperature=0, max_tokens=load.new, ignore_eos=True, detokenize=False)
     calls.send("ready")
     while (call := calls.recv()) is not None:
@@ -174,7 +177,7 @@ def provenance(load: Load) -> dict[str, Any]:
 
     environment = collect()
     return {
-        "model": Path(load.model).name,
+        "model": load.name,
         "prompt": load.prompt,
         "new": load.new,
         "rounds": load.rounds,
@@ -247,7 +250,7 @@ def main(
 
 
 def _command(load: Load, engines: tuple[str, ...]) -> str:
-    words = ["python", "-m", "healpass.bench.serving", Path(load.model).name]
+    words = ["python", "-m", "healpass.bench.serving", load.name]
     words += ["--requests", ",".join(map(str, load.requests)), "--engines", ",".join(engines)]
     words += ["--tokens", f"{load.prompt},{load.new}", "--rounds", str(load.rounds)]
     return shlex.join(words)

@@ -47,24 +47,29 @@ def multiply(a: Any, b: Any) -> Any | None:
         a: FP16, BF16 or FP32.
         b: FP16 or BF16, K elements side by side in memory, K and N known.
     """
-    return _product(CpuGemm, a, b) if b.get_dtype() in _HALVES else None
+    weight = _turned(b)
+    if b.get_dtype() not in _HALVES or not _known(*b.get_size()) or weight.get_stride()[1] != 1:
+        return None
+    return _product(CpuGemm, a, weight)
 
 
 def multiply_exactly(a: Any, b: Any, products: int) -> Any | None:
-    """`ops.products.exact.exact_matmul`; None where the kernel has no place for it.
+    """`ops.products.exact.exact_matmul`; None where `takes_exactly` says no.
 
     Args:
         a: As `multiply` takes it.
         b: FP16, BF16 or FP32, as `multiply` takes it.
         products: 3, 5, 6 or 8.
     """
-    if not has_vnni() or b.get_dtype() not in _WEIGHTS:
+    if not has_vnni() or not takes_exactly(*b.get_size()):
         return None
+    weight = _turned(b)
+    if weight.get_stride()[1] != 1:  # Inductor made it, and laid it out so
+        weight = ir.ExternKernel.require_contiguous(weight)
     plan = scheme(products, b.get_dtype())
-    return _product(functools.partial(CpuExactGemm, plan), a, b)
+    return _product(functools.partial(CpuExactGemm, plan), a, weight)
 
 
-@functools.cache
 def has_vnni() -> bool:
     """Whether the processor, and what Inductor compiles for, have AVX-512 with VNNI."""
     chosen = cpu_vec_isa.pick_vec_isa()
@@ -78,23 +83,27 @@ def takes_exactly(terms: Any, columns: Any) -> bool:
         terms: K.
         columns: N.
     """
-    known = is_static(terms) and is_static(columns)
-    return known and 0 < int(terms) <= MOST_TERMS and int(columns) > 0
+    return _known(terms, columns) and int(terms) <= MOST_TERMS
 
 
-def _product(template: Any, a: Any, b: Any) -> Any | None:
-    """A template's result, FP32 `[M, N]`; None where sizes or strides are not its own."""
-    terms, columns = b.get_size()
-    if not takes_exactly(terms, columns):
-        return None
+def _known(terms: Any, columns: Any) -> bool:
+    return is_static(terms) and is_static(columns) and 0 not in (int(terms), int(columns))
+
+
+def _turned(b: Any) -> Any:
+    """`[K, N]` as the `[N, K]` that lies in memory."""
     weight = compat.realize_inputs(call(aten.permute.default, b, [1, 0]))
     weight.freeze_layout()  # or Inductor may choose another one afterwards
-    if weight.get_stride()[1] != 1:
-        return None
+    return weight
+
+
+def _product(template: Any, a: Any, weight: Any) -> Any | None:
+    """A template's result, FP32 `[M, N]`; None for no rows."""
     activation = ir.ExternKernel.require_contiguous(fp32(a))
     rows = activation.get_size()[0]
     if is_static(rows) and int(rows) == 0:
         return None
+    columns = weight.get_size()[0]
     layout = ir.FixedLayout(weight.get_device(), torch.float32, [rows, columns])
     made = template(layout, activation, weight)
     return compat.keep_apart(compat.select(made.name, [made.generate()], made.input_nodes, layout))

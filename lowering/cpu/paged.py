@@ -30,10 +30,12 @@ from healpass.ops.attention.exact_steps import MOST_KEYS, P_BITS
 from healpass.ops.attention.paged import Cell, PagedAttention
 from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.attention.scoring import Scoring
+from healpass.ops.products.matmul import OPERAND_DTYPES
 from healpass.ops.reproducible import fp64, fp64_coefficients
 from healpass.ops.reproducible.reduce import ACCUMULATOR_BITS, ELEMENT_BITS
 
-#: What the bits of a kernel depend on: no fma but those written, nothing reassociated.
+#: What the bits of a kernel depend on, as `backend.PINNED_SETTINGS` has it: no fma but those that
+#: are written, nothing reassociated.
 SETTINGS = {
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
@@ -107,13 +109,15 @@ def write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> 
     """
     cell = Cell(kv, key.shape[-1], value.shape[-1])
     paged.check_pages(pages, key.shape[1], cell)
-    if 0 in (*key.shape, *value.shape) or len(slots) != len(key) or pages.stride(-1) != 1:
+    fit = key.shape[:2] == value.shape[:2] and slots.shape == key.shape[:1]
+    known = {key.dtype, value.dtype} <= set(OPERAND_DTYPES)
+    if not fit or not known or 0 in (*key.shape, *value.shape) or pages.stride(-1) != 1:
         return paged.write_tokens(pages, key, value, slots, kv)
     key, value = _rows(key), _rows(value)
     fault = torch.zeros(1, dtype=torch.int64)
     run = compiled(_writer(cell))
     run(
-        *(key, value, slots.contiguous(), pages, fault),
+        *(key, value, slots.to(torch.int64).contiguous(), pages, fault),
         *(len(key), key.shape[1], pages.shape[0], pages.shape[2]),
         *(*key.stride()[:2], *value.stride()[:2], *pages.stride()[:3], torch.get_num_threads()),
     )
@@ -153,6 +157,8 @@ def _takes(asked: PagedAttention) -> bool:
     indices = (asked.starts, asked.lengths, asked.blocks)
     return (
         how.plain
+        and asked.query.dtype in OPERAND_DTYPES
+        and (scoring.sinks is None or scoring.sinks.shape == asked.query.shape[1:2])
         and not (exact and weighed)
         and 0 not in (*asked.query.shape, *asked.pages.shape, asked.cell.value_size)
         and asked.pages.stride(-1) == 1

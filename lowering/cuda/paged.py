@@ -312,7 +312,7 @@ def attend_on_cuda(*call: Any) -> Tensor:
     """
     asked = PagedAttention.read(*call)
     how = asked.how
-    if how.simulate is not None or how.order or asked.query.dtype not in OPERAND_DTYPES:
+    if not how.plain or asked.query.dtype not in OPERAND_DTYPES:
         return asked.attend()
     problem = PagedProblem(asked, capability(asked.query.device))
     reason = without_kernels(problem)

@@ -91,6 +91,31 @@ def test_what_makes_the_activation_may_have_another_dtype(numerics, rows):
         assert distance <= (0 if numerics == "exact5" else 70 * 2.0**-22)
 
 
+def test_a_long_sum_needs_no_copy_of_its_weight_either():
+    """K past the budget of exact sums, which FP32 has not."""
+    x, w = torch.randn(3, gemm.MOST_TERMS + 9), torch.randn(4, gemm.MOST_TERMS + 9)
+    w = w.to(torch.bfloat16)
+    found, code = run_and_get_code(product("heal"), x, w)
+    assert "extern_kernels.mm(" not in code[0]
+    size = x.double().abs() @ w.t().double().abs()
+    assert ((found - x.double() @ w.t().double()).abs() <= x.shape[1] * 2.0**-24 * size).all()
+
+
+@needs_vnni
+def test_a_weight_that_the_graph_makes_is_the_kernels_too():
+    """Inductor may lay it out as it likes: no product of an opened graph falls back in silence."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 96), torch.randn(96, 40)
+
+    def layer(x, w):
+        return heal.mm(x, (w * 0.5).t().contiguous().to(torch.bfloat16).t(), "exact5")
+
+    found, code = run_and_get_code(compiled(layer), x, w)
+    assert "dpbusd" in code[0]
+    assert "torch.ops.heal.mm" not in code[0]
+    assert differing(found, layer(x, w)) == 0
+
+
 BREAKS = {
     "a digit": ("_mm512_srai_epi32(raised, 8)", "_mm512_srai_epi32(integers, 8)"),
     "a pair": ("if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma"),

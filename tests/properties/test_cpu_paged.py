@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import healpass.lowering as lowering
+from healpass.backend import PINNED_SETTINGS
 from healpass.lowering.cpu import paged as kernels
 from healpass.ops.attention import paged
 from healpass.ops.attention.paged import Cell, PagedAttention
@@ -258,6 +259,31 @@ def test_what_the_kernel_has_no_place_for_stays_with_the_reference():
     assert not kernels._takes(PagedAttention.read(*capped))
     empty = call_of([(5, 0)], 16, CALLS[0])
     assert differing(kernels.attend(*empty), PagedAttention.read(*empty).attend()) == 0
+
+
+def test_kernels_are_compiled_as_graphs_are():
+    assert kernels.SETTINGS.items() <= PINNED_SETTINGS.items()
+
+
+def test_other_dtypes_and_sizes_are_refused_as_the_reference_refuses_them():
+    """None may be read as something else: FP64, heads or tokens that do not fit, INT32 slots."""
+    pages = torch.zeros(2, 3, 16, Cell("int16", 64, 64).nbytes, dtype=torch.int8)
+    key, slots = torch.randn(4, 3, 64), torch.arange(4)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.write(pages, key.double(), key, slots, "int16")
+    for bad in ((key, key[:, :2], slots), (key, key[:3], slots), (key, key, slots[:3])):
+        with pytest.raises((RuntimeError, IndexError)):
+            kernels.write(pages, *bad, "int16")
+    assert not pages.any()
+    again = pages.clone()
+    kernels.write(pages, key, key, slots.to(torch.int32), "int16")
+    paged.write_tokens(again, key, key, slots, "int16")
+    assert torch.equal(pages, again)
+    call = call_of([(5, 2)], 16, ("grouped", "int16", "capped"), numerics="heal")
+    with pytest.raises(TypeError, match="float64"):
+        kernels.attend(call[0].double(), *call[1:])
+    with pytest.raises(RuntimeError):
+        kernels.attend(*call[:5], call[5][:4], *call[6:])
 
 
 def test_registered_they_are_the_operators():

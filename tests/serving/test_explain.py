@@ -15,7 +15,7 @@ def test_layers_pages_and_graphs(llama):
     runs = {layer.name: layer.runs for layer in found.layers}
     assert runs["model.layers.1.mlp.down_proj"] == "heal::linear, exact5"
     assert runs["model.layers.1.self_attn.attn"] == "heal::paged_attention, int16 pages"
-    assert runs["model.layers.0.self_attn.rotary_emb"] == "table by heal::cos and heal::sin"
+    assert runs["model.layers.0.self_attn.rotary_emb"] == "table by heal:: functions"
     assert runs["model.embed_tokens"] == "rows, in FP32"
     assert {layer.weight for layer in found.layers if "proj" in layer.name} == {"bfloat16"}
     (pages,) = found.pages

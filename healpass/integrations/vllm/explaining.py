@@ -19,6 +19,7 @@ from healpass.integrations.vllm.answering import engine
 from healpass.integrations.vllm.attention import HealAttention
 from healpass.integrations.vllm.checking import Asked, answer_in_this_process
 from healpass.integrations.vllm.compiled import SETTLED
+from healpass.integrations.vllm.experts import HealExpertsMethod
 from healpass.integrations.vllm.explained import Explained, Graph, Layer, Pages
 from healpass.integrations.vllm.layers import Exact, HealLogitsProcessor, PinnedTables
 from healpass.integrations.vllm.quant import HealEmbeddingMethod, HealLinearMethod
@@ -62,12 +63,14 @@ def said_of(module: Any, compiled: bool) -> str:
     if isinstance(method, HealLinearMethod):
         name = "heal::linear" if module.heal_group is None else "heal::row_linear over ranks"
         return f"{name}, {method.numerics}"
+    if isinstance(method, HealExpertsMethod):
+        return f"heal::grouped_mm, {method.numerics}"
     if isinstance(method, HealEmbeddingMethod):
         return "heal::linear" if isinstance(module, ParallelLMHead) else "rows, in FP32"
     if isinstance(impl, HealAttention):
         return _attention(impl)
     if isinstance(module, PinnedTables) and module.exact:
-        return "table by heal::cos and heal::sin"
+        return "table by heal:: functions"
     if isinstance(module, HealLogitsProcessor):
         return "cap by heal::tanh" if module.exact_cap is not None else "calls the head"
     if isinstance(module, Exact) and module.exact:
