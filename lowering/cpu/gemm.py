@@ -28,8 +28,11 @@ from healpass.lowering.cpu.text import pointer, source
 from healpass.lowering.expressions import aten, call, fp32, is_static
 from healpass.ops.products.exact import Scheme, scheme
 
-#: Tuning: a block's weights and activations stay in a core's second cache.
-BLOCK_M, BLOCK_N = 96, 32
+#: Tuning: elements of a block of activations, which stays in a core's second cache, and the rows
+#: that it has at least, over which a weight is read once.
+BLOCK, FEWEST_ROWS = 1 << 17, 60
+#: A block's rows are a multiple of a tile's, which are 5 or 3.
+ROWS = 15
 #: Of exact products: a block's digits are made again for each block of rows.
 EXACT_BLOCK_M, EXACT_BLOCK_N = 256, 64
 #: Rows of A whose digits one task makes.
@@ -114,10 +117,9 @@ class CpuGemm(CppTemplate):
 
     Attributes:
         text: Its file, without endings.
-        blocks: Rows and columns of a block.
     """
 
-    text, blocks = "cpu_gemm", (BLOCK_M, BLOCK_N)
+    text = "cpu_gemm"
 
     def __init__(self, layout: ir.Layout, activation: Any, weight: Any) -> None:
         self.activation, self.weight = activation, weight
@@ -138,15 +140,17 @@ class CpuGemm(CppTemplate):
             pointer=functools.partial(pointer, kernel),
             K=int(terms),
             N=int(columns),
-            BLOCK_M=self.blocks[0],
-            BLOCK_N=self.blocks[1],
-            **self.more(),
+            **self.more(int(terms)),
         )
         return str(text)
 
-    def more(self) -> dict[str, Any]:
-        """What else is written into the text."""
-        return {}
+    def more(self, terms: int) -> dict[str, Any]:
+        """What else is written into the text.
+
+        Args:
+            terms: K.
+        """
+        return {"BLOCK_M": max(BLOCK // terms, FEWEST_ROWS) // ROWS * ROWS}
 
 
 class CpuExactGemm(CpuGemm):
@@ -156,17 +160,23 @@ class CpuExactGemm(CpuGemm):
         plan: Which pairs of digits are multiplied.
     """
 
-    text, blocks = "cpu_exact_gemm", (EXACT_BLOCK_M, EXACT_BLOCK_N)
+    text = "cpu_exact_gemm"
 
     def __init__(self, plan: Scheme, layout: ir.Layout, activation: Any, weight: Any) -> None:
         self.plan = plan
         super().__init__(layout, activation, weight)
 
-    def more(self) -> dict[str, Any]:
-        """Digits and their limits."""
+    def more(self, terms: int) -> dict[str, Any]:  # noqa: ARG002
+        """Digits and their limits.
+
+        Args:
+            terms: K: a block has as many rows for any.
+        """
         left, right = digit_limit(self.plan.left), digit_limit(self.plan.right)
         return {
             "plan": self.plan,
+            "BLOCK_M": EXACT_BLOCK_M,
+            "BLOCK_N": EXACT_BLOCK_N,
             "left_bits": left.bit_length(),
             "left_limit": float(left),
             "right_bits": right.bit_length(),
