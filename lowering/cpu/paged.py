@@ -46,6 +46,8 @@ VECTORIZE = ("-ftree-loop-vectorize",)
 BLOCK = 128
 #: Tuning: rows of a tile, and how many scores of it shall stay in a core's own cache.
 FEWEST_ROWS, MOST_ROWS, SCORES = 8, 96, 1 << 16
+#: Of a causal tile so many rows, a few tiles of `product`, leave out what none of them sees.
+SOME_ROWS = 24
 FP64_BITS = 53
 _C_TYPES = {torch.int32: "int32_t", torch.int64: "int64_t"}
 
@@ -206,6 +208,7 @@ def _attender(cell: Cell, scoring: Scoring, exact: bool, types: tuple[str, ...])
         "element_bits": ELEMENT_BITS, "exp_limit": fp64.EXP_LIMIT, "inverse_ln2": 1 / math.log(2),
         "ln2_high": fp64.LN2_HIGH, "ln2_low": fp64.LN2_LOW, "expm1": fp64_coefficients.EXPM1,
         "BLOCK": BLOCK, "FEWEST_ROWS": FEWEST_ROWS, "MOST_ROWS": MOST_ROWS, "SCORES": SCORES,
+        "SOME_ROWS": SOME_ROWS,
     }  # fmt: skip
     pointers = (
         "float*",

@@ -40,7 +40,7 @@ class PagedBatch:
         starts: `[R + 1]`, where each request's queries begin.
         lengths: `[R]`, its tokens.
         blocks: `[R, M]`, its pages.
-        slots: `[T]`, where its new tokens are written.
+        slots: INT64 `[T]`, where its new tokens are written; padding is negative.
         tokens: T.
         causal: Whether a query sees what comes before it only.
     """
@@ -133,32 +133,11 @@ class HealAttention(AttentionImpl):
         self.window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.kv_cache_dtype, self.options = kv_cache_dtype, options
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,  # noqa: ARG002
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Write a step's keys and values into the pages.
-
-        Args:
-            layer: vLLM's, not read.
-            key: FP32 `[T, Hkv, E]`.
-            value: FP32 `[T, Hkv, Ev]`.
-            kv_cache: The pages; empty while vLLM measures memory.
-            slot_mapping: INT64 `[T]`; padding is negative.
-        """
-        count = len(slot_mapping)
-        if kv_cache.numel():
-            heal.paged_write(kv_cache, key[:count], value[:count], slot_mapping, self.options.kv)
-
     def forward(
         self,
         layer: Any,  # noqa: ARG002
         query: Tensor,
-        key: Tensor,  # noqa: ARG002
+        key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
         attn_metadata: PagedBatch | None,
@@ -166,13 +145,13 @@ class HealAttention(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend over the pages.
+        """Write a step's keys and values into the pages, and attend over them.
 
         Args:
             layer: vLLM's, not read.
             query: FP32 `[T, H, E]`.
-            key: Not read: it is in the pages.
-            value: Only its head size is read.
+            key: FP32 `[T, Hkv, E]`.
+            value: FP32 `[T, Hkv, Ev]`.
             kv_cache: The pages.
             attn_metadata: The batch; None while vLLM measures memory.
             output: FP32, written.
@@ -183,10 +162,12 @@ class HealAttention(AttentionImpl):
         batch = attn_metadata
         if batch is None:
             return output.zero_()
+        count, kv = len(batch.slots), self.options.kv
+        heal.paged_write(kv_cache, key[:count], value[:count], batch.slots, kv)
         attended = heal.paged_attention(
             query[: batch.tokens], kv_cache, batch.starts, batch.lengths, batch.blocks, self.sinks,
             batch.causal, self.scale, self.window, self.softcap, value.shape[-1],
-            self.options.kv, self.options.numerics,
+            kv, self.options.numerics,
         )  # fmt: skip
         output[: batch.tokens] = attended.reshape(output[: batch.tokens].shape)
         return output
@@ -209,7 +190,7 @@ class Int16Backend(AttentionBackend):
 
     supported_dtypes = [torch.float32]
     supported_kv_cache_dtypes = ["auto"]
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True
 
     @staticmethod
     def get_name() -> str:

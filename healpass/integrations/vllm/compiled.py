@@ -18,7 +18,7 @@ from healpass.integrations.vllm.options import EngineOptions, current
 
 #: What a graph of vLLM's keeps beside: attention over HEAL's pages, experts, and `weight.data`.
 SETTLED = {
-    *("unified_kv_cache_update", "unified_attention_with_output", "moe_forward"),
+    *("unified_attention_with_output", "moe_forward"),
     "_get_data_attr",
 }
 
