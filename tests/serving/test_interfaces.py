@@ -1,8 +1,9 @@
-"""What `integrations.vllm` takes for granted of vLLM, read off the sources of each version it supports.
+"""What `integrations.vllm` takes for granted of vLLM, read off its sources, version by version.
 
-The engines of these tests are vLLM 0.32 on CPU. Of another version, and of what only an accelerator
-takes, the sources say whether names are there, whether overridden methods are called as ours are
-written, whether what a base class demands is there, and whether settings that are read exist.
+The engines of these tests are vLLM 0.32 on CPU. Of another version, and of what only an
+accelerator takes, the sources say whether names are there, whether overridden methods are called
+as ours are written, whether what a base class demands is there, and whether settings that are read
+exist.
 """
 
 from __future__ import annotations
