@@ -22,6 +22,7 @@ needs_vnni = pytest.mark.skipif(not gemm.has_vnni(), reason="this processor has 
 EXACT = [
     (333, 45, "bf16", "exact5"), (64, 130, "fp16", "exact3"), (77, 66, "fp32", "exact6"),
     (1, 1, "bf16", "exact5"), (130, 17, "bf16", "exact8"), (96, 64, "fp32", "exact5"),
+    (1 << 14, 5, "bf16", "exact5"), (70, 31, "fp16", "exact5"),
 ]  # fmt: skip
 
 
@@ -116,24 +117,30 @@ def test_a_weight_that_the_graph_makes_is_the_kernels_too():
     assert differing(found, layer(x, w)) == 0
 
 
+#: What is changed, into what, and the rows of a product that shows it.
 BREAKS = {
-    "a digit": ("_mm512_srai_epi32(raised, 8)", "_mm512_srai_epi32(integers, 8)"),
-    "a pair": ("if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma"),
-    "the 128": ("offsets[i + j - CUT] += 128 * sums[i]", "offsets[i + j - CUT] += 127 * sums[i]"),
-    "a scale": ("> limit) scale *= 2.0f", "> 2.0 * limit) scale *= 2.0f"),
-}
+    "a digit": ("_mm512_set1_epi32(0x808080)", "_mm512_set1_epi32(0x808180)", 4),
+    "a pair": (
+        "if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma", 4
+    ),
+    "the 128": ("offsets[i + j - CUT] += 128 *", "offsets[i + j - CUT] += 127 *", 4),
+    "a scale": ("> limit) line.scale *= 2.0f", "> 2.0 * limit) line.scale *= 2.0f", 4),
+    "a scale of one row": ("> limit) line.scale *= 2.0f", "> 2.0 * limit) line.scale *= 2.0f", 1),
+    "the lowest digit": ("_mm512_set1_epi32(0xFF)", "_mm512_set1_epi32(0x7F)", 1),
+    "the lowest digit's 128": ("_mm512_set1_epi32(128), found", "_mm512_set1_epi32(127), found", 2),
+}  # fmt: skip
 
 
 @needs_vnni
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_shows(name, monkeypatch):
     """The inverse; a scale one too small is seen where an element rounds up to its limit."""
-    before, after = BREAKS[name]
+    before, after, rows = BREAKS[name]
     text = gemm.source("cpu_exact_gemm")
     assert before in text
     monkeypatch.setattr(gemm, "source", lambda _: text.replace(before, after))
     torch.manual_seed(0)
-    x, w = torch.randn(4, 200), torch.randn(32, 200).to(torch.bfloat16)
+    x, w = torch.randn(rows, 200), torch.randn(32, 200).to(torch.bfloat16)
     x[:, 0], w[:, 0] = 4.0 - 2.0**-22, 4.0 - 2.0**-6
     assert differing(product("exact5")(x, w), heal.mm(x, w.t(), "exact5")) > 0
 
