@@ -45,11 +45,13 @@ TRITON_TESTS = tests/golden/test_templates.py tests/properties/test_exact_triton
     tests/integration/test_exact_model_on_gpu.py
 SASS_TESTS = $(wildcard tests/unit/test_lowering_*sass.py)
 EXACT_TESTS = tests/unit/test_lowering_exact_ptx.py
+# An independent model of tensor cores. Its package names no licence, so nothing requires it.
+MMASIM := mmasim==2.1.1 ninja==1.13.2
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata einops tyro \
     docstring_parser typeguard
 
 .PHONY: help venv demo demo-full study bench bench-vllm model test test-full test-deep test-gpu test-transformers test-torchtitan \
-    test-triton test-vllm test-vllm-part test-resolve check docs docs-serve fix
+    test-mmasim test-triton test-vllm test-vllm-part test-resolve check docs docs-serve fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -103,6 +105,12 @@ test-transformers: model  ## Run the tests of transformers with another of its v
 test-torchtitan: $(STAMP)  ## Run the tests of torchtitan's model code
 	$(INSTALL_BESIDE) $(BESIDE)/torchtitan $(TORCHTITAN)
 	PYTHONPATH=$(BESIDE)/torchtitan $(PYTHON) -m pytest tests/integration/test_torchtitan.py
+
+test-mmasim: $(STAMP)  ## Compare the simulated tensor cores with MMA-Sim, an independent model (two minutes)
+	$(INSTALL_BESIDE) $(BESIDE)/mmasim $(MMASIM)
+	PATH="$(CURDIR)/$(BESIDE)/mmasim/bin:$$PATH" PYTHONPATH=$(BESIDE)/mmasim OMP_NUM_THREADS=1 \
+	    TORCH_EXTENSIONS_DIR=$(CURDIR)/$(BESIDE)/mmasim/built \
+	    $(PYTHON) -m pytest -rs tests/unit/test_tensorcore_mmasim.py
 
 test-triton: $(TRITON:%=test-triton-%)  ## Run the tests of kernels with other versions of Triton (TRITON="3.6.0 3.7.1 3.9.0")
 

@@ -13,7 +13,8 @@ Lemmas, cited by name:
   One has the largest exponent e and loses nothing, since its 23 or 20 bits of fraction are at most
   F; the others lose less than 2^(e-F) each, and 2^e is at most the sum of magnitudes so far. A
   subnormal operand is stored with its format's smallest exponent, which adds alpha = 2^11 l to its
-  magnitude there.
+  magnitude there. Where e is that of a zero (-131 or less) or of a subnormal accumulator (-126),
+  each addend loses less than 2^-149, which is in the underflow term.
 * **chop**: a sum rounded toward zero to FP32 loses at most 2^-23 of itself, and rounding toward
   zero never makes a partial sum larger than the sum of magnitudes.
 * **promote**: FP32 adds the chains of a tile, the tiles and the splits in turn, which is the gamma

@@ -29,7 +29,8 @@ class Contender:
         name: As the table shows it.
         dtype: Of the weights, as `"bfloat16"`.
         yardstick: The eager contender with the same number formats; the gate allows twice its
-            error (see `run.limit`). A contender that is its own yardstick only has to be finite.
+            error, and that of formats that it lacks (see `run.limit`). A contender that is its own
+            yardstick only has to be finite.
         compiler: None at all, plain Inductor, or `backend="heal"`.
         options: Of `backend="heal"`.
         cache: Format of keys and values: that of the weights (`"traced"`, or `"growing"` where

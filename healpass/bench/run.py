@@ -4,17 +4,20 @@ Layer: bench. Imports `bench.*`, `environment` and `errors`.
 
 The gate: an output is let through if its error against FP64 is at most
 
-    2 * (error of the contender's yardstick, in the same run) + u
+    2 * sqrt(e^2 + r^2) + u
 
-where the yardstick is the eager model with the same number formats, u the unit roundoff of the
-dtype that the output is handed out in, and errors are |output - exact| / |exact| over all elements
+where e is the error of the contender's yardstick in the same run, the eager model with the same
+number formats; r what those formats cost by formula where the yardstick does not round to them
+(`budget`: `exact`'s digits, INT16 attention of `--shapes`), else 0; u the unit roundoff of the
+dtype that the output is handed out in; and errors are |output - exact| / |exact| over all elements
 that the workload compares. Twice is what numerics promises: HEAL's normwise bound is at most twice
-that of an FP32 chain (`arithmetic.bounds`).
+that of an FP32 chain (`arithmetic.bounds`). Errors that are independent add as squares.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,6 +85,7 @@ class _Measured:
     """What the gate let through, workload by workload."""
 
     errors: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
     roundoff: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -155,6 +159,9 @@ def _gate(
     progress(f"{workload.name}: {REFERENCE}")
     exact, found.roundoff[REFERENCE] = workers[REFERENCE].ask("outputs", workload)
     found.errors[REFERENCE] = 0.0
+    for contender in plan.contenders:
+        lost = workers[REFERENCE].ask("rounding", workload, contender)
+        found.rounding[contender.name] = lost / float(np.linalg.norm(exact))
 
     def check(name: str) -> None:
         progress(f"{workload.name}: compiling and checking {name}")
@@ -181,12 +188,19 @@ def _gate(
 
 
 def _limit(contender: Contender, found: _Measured) -> float:
-    return limit(found.errors[contender.yardstick], found.roundoff[contender.name])
+    name = contender.name
+    return limit(found.errors[contender.yardstick], found.roundoff[name], found.rounding[name])
 
 
-def limit(yardstick: float, roundoff: float) -> float:
-    """What the gate allows, from the yardstick's error and the output dtype's unit roundoff."""
-    return 2 * yardstick + roundoff
+def limit(yardstick: float, roundoff: float, rounding: float = 0.0) -> float:
+    """What the gate allows.
+
+    Args:
+        yardstick: The yardstick's error.
+        roundoff: Unit roundoff of the output's dtype.
+        rounding: What number formats cost that the yardstick does not have.
+    """
+    return 2 * math.hypot(yardstick, rounding) + roundoff
 
 
 def relative_error(outputs: Any, exact: Any) -> float:

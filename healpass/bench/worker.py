@@ -1,6 +1,6 @@
 """One process per contender: nothing that one compiles, caches or allocates slows another.
 
-Layer: bench. Imports `bench.subject`, `bench.workloads` and `errors`. The parent asks over a pipe;
+Layer: bench. Imports `bench.*` and `errors`. The parent asks over a pipe;
 what goes wrong in a contender comes back as text and costs only that contender its row.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from healpass.bench.budget import rounding
 from healpass.bench.contenders import Contender
 from healpass.bench.source import ModelSource, Source
 from healpass.bench.subject import Subject, held_bytes
@@ -109,6 +110,11 @@ class Desk:
             self._prepared[workload] = workload.prepare(self.subject)
             found = self._prepared[workload].outputs().detach()
         return found.double().cpu().numpy(), torch.finfo(found.dtype).eps / 2
+
+    def rounding(self, workload: Workload, contender: Contender) -> float:
+        """What a contender's number formats may lose, asked of the reference (`bench.budget`)."""
+        with _inference(workload):
+            return rounding(contender, workload, self.subject)
 
     def time(self, workload: Workload) -> float:
         """Seconds per call of the model, over one run."""

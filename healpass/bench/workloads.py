@@ -150,18 +150,44 @@ def _decode(subject: Subject, size: int) -> Prepared:
     return Prepared(lambda: advance(STEPS), outputs, STEPS, rewind)
 
 
+def activations_of(subject: Subject, size: int) -> list[Tensor]:
+    """An activation `[M, K]` per layer, in the contender's dtype, from the same FP32 numbers.
+
+    Args:
+        subject: Whose layers, dtype and device are taken.
+        size: M.
+    """
+    generator = torch.Generator().manual_seed(size)
+    module: Any = subject.module
+    widths = [layer.weight.shape[1] for layer in module.layers]
+    made = [torch.randn(size, width, generator=generator) for width in widths]
+    return [x.to(subject.device, subject.activation_dtype) for x in made]
+
+
+def states_of(subject: Subject, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[1, H, L, E]` in the contender's dtype, from the same BF16 numbers.
+
+    Args:
+        subject: Whose heads, dtype and device are taken.
+        size: L.
+    """
+    generator = torch.Generator().manual_seed(size)
+    heads = subject.heads
+    query, key, value = (
+        torch.randn(1, count, size, heads.size, generator=generator)
+        .to(torch.bfloat16)
+        .to(subject.device, subject.activation_dtype)
+        for count in (heads.queries, heads.keys, heads.keys)
+    )
+    return query, key, value
+
+
 def _layers(subject: Subject, size: int) -> Prepared:
     """Linear layers alone, `size` rows each."""
     if subject.contender.attention == "flash":
         raise _nothing_new(subject, "linear layers have no attention")
-    generator = torch.Generator().manual_seed(size)
-    module: Any = subject.module
-    widths = [layer.weight.shape[1] for layer in module.layers]
-    activations = [
-        torch.randn(size, width, generator=generator).to(subject.device, subject.activation_dtype)
-        for width in widths
-    ]
-    multiply = subject.compile(module)
+    activations = activations_of(subject, size)
+    multiply = subject.compile(subject.module)
 
     def outputs() -> Tensor:
         return torch.cat([product.flatten() for product in multiply(*activations)])
@@ -197,14 +223,7 @@ def _train(subject: Subject, size: int) -> Prepared:
 def _attention(subject: Subject, size: int) -> Prepared:
     if subject.contender.is_triton:
         raise _nothing_new(subject, "attention has no linear layer")
-    generator = torch.Generator().manual_seed(size)
-    heads = subject.heads
-    query, key, value = (
-        torch.randn(1, count, size, heads.size, generator=generator)
-        .to(torch.bfloat16)
-        .to(subject.device, subject.activation_dtype)
-        for count in (heads.queries, heads.keys, heads.keys)
-    )
+    query, key, value = states_of(subject, size)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)

@@ -13,7 +13,8 @@ and precision p. `fits` asks for finite operands, w >= 2^-124, and sums of all p
   it is normal; truncation lets no sum of magnitudes grow, so it is below 2^127.
 - `top` counts from 2^-101 on, which keeps 2^(F - top) <= 2^126 finite and 2^(top - F) >= 2^-126
   normal. Nothing is lost: below that the right quantum is smaller than 2^(-101 - F) <= 2^-124,
-  which is at most w, so both divide w, and truncation to either is exact.
+  which is at most w, so both divide w, and truncation to either is exact. That goes for the
+  exponent of zero, too, which lies below -126: where it decides, nothing is lost.
 - Scaling is a multiplication by a power of two: exact, or its result is below 2^-126, which
   truncates to the same 0. The zero that comes of it is +0, as in FP64: there the addend that
   `top` comes from is not truncated to 0, being at least 2^(top + 2 - 2p) even where operands are

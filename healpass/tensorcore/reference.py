@@ -80,8 +80,9 @@ def _step(
 def _aligned_sum(
     accumulator: float, pairs: list[tuple[float, float]], rule: AccumulationRule, fmt: FloatFormat
 ) -> float:
-    exponents = [_exponent(a, fmt) + _exponent(b, fmt) for a, b in pairs if a and b]
-    largest = max([_exponent(accumulator, FP32), *exponents])
+    zero = rule.zero_exponent
+    exponents = [_exponent(a, fmt) + _exponent(b, fmt) if a and b else zero for a, b in pairs]
+    largest = max([_exponent(accumulator, FP32) if accumulator else zero, *exponents])
     quantum = Fraction(2) ** (largest - rule.fraction_bits)
     addends = [Fraction(accumulator), *(Fraction(a) * Fraction(b) for a, b in pairs)]
     total = sum((int(addend / quantum) * quantum for addend in addends), Fraction(0))
@@ -89,8 +90,8 @@ def _aligned_sum(
 
 
 def _exponent(x: float, fmt: FloatFormat) -> int:
-    """The exponent that `x` is stored with: subnormals and zero have the smallest."""
-    return fmt.min_exponent if x == 0 else max(math.frexp(x)[1] - 1, fmt.min_exponent)
+    """The exponent that `x`, not zero, is stored with: subnormals have the smallest."""
+    return max(math.frexp(x)[1] - 1, fmt.min_exponent)
 
 
 def _add_fp32(x: float, y: float, rule: AccumulationRule) -> float:

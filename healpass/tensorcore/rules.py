@@ -2,11 +2,13 @@
 
 A tensor core adds a group of exact products and the accumulator in one step: it aligns them to the
 largest exponent, keeps F bits of fraction, truncates, adds exactly, and rounds the sum toward zero
-to FP32. Groups of one instruction are chained.
+to FP32. Groups of one instruction are chained. Zero has an exponent, too: a group is never aligned
+below that of its zeros. Products of FP16 are all larger than that; those of BF16 need not be.
 
-Sources: MMA-Sim (arXiv 2511.10909, and its code's tables of group lengths and fraction bits), FTTN
-(arXiv 2403.00232), Fasi, Higham, Mikaitis and Pranesh 2021 (PeerJ CS 7:e330). The rules describe
-published black-box tests; they are a model, not silicon.
+Sources: MMA-Sim (arXiv 2511.10909, and the tables in its code, version 2.1.1: group lengths,
+fraction bits and exponents of zero), FTTN (arXiv 2403.00232), Fasi, Higham, Mikaitis and Pranesh
+2021 (PeerJ CS 7:e330). The rules describe published black-box tests; they are a model, not
+silicon.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ class AccumulationRule:
             nearest, as sgemm's inner loop; `exact` adds in FP64 and rounds once at the end.
         group: L, the number of products that one step adds.
         fraction_bits: F, the bits kept after alignment to the largest exponent.
+        zero_exponent: What a zero addend, product or accumulator, counts as in the alignment. A
+            subnormal accumulator that is not zero counts as FP32 stores it, 2^-126.
     """
 
     name: str
     kind: Literal["truncate", "fma", "exact"]
     group: int = 1
     fraction_bits: int = 0
+    zero_exponent: int = 0
 
     @property
     def promote_every(self) -> int:
@@ -44,10 +49,10 @@ class AccumulationRule:
         return promotion_interval(self.group if self.kind == "truncate" else 0)
 
 
-V100 = AccumulationRule("v100", "truncate", group=4, fraction_bits=23)
-A100 = AccumulationRule("a100", "truncate", group=8, fraction_bits=24)
-H100 = AccumulationRule("h100", "truncate", group=16, fraction_bits=25)
-B200 = AccumulationRule("b200", "truncate", group=16, fraction_bits=25)
+V100 = AccumulationRule("v100", "truncate", group=4, fraction_bits=23, zero_exponent=-131)
+A100 = AccumulationRule("a100", "truncate", group=8, fraction_bits=24, zero_exponent=-132)
+H100 = AccumulationRule("h100", "truncate", group=16, fraction_bits=25, zero_exponent=-133)
+B200 = AccumulationRule("b200", "truncate", group=16, fraction_bits=25, zero_exponent=-133)
 SGEMM = AccumulationRule("sgemm", "fma")
 EXACT = AccumulationRule("exact", "exact")
 

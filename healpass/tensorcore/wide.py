@@ -3,6 +3,9 @@
 Every lane is an FP64 number that holds an exact product or an FP32 value. The largest exponent of
 a group is found as the largest *power of two* 2^(ea + eb), so alignment is one multiplication and
 truncation one `trunc`. The operations are exact but for the roundings that the rule asks for.
+
+Only the accumulator brings in the exponent of zero. Where it is zero it has that exponent, where
+it is not it has a larger one, so a product that is zero never decides.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from healpass.tensorcore.rules import INSTRUCTION_K, AccumulationRule
 from healpass.tensorcore.tiles import fixed, lane
 
 _FP64_EXPONENT = 0x7FF << 52
+_NEGATIVE_ZERO = -(1 << 63)
 #: Bits of an FP64 number below those of a normal FP32 one.
 FP64_BELOW_FP32 = (1 << (53 - FP32.precision)) - 1
 
@@ -42,24 +46,31 @@ def truncated(
     fixed(c, a, b, pa, pb)
     for start in range(0, INSTRUCTION_K, rule.group):
         lanes = range(start, start + rule.group)
-        c = _truncated_group(c, a, b, pa, pb, lanes, rule.fraction_bits)
+        c = _truncated_group(c, a, b, pa, pb, lanes, rule)
     return c
 
 
 def _truncated_group(
-    c: Tensor, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor, lanes: range, fraction_bits: int
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    pa: Tensor,
+    pb: Tensor,
+    lanes: range,
+    rule: AccumulationRule,
 ) -> Tensor:
     """Align the products of some lanes and the accumulator, truncate, add, round toward zero."""
     top = _leading_bit(c).clamp(FP32.smallest_normal, 2.0**FP32.max_exponent)
+    top = torch.where(c == 0, 2.0**rule.zero_exponent, top)
     for i in lanes:
         x, y = lane(pa, pb, i)
         top = torch.maximum(top, x * y)
-    scale = 2.0**fraction_bits / top
+    scale = 2.0**rule.fraction_bits / top
     total = torch.trunc(c * scale)
     for i in lanes:
         x, y = lane(a, b, i)
         total = total + torch.trunc((x * y) * scale)
-    return _toward_zero(total * (top * 2.0**-fraction_bits))
+    return _toward_zero(total * (top * 2.0**-rule.fraction_bits))
 
 
 def _leading_bit(x: Tensor) -> Tensor:
@@ -68,10 +79,14 @@ def _leading_bit(x: Tensor) -> Tensor:
 
 
 def _toward_zero(x: Tensor) -> Tensor:
-    """FP64 `x` rounded toward zero to FP32, kept in FP64; past the largest number is infinity."""
+    """FP64 `x` rounded toward zero to FP32, kept in FP64; past the largest number is infinity.
+
+    A zero is +0. It is made so by its bits: compilers of C++ may take -0 and +0 for the same.
+    """
     normal = (x.view(torch.int64) & ~FP64_BELOW_FP32).view(torch.float64)
     step = FP32.smallest_subnormal
-    subnormal = torch.trunc(x * (1.0 / step)) * step
+    bits = (torch.trunc(x * (1.0 / step)) * step).view(torch.int64)
+    subnormal = torch.where(bits == _NEGATIVE_ZERO, 0, bits).view(torch.float64)
     result = torch.where(x.abs() < FP32.smallest_normal, subnormal, normal)
     return torch.where(x.abs() >= 2.0 ** (FP32.max_exponent + 1), x * torch.inf, result)
 

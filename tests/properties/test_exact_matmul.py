@@ -10,10 +10,17 @@ from hypothesis import strategies as st
 import healpass.ops  # noqa: F401
 from healpass.arithmetic.digits import DIGIT_MAX, INT32_ACCUMULATOR
 from healpass.ops.products import exact as em
-from healpass.ops.products.exact import SCHEMES, Adders, error_bound, exact_matmul, int8_mm
+from healpass.ops.products.exact import (
+    SCHEMES,
+    Adders,
+    error_bound,
+    error_deviation,
+    exact_matmul,
+    int8_mm,
+)
 from healpass.ops.products.numerics import Numerics
 from tests.support.bits import compiled, differing
-from tests.support.strategies import DTYPES, GENERATIONS, data, fill
+from tests.support.strategies import DTYPES, GENERATIONS, Data, data, fill
 
 heal = torch.ops.heal
 NUMERICS = [f"exact{products}" for products in SCHEMES]
@@ -95,6 +102,22 @@ def test_error_of_a_linear_layer():
         print(f"{products} products: relative {relative:.1e}, observed/bound {ratio:.3f}")
         assert ratio <= 1
         assert relative <= worst  # digits below the maximum, less a crest factor of 2^4
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("right", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("products", list(SCHEMES))
+def test_the_norm_of_the_error_is_that_of_its_deviation(products, right, heavy):
+    """Within the factor of two that the gate of `healpass bench` allows, to either side."""
+    a, b = (
+        fill(shape, Data(0, 0, 0.0, "random", heavy), torch.float32, seed, dim)
+        for seed, (shape, dim) in enumerate((((48, 576), 1), ((576, 48), 0)))
+    )
+    b = b.to(right)
+    error = exact_matmul(a, b, products).double() - a.double() @ b.double()
+    ratio = float(error.norm() / error_deviation(a, b, products).norm())
+    print(f"{products} products, {right}: observed/deviation {ratio:.3f}")
+    assert 0.5 <= ratio <= 2
 
 
 def test_five_products_of_fp32_weights_are_six():
