@@ -1,4 +1,4 @@
-"""Names under which torch 2.11 traces what later ones trace under another. Imports nothing of ours.
+"""Names under which torch 2.11 traces what later ones trace under another. Imports nothing.
 
 A name belongs here only if it was seen in a graph. What differs in Inductor is in
 `healpass.lowering.compat`.

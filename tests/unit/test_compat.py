@@ -1,4 +1,4 @@
-"""What differs between the versions of torch that are supported: one place each, the same result."""
+"""What differs between the versions of torch: one place for each difference, the same result."""
 
 from __future__ import annotations
 
