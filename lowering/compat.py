@@ -26,6 +26,7 @@ __all__ = [
     "as_int",
     "ceildiv",
     "fits_descriptor",
+    "fix_base",
     "is_many",
     "is_static",
     "is_true",
@@ -48,10 +49,23 @@ def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) ->
     Raises:
         NotImplementedError: Inductor refused the knobs; ours always have a rendering.
     """
+    for node in knobs["input_nodes"]:
+        fix_base(node)
     pinned = {"enable_fp_fusion": False}
     refusal = template.maybe_append_choice(choices, triton_meta=pinned, **knobs)
     if refusal is not None:
         raise refusal
+
+
+def fix_base(node: ir.IRNode) -> None:
+    """Settle the layout of what a view looks at, if `node` is one.
+
+    Until then 2.11 gives a template the strides of that memory for those of the view, which may
+    even be fewer.
+    """
+    base = node.data if isinstance(node, ir.ReinterpretView) else None
+    if base is not None and isinstance(base.get_layout(), ir.FlexibleLayout):
+        base.freeze_layout()
 
 
 def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -> ir.TensorBox:
