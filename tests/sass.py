@@ -36,6 +36,8 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_MEMORY = 512
 #: Digits on sm_100 take the older instruction before Triton 3.9: a matter of speed, not of bits.
 BLACKWELL_INTEGERS = "UTCIMMA" if TorchVersion(triton.__version__) >= "3.9" else "IMMA"
+#: Architectures for which this Triton does not compile: a failure inside of its own passes.
+TOO_NEW = (103,) if TorchVersion(triton.__version__) < "3.7" else ()
 
 _INSTRUCTION = re.compile(
     r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", re.MULTILINE

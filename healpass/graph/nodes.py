@@ -22,6 +22,8 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from healpass.graph.compat import of_today
+
 HALF = (torch.float16, torch.bfloat16)
 PACKAGE = str(Path(__file__).parent.parent)
 
@@ -100,6 +102,10 @@ def op_name(node: Node) -> str | None:
     `torch.mm`, `Tensor.mm` and `aten.mm.default` are all "mm". Higher-order operators,
     user-defined operators and `heal::` operators have no plain name.
     """
+    return of_today(_traced_name(node))
+
+
+def _traced_name(node: Node) -> str | None:
     if node.op == "call_method":
         return str(node.target)
     target = node.target

@@ -97,12 +97,29 @@ class _WideLayer(CacheLayerMixin):
         return tuple(keys.shape), tuple(values.shape)
 
 
+def let_go(layer: Any) -> None:
+    """Let a growing layer drop its tensors: in transformers 5.17 its reset only zeroes them."""
+    if not layer.is_compileable:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
+
 class HealDynamicLayer(_WideLayer, DynamicLayer):
     """Grows with the text."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        let_go(self)
+        super().reset()
 
 
 class HealDynamicSlidingWindowLayer(_WideLayer, DynamicSlidingWindowLayer):
     """Grows up to the window, then forgets the oldest token."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        let_go(self)
+        super().reset()
 
 
 class HealStaticLayer(_WideLayer, StaticLayer):
@@ -234,7 +251,9 @@ class HealIntegerLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep static buffers."""
-        self._each("reset")
+        for store in self.stores:
+            let_go(store)
+            store.reset()
         self.is_initialized = self.digits.is_initialized
 
     def offload(self) -> None:

@@ -177,13 +177,15 @@ class AttentionProblem:
         others = (mask, how.sinks, how.seed if how.dropout_p else None)
         return states + [compat.realize_inputs(x) for x in others if x is not None]
 
-    def expanded_mask(self) -> ir.TensorBox | None:
-        """The mask, if any, as `[B, H, L, S]`; broadcast dimensions keep the stride 0."""
-        mask: Any = self.scoring.attn_mask
-        if mask is None:
+    def expanded_mask(self) -> ir.IRNode | None:
+        """The mask, if any, in memory as `[B, H, L, S]`; what is broadcast has the stride 0."""
+        if self.scoring.attn_mask is None:
             return None
-        mask.realize()
-        return lowerings[aten.expand.default](mask, [*self.query.size[:3], self.key.size[2]])
+        # (A view of something computed is no memory before, and its expansion has no strides.)
+        mask = ir.TensorBox(compat.realize_inputs(self.scoring.attn_mask))
+        size = [*self.query.size[:3], self.key.size[2]]
+        expanded: ir.IRNode = compat.realize_inputs(lowerings[aten.expand.default](mask, size))
+        return expanded
 
     def knobs(self) -> dict[str, Any]:
         """Numerics knobs that all kernels share."""

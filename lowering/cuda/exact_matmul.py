@@ -124,11 +124,8 @@ def weighted_on_cuda(weights: Tensor, values: Tensor, numerics: str) -> Any:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the templates can run: a GPU from sm_80 on, and a torch that lets them pin fma off.
-
-    (What Inductor fuses behind a template is compiled with the template's settings.)
-    """
-    if device.type != "cuda" or torch.version.hip is not None or not compat.pins_contraction():
+    """Whether the templates can run: an NVIDIA GPU from sm_80 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     return capability(device) >= LOWEST_CAPABILITY
 

@@ -57,7 +57,7 @@ ENOUGH_PROGRAMS = 512
 PART_BYTES = 1 << 28
 
 WRITES = ("paged_write",)
-ATTENDS = ("paged_query", "paged_attention", "attention_merge")
+ATTENDS = ("paged_query", "paged_attention")  # with `attention_merge`, checked by the same
 ATTENDS_EXACTLY = ("paged_query", "paged_tops", "paged_sums", "paged_settle")
 
 

@@ -1,10 +1,10 @@
 """The guard against silent miscompiles: each template proves itself once per GPU and version.
 
-At first use a second process multiplies small matrices through every template and compares with
-FP64, exact templates bit by bit with their reference implementation on CPU. (A second process,
-because a broken kernel takes down the CUDA context it runs in.) The verdict is kept in the user's
-cache folder under the GPU's name, the versions and a hash of this package's sources. May import
-`selfcheck_attention`, `selfcheck_exact`, `selfcheck_paged`, `kernels`, and the operators.
+At first use of a template a second process runs its checks: small problems, compared with FP64,
+those of exact templates bit by bit with their reference implementation on CPU. (A second process,
+because a broken kernel takes down the CUDA context it runs in.) What it finds is kept in the
+user's cache folder, a file per template, under the GPU's name, the versions and a hash of this
+package's sources. May import `checking`, its parts (`selfcheck_matmul` and so on), and operators.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from healpass.cache_key import current_config
 from healpass.errors import DeviceCheckError, StrictError
 from healpass.lowering.cuda import (
-    kernels,
+    selfcheck_attention,
+    selfcheck_exact,
+    selfcheck_matmul,
+    selfcheck_paged,
+)
+from healpass.lowering.cuda.checking import Part, examined
+
+#: Seconds that the check of a template may take: it takes some twenty.
+TIMEOUT = 300
+#: What the line of the second process's answer begins with; compilers print, too.
+ANSWER = "checked: "
+PARTS: tuple[Part, ...] = (
+    selfcheck_matmul,
     selfcheck_attention,
     selfcheck_exact,
     selfcheck_paged,
 )
-
-#: Multiplies two matrices (or batches) with the given `numerics`.
-Multiply = Callable[[Tensor, Tensor, str], Tensor]
-
-#: Seconds that the second process may take: about sixty kernels are compiled in it.
-TIMEOUT = 600
-UNIT = 2.0**-24
 
 _examining: ContextVar[bool] = ContextVar("examining", default=False)
 
@@ -48,75 +51,10 @@ class TemplateWarning(UserWarning):
     """A matmul or attention runs without its template: correct, but slower."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A small product that goes through one template."""
-
-    template: str
-    a: torch.dtype
-    b: torch.dtype
-    rows: int
-    columns: int = 304
-    terms: int = 72
-    numerics: str = "heal"
-
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """Operands with a heavy tail: rows and columns differ in magnitude by 2^20."""
-        generator = torch.Generator().manual_seed(0)
-        lead = (2,) if self.template.endswith("_batched") else ()
-        groups = (2,) if self.template == "grouped" else lead
-        a = torch.randn(*lead, self.rows, self.terms, generator=generator)
-        b = torch.randn(*groups, self.terms, self.columns, generator=generator)
-        a *= 2.0 ** torch.randint(-10, 11, a.shape[:-1], generator=generator)[..., None]
-        b *= 2.0 ** torch.randint(-10, 11, (self.columns,), generator=generator)
-        return a.to(self.a), b.to(self.b)
-
-
-def problems() -> Iterator[Problem]:
-    """Every template, with every form of operand that it has.
-
-    Sums are short where they can be: the promise 2 K u is then tight enough to notice TF32.
-    (Seen: Triton 3.6 compiles an "ieee" dot of FP32 operands to TF32 on sm_100.)
-    """
-    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    for weight in (bf16, fp16, fp32):
-        yield Problem("decode", fp32, weight, 5)
-        yield Problem("gemm", fp32, weight, 300)
-    yield Problem("gemm", fp32, bf16, 70)
-    yield Problem("gemm", fp32, bf16, 70, columns=70)
-    yield Problem("gemm", fp32, bf16, 300, columns=301)  # too odd for the copy engine
-    yield Problem("decode", fp32, bf16, 5, terms=1000)
-    yield Problem("gemm", bf16, bf16, 300)
-    yield Problem("gemm_batched", fp32, fp32, 70)
-    yield Problem("grouped", fp32, bf16, 70)
-    yield Problem("invariant", fp32, bf16, 70, numerics="heal:::m_invariant")
-    yield Problem("decode", fp32, bf16, 5, numerics="layercast")
-    yield Problem("layercast", fp32, bf16, 70, numerics="layercast")
-    yield Problem("layercast_batched", fp32, fp32, 70, numerics="layercast")
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`; a matrix by a batch is a product per group of rows, the groups being equal."""
-    if a.dim() == b.dim():
-        return a @ b
-    return (a.reshape(b.shape[0], -1, a.shape[1]) @ b).flatten(0, 1)
-
-
-def examine(multiply: Multiply) -> dict[str, str]:
-    """Run every problem; what is wrong, by template.
-
-    A result has to keep the promise of the operator, |error| <= 2 K u |a| @ |b| with u = 2^-24.
-    """
-    wrong: dict[str, str] = {}
-    for problem in problems():
-        a, b = problem.operands()
-        left, right = a.double(), b.double()
-        error = (multiply(a, b, problem.numerics).double().cpu() - product(left, right)).abs()
-        bound = 2 * a.shape[-1] * UNIT * product(left.abs(), right.abs())
-        worst = (error / bound).max().item()
-        if not worst <= 1:
-            wrong[problem.template] = f"{problem}: observed / bound = {worst:.3g}"
-    return wrong
+def every() -> list[str]:
+    """The name of every template, in the order of the parts."""
+    checks = (check for part in PARTS for check in part.checks())
+    return list(dict.fromkeys(name for check in checks for name in check.templates))
 
 
 def broken(template: str, device: torch.device) -> bool:
@@ -180,7 +118,7 @@ def _reason(template: str, device: torch.device) -> tuple[int, str | None]:
     if _examining.get():
         return -1, None
     index = torch.cuda.current_device() if device.index is None else device.index
-    return index, verdict(index).get(template)
+    return index, verdict(index, template)
 
 
 @functools.cache
@@ -195,26 +133,56 @@ def _warn_once(template: str, gpu: str, reason: str) -> None:
 
 
 @functools.cache
-def verdict(index: int) -> dict[str, str]:
-    """What is wrong with the templates on a GPU: from the cache folder, else by a check now."""
-    path = _cache_folder() / f"{_key(torch.cuda.get_device_name(index))}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", __name__, str(index)]
+def verdict(index: int, template: str) -> str | None:
+    """What is wrong with a template on a GPU, or None: from the cache folder, else by a check now.
+
+    A check that raised, crashed or ran out of time condemns the template that was asked for and no
+    other, in this process: the next one tries again.
+
+    Args:
+        index: Of the GPU.
+        template: Its name.
+    """
+    folder = _cache_folder() / _key(torch.cuda.get_device_name(index))
+    kept = folder / f"{template}.json"
+    if kept.is_file():
+        reason: str | None = json.loads(kept.read_text(encoding="utf-8"))
+        return reason
+    found = asked(f"cuda:{index}", template)
+    if isinstance(found, str):
+        return f"the check itself failed ({found})"
+    for name, reason in found.items():
+        _keep(folder / f"{name}.json", reason)
+    return found[template]
+
+
+def asked(device: str, template: str) -> dict[str, str | None] | str:
+    """What a second process answers, or its last words if it does not.
+
+    Args:
+        device: As in `answers`.
+        template: As in `answers`.
+    """
+    command = [sys.executable, "-m", __name__, device, template]
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=True
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
-        found: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
-        last = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
-        names = (*kernels.GRIDS, *kernels.EAGER)
-        return dict.fromkeys(names, f"the check itself failed ({last})")
+    except (subprocess.SubprocessError, OSError) as error:
+        return str(error)
+    for line in process.stdout.splitlines():
+        if line.startswith(ANSWER):
+            found: dict[str, str | None] = json.loads(line.removeprefix(ANSWER))
+            return found
+    *_, last = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+    return last
+
+
+def _keep(path: Path, reason: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(found, file)
+        json.dump(reason, file)
     os.replace(file.name, path)
-    return found
 
 
 def _cache_folder() -> Path:
@@ -237,44 +205,27 @@ def _key(gpu: str) -> str:
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def on_gpu(index: int, *, fresh: bool = True) -> Multiply:
-    """Multiply as `product` through compiled code on a GPU; `fresh` compiles anew each time."""
-    from healpass import lowering
+def answers(device: str, template: str) -> dict[str, str | None]:
+    """Check a template here and now; what is wrong with it, None if nothing is.
 
-    lowering.register()
-
-    # Inductor's cache knows neither our sources nor a tile that a test has changed.
-    options = {"fx_graph_cache": False}
-
-    @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    def compiled(a: Tensor, b: Tensor, numerics: str) -> Tensor:
-        if a.dim() == b.dim():
-            op = torch.ops.heal.mm if a.dim() == 2 else torch.ops.heal.bmm
-            return op(a, b, numerics)
-        rows = a.shape[0] // b.shape[0]
-        ends = torch.arange(rows, a.shape[0] + 1, rows, dtype=torch.int32, device=a.device)
-        return torch.ops.heal.grouped_mm(a, b, ends, numerics)
-
-    def multiply(a: Tensor, b: Tensor, numerics: str) -> Tensor:
-        if fresh:
-            torch._dynamo.reset()
-        return compiled(a.to(f"cuda:{index}"), b.to(f"cuda:{index}"), numerics)
-
-    return multiply
+    Args:
+        device: As torch names it. (On CPU the checks examine what stands for the template there.)
+        template: Its name; templates that share all of their checks with it are answered too.
+    """
+    part, *_ = (
+        part for part in PARTS if any(template in check.templates for check in part.checks())
+    )
+    token = _examining.set(True)
+    try:
+        return examined(part, device, template)
+    finally:
+        _examining.reset(token)
 
 
 def main() -> None:
-    """Check the templates on the GPU of the given index; print what is wrong as JSON."""
-    token = _examining.set(True)
-    try:
-        index = int(sys.argv[1])
-        wrong = examine(on_gpu(index))
-        wrong |= selfcheck_attention.examine(selfcheck_attention.on_gpu(index))
-        wrong |= selfcheck_exact.examine(selfcheck_exact.on_gpu(index))
-        wrong |= selfcheck_paged.examine(selfcheck_paged.on_gpu(index))
-        sys.stdout.write(json.dumps(wrong) + "\n")
-    finally:
-        _examining.reset(token)
+    """Check a template on a device, as the arguments name them; print what is found."""
+    device, template = sys.argv[1:]
+    sys.stdout.write(f"{ANSWER}{json.dumps(answers(device, template))}\n")
 
 
 if __name__ == "__main__":

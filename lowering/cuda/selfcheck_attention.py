@@ -3,19 +3,20 @@
 A result has to be as close to FP64 as attention in FP32 would have to be. With u = 2^-24 and D the
 largest scale * |q| . |k| and score: a score is off by (E + 4) u D, a weight by twice that and by
 (S + 8) u of itself, a sum of n weighted values by n u. Gradients go through the longest chain of
-sums: over E, EV, S and all rows. May import the operators.
+sums: over E, EV, S and all rows. May import `checking`, and the operators.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from healpass.lowering.cuda.checking import each
 from healpass.ops.attention.quantize import integers
 from healpass.ops.attention.scoring import Scoring
 
@@ -24,7 +25,7 @@ UNIT = 2.0**-24
 
 @dataclass(frozen=True)
 class AttentionCheck:
-    """A small attention, forward and backward: three query heads per key head."""
+    """A small attention, or its gradients: three query heads per key head."""
 
     templates: tuple[str, ...]
     kv: str
@@ -75,19 +76,37 @@ class AttentionCheck:
         states = (integers(digits) * scale.double()[..., None] for digits, scale in pairs)
         return (*states, grad.double())
 
-    def call(self) -> tuple[object, ...]:
-        """The arguments of the operator."""
+    @property
+    def backward(self) -> bool:
+        """Whether it is of the gradients."""
+        return self.templates == BACKWARD
+
+    def call(self) -> tuple[Any, ...]:
+        """The arguments of the attention."""
         return (*self.operands()[:-1], *self.scoring().arguments, "heal")
 
+    def request(self) -> tuple[str, tuple[Any, ...]]:
+        """Name and arguments of the operator; gradients are of what the reference attends."""
+        if not self.backward:
+            return self.operator, self.call()
+        results = getattr(torch.ops.heal, self.operator)(*self.call())
+        return f"{self.operator}_backward", (self.operands()[-1], *self.call(), *results)
 
-#: Output, logsumexp and the gradients of Q, K and V of a check.
-Attend = Callable[[AttentionCheck], tuple[Tensor, ...]]
+
+#: Output and logsumexp of a check, or the gradients of Q, K and V.
+Attend = Callable[[AttentionCheck], Sequence[Tensor]]
 FORWARD, MERGE = "attention", "attention_merge"
 BACKWARD = ("attention_backward_query", "attention_backward_key")
 
 
 def checks() -> Iterator[AttentionCheck]:
-    """Both families and formats; few keys, so that the promise notices a lost piece."""
+    """Both families and formats, and gradients; few keys, so a lost piece is noticed."""
+    for check in _forward():
+        yield check
+        yield replace(check, templates=BACKWARD)
+
+
+def _forward() -> Iterator[AttentionCheck]:
     for kv in ("int16", "int24", "fp32"):
         yield AttentionCheck((FORWARD,), kv, length=20, keys=20, is_causal=True)
         yield AttentionCheck((FORWARD, MERGE), kv, length=2, keys=20)
@@ -96,22 +115,30 @@ def checks() -> Iterator[AttentionCheck]:
     yield AttentionCheck((FORWARD,), "int16", length=20, keys=40, head_size=256, value_size=256)
 
 
-def examine(attend: Attend) -> dict[str, str]:
-    """Run every check; what is wrong, by template."""
+def faults(check: AttentionCheck, results: Sequence[Tensor]) -> dict[str, str]:
+    """What is wrong with the results of a check, by template."""
     wrong: dict[str, str] = {}
-    for check in checks():
-        blamed = (check.templates,) * 2 + (BACKWARD,) * 3
-        for found, (exact, allowed), names in zip(
-            attend(check), promises(check), blamed, strict=True
-        ):
-            error = (found.double().cpu() - exact).abs()
-            worst = torch.where(error == 0, 0.0, error / allowed).max().item()
-            if not worst <= 1:
-                wrong |= dict.fromkeys(names, f"{check}: observed / allowed = {worst:.3g}")
+    for found, (exact, allowed) in zip(results, promises(check), strict=True):
+        error = (found.double().cpu() - exact).abs()
+        worst = torch.where(error == 0, 0.0, error / allowed).max().item()
+        if not worst <= 1:
+            said = f"{check}: observed / allowed = {worst:.3g}"
+            wrong |= dict.fromkeys(check.templates, said)
     return wrong
 
 
+def examine(attend: Attend, chosen: Iterable[AttentionCheck] | None = None) -> dict[str, str]:
+    """Run every check, or the chosen ones; what is wrong, by template."""
+    return each(checks() if chosen is None else chosen, attend, faults)
+
+
 def promises(check: AttentionCheck) -> Iterator[tuple[Tensor, Tensor]]:
+    """The results of a check in FP64, each with the error that is allowed."""
+    forward, backward = slice(0, 2), slice(2, 5)
+    yield from [*_promises(check)][backward if check.backward else forward]
+
+
+def _promises(check: AttentionCheck) -> Iterator[tuple[Tensor, Tensor]]:
     """Output, logsumexp and three gradients in FP64, each with the error that is allowed."""
     q, k, v, grad = check.values()
     scoring, everything = check.scoring(), (slice(0, check.length), slice(0, check.keys))
@@ -141,22 +168,26 @@ def promises(check: AttentionCheck) -> Iterator[tuple[Tensor, Tensor]]:
     yield of_keys(weights, grad), relative * of_keys(weights, grad.abs())
 
 
-def on_gpu(index: int) -> Attend:
-    """Attend through compiled code on a GPU, compiled anew for every check."""
-    options = {"fx_graph_cache": False}
+def together(device: str) -> Callable[[Sequence[AttentionCheck]], Sequence[Sequence[Tensor]]]:
+    """Run checks through compiled code on a device, all in one graph."""
 
-    @functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    def forward_and_backward(name: str, grad: Tensor, *call: object) -> tuple[Tensor, ...]:
-        results = getattr(torch.ops.heal, name)(*call)
-        backward = getattr(torch.ops.heal, f"{name}_backward")
-        return (*results, *backward(grad, *call, *results))
+    def attend(names: Sequence[str], *calls: Sequence[Any]) -> list[Any]:
+        return [
+            getattr(torch.ops.heal, name)(*call) for name, call in zip(names, calls, strict=True)
+        ]
 
-    def attend(check: AttentionCheck) -> tuple[Tensor, ...]:
+    def run(chosen: Sequence[AttentionCheck]) -> Sequence[Sequence[Tensor]]:
+        from healpass import lowering
+
+        lowering.register()
         torch._dynamo.reset()
-        grad, *call = (
-            x.to(f"cuda:{index}") if isinstance(x, Tensor) else x
-            for x in (check.operands()[-1], *check.call())
-        )
-        return forward_and_backward(check.operator, grad, *call)
+        names, calls = zip(*(check.request() for check in chosen), strict=True)
+        options: dict[str, Any] = {
+            "fx_graph_cache": False
+        }  # Inductor's cache does not know our sources
+        compiled = torch.compile(attend, fullgraph=True, dynamic=False, options=options)
+        moved = [[x.to(device) if isinstance(x, Tensor) else x for x in call] for call in calls]
+        results: list[Any] = compiled(names, *moved)
+        return results
 
-    return attend
+    return run

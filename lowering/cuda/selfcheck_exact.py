@@ -1,19 +1,19 @@
 """The exact templates' part of `selfcheck`: small problems, and zero differing bits.
 
-The right bits are those of the operators' reference implementation on CPU. May import the
-operators.
+The right bits are those of the operators' reference implementation on CPU. May import `checking`,
+and the operators.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from healpass.lowering.cuda.checking import each
 from healpass.ops.attention.scoring import Scoring
 
 GEMM, BATCHED, SUMS = "exact_gemm", "exact_gemm_batched", "exact_sums"
@@ -163,27 +163,39 @@ def checks() -> Iterator[Check]:
     yield ExactAttention("int16", length=40, keys=70, head_size=128)
 
 
-def examine(run: Run) -> dict[str, str]:
-    """Run every check; what is wrong, by template."""
-    wrong: dict[str, str] = {}
-    for check in checks():
-        wanted, found = check(*check.operands()), run(check).cpu()
-        bits = int((found.view(torch.int32) != wanted.view(torch.int32)).sum())
-        if bits:
-            said = f"{check}: {bits} of {wanted.numel()} elements have other bits"
-            wrong |= dict.fromkeys(check.templates, said)
-    return wrong
+def faults(check: Check, found: Tensor) -> dict[str, str]:
+    """What is wrong with what a check gave, by template."""
+    wanted = check(*check.operands())
+    bits = int((found.cpu().view(torch.int32) != wanted.view(torch.int32)).sum())
+    said = f"{check}: {bits} of {wanted.numel()} elements have other bits"
+    return dict.fromkeys(check.templates, said) if bits else {}
+
+
+def examine(run: Run, chosen: Iterable[Check] | None = None) -> dict[str, str]:
+    """Run every check, or the chosen ones; what is wrong, by template."""
+    return each(checks() if chosen is None else chosen, run, faults)
+
+
+def together(device: str) -> Callable[[Sequence[Check]], Sequence[Tensor]]:
+    """Run checks through compiled code on a device, all in one graph."""
+
+    def run(chosen: Sequence[Check]) -> Sequence[Tensor]:
+        def everything(*operands: Sequence[Tensor]) -> list[Tensor]:
+            return [check(*call) for check, call in zip(chosen, operands, strict=True)]
+
+        torch._dynamo.reset()
+        # By name, because this layer lies below the backend: its settings belong to the promise.
+        compiled = torch.compile(
+            everything, backend="heal", dynamic=False, options={"precision": "exact"}
+        )
+        operands = [[x.to(device) for x in check.operands()] for check in chosen]
+        results: list[Tensor] = compiled(*operands)
+        return results
+
+    return run
 
 
 def on_gpu(index: int) -> Run:
     """Run through compiled code on a GPU, compiled anew for every check."""
-
-    def run(check: Check) -> Tensor:
-        torch._dynamo.reset()
-        # By name, because this layer lies below the backend: its settings belong to the promise.
-        compiled = torch.compile(
-            functools.partial(check), backend="heal", dynamic=False, options={"precision": "exact"}
-        )
-        return compiled(*(x.to(f"cuda:{index}") for x in check.operands()))
-
-    return run
+    run = together(f"cuda:{index}")
+    return lambda check: run([check])[0]

@@ -1,26 +1,29 @@
-"""The part of `selfcheck` of what runs over pages: small batches, written and attended.
+"""The part of `selfcheck` of what runs over pages: small batches, written or attended.
 
 What an exact precision gives, and what is written, has the bits of the reference implementation on
 CPU. Else a result has to be as close to FP64 as attention in FP32 would have to be: the promise of
-`selfcheck_attention`, for one request after another. May import the operators.
+`selfcheck_attention`, for one request after another. (Chunks of its keys are joined by
+`attention_merge`, whose own checks are there.) May import `checking`, and the operators.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from healpass.lowering.cuda.checking import each
 from healpass.lowering.cuda.selfcheck_attention import UNIT
-from healpass.ops.attention.paged import Cell
+from healpass.ops.attention.paged import Cell, PagedAttention, write_tokens
 from healpass.ops.attention.quantize import Integers
 from healpass.ops.attention.scoring import Scoring
 
-WRITE, QUERY, ATTENTION, MERGE = "paged_write", "paged_query", "paged_attention", "attention_merge"
-EXACT, SETTLE = (QUERY, "paged_tops", "paged_sums"), "paged_settle"
+WRITE, ATTENDED = "paged_write", ("paged_query", "paged_attention")
+EXACT, SETTLE = ("paged_query", "paged_tops", "paged_sums"), "paged_settle"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class PagedCheck:
     """A batch of requests: three query heads per key head, pages of 16 tokens in any order.
 
     Attributes:
-        templates: What it runs through.
+        templates: What it runs through; `WRITE` alone if pages are only written.
         kv: Format of the pages.
         numerics: As the operator takes it.
         queries: Of each request.
@@ -47,9 +50,14 @@ class PagedCheck:
     HEADS, KEY_HEADS, ROOM = 6, 2, 16
 
     @property
+    def writes(self) -> bool:
+        """Whether pages are written, and not attended."""
+        return self.templates == (WRITE,)
+
+    @property
     def exact(self) -> bool:
         """Whether bits are compared."""
-        return self.numerics.startswith("exact")
+        return self.writes or self.numerics.startswith("exact")
 
     @property
     def scoring(self) -> Scoring:
@@ -80,61 +88,87 @@ class PagedCheck:
         ]
         return torch.nn.utils.rnn.pad_sequence(list(listed), True), torch.cat(slots)
 
-    def __call__(self, device: str) -> tuple[Tensor, Tensor]:
-        """Pages and output, `[T, H, Ev]`, both on CPU."""
-        query, key, value = (x.to(device) for x in self.states())
-        blocks, slots = (x.to(device) for x in self.places())
-        cell, scoring = Cell(self.kv, self.size, value.shape[-1]), self.scoring
-        size = (int(blocks.max()) + 1, self.KEY_HEADS, self.ROOM, cell.nbytes)
-        pages = torch.full(size, -1, dtype=torch.int8, device=device)  # scales that are NaN
-        torch.ops.heal.paged_write(pages, key, value, slots, self.kv)
-        starts = torch.tensor((0, *self.queries), device=device).cumsum(0).to(torch.int32)
-        lengths = torch.tensor(self.keys, device=device)
-        sinks = None if scoring.sinks is None else scoring.sinks.to(device)
-        output = torch.ops.heal.paged_attention(
-            query, pages, starts, lengths, blocks, sinks, True, scoring.scale, scoring.window,
-            scoring.softcap, value.shape[-1], self.kv, self.numerics,
+    def empty_pages(self) -> Tensor:
+        """Pages whose scales are NaN."""
+        cell = Cell(self.kv, self.size, self.size * 3 // 2)
+        count = int(self.places()[0].max()) + 1
+        return torch.full((count, self.KEY_HEADS, self.ROOM, cell.nbytes), -1, dtype=torch.int8)
+
+    def writing(self) -> tuple[Any, ...]:
+        """The arguments of `heal::paged_write`."""
+        _, key, value = self.states()
+        return self.empty_pages(), key, value, self.places()[1], self.kv
+
+    def attending(self) -> tuple[Any, ...]:
+        """The arguments of `heal::paged_attention`; the reference has written the pages."""
+        pages, *written = self.writing()
+        write_tokens(pages, *written)
+        query, _, value = self.states()
+        starts = torch.tensor((0, *self.queries)).cumsum(0).to(torch.int32)
+        scoring = self.scoring
+        return (
+            query, pages, starts, torch.tensor(self.keys), self.places()[0], scoring.sinks, True,
+            scoring.scale, scoring.window, scoring.softcap, value.shape[-1], self.kv,
+            self.numerics,
         )  # fmt: skip
-        return pages.cpu(), output.cpu()
+
+    def __call__(self, device: str) -> Tensor:
+        """The pages, or the output `[T, H, Ev]`, of the operator on a device."""
+        call = [
+            x.to(device) if isinstance(x, Tensor) else x
+            for x in (self.writing() if self.writes else self.attending())
+        ]
+        if self.writes:
+            torch.ops.heal.paged_write(*call)
+            return call[0].cpu()
+        output: Tensor = torch.ops.heal.paged_attention(*call)
+        return output.cpu()
+
+    def reference(self) -> Tensor:
+        """The same by the reference implementation, on CPU."""
+        if not self.writes:
+            return PagedAttention.read(*self.attending()).attend()
+        pages, *written = self.writing()
+        write_tokens(pages, *written)
+        return pages
 
 
-#: Pages and output of a check.
-Run = Callable[[PagedCheck], tuple[Tensor, Tensor]]
+#: Pages or output of a check.
+Run = Callable[[PagedCheck], Tensor]
 
 
 def checks() -> Iterator[PagedCheck]:
     """Both formats, few rows and many, few keys and several chunks of them."""
     for kv in ("int16", "int24"):
-        for name, templates in (
-            ("exact5", EXACT), ("heal", (QUERY, ATTENTION)), ("layercast", (QUERY, ATTENTION)),
-        ):  # fmt: skip
-            more = (SETTLE,) if name == "exact5" else (MERGE,)
-            yield PagedCheck((WRITE, *templates, *more), kv, name, (1, 2, 1), (40, 300, 1))
-            yield PagedCheck((WRITE, *templates), kv, name, (30, 1, 70), (45, 20, 70))
+        yield PagedCheck((WRITE,), kv, "heal", (1, 2, 1), (40, 300, 1))
+        for name in ("exact5", "heal", "layercast"):
+            templates: tuple[str, ...] = EXACT if name == "exact5" else ATTENDED
+            chunked = (*EXACT, SETTLE) if name == "exact5" else ATTENDED
+            yield PagedCheck(chunked, kv, name, (1, 2, 1), (40, 300, 1))
+            yield PagedCheck(templates, kv, name, (30, 1, 70), (45, 20, 70))
     for size in (64, 128):
-        for name, templates in (("exact5", EXACT), ("heal", (QUERY, ATTENTION))):
-            yield PagedCheck((WRITE, *templates), "int16", name, (40, 1), (40, 70), size)
+        for name, names in (("exact5", EXACT), ("heal", ATTENDED), ("heal", (WRITE,))):
+            yield PagedCheck(names, "int16", name, (40, 1), (40, 70), size)
 
 
-def examine(run: Run) -> dict[str, str]:
-    """Run every check; what is wrong, by template."""
-    wrong: dict[str, str] = {}
-    for check in checks():
-        (pages, output), (wanted_pages, wanted) = run(check), check("cpu")
-        bytes_off = int((pages != wanted_pages).sum())
-        if bytes_off:
-            wrong[WRITE] = f"{check}: {bytes_off} of {pages.numel()} bytes are others"
-        elif check.exact:
-            bits = int((output.view(torch.int32) != wanted.view(torch.int32)).sum())
-            if bits:
-                said = f"{check}: {bits} of {output.numel()} elements have other bits"
-                wrong |= dict.fromkeys(check.templates[1:], said)
-        else:
-            worst = _worst(check, output)
-            if not worst <= 1:
-                said = f"{check}: observed / allowed = {worst:.3g}"
-                wrong |= dict.fromkeys(check.templates[1:], said)
-    return wrong
+def faults(check: PagedCheck, found: Tensor) -> dict[str, str]:
+    """What is wrong with what a check gave, by template."""
+    said = ""
+    if check.exact:
+        wanted = check.reference()
+        kind = torch.int8 if check.writes else torch.int32
+        off = int((found.view(kind) != wanted.view(kind)).sum())
+        unit = "bytes are others" if check.writes else "elements have other bits"
+        said = f"{off} of {wanted.numel()} {unit}" if off else ""
+    else:
+        worst = _worst(check, found)
+        said = "" if worst <= 1 else f"observed / allowed = {worst:.3g}"
+    return dict.fromkeys(check.templates, f"{check}: {said}") if said else {}
+
+
+def examine(run: Run, chosen: Iterable[PagedCheck] | None = None) -> dict[str, str]:
+    """Run every check, or the chosen ones; what is wrong, by template."""
+    return each(checks() if chosen is None else chosen, run, faults)
 
 
 def _worst(check: PagedCheck, output: Tensor) -> float:
@@ -182,9 +216,15 @@ def _promise(
     return weights[0] @ value, relative * (weights[0] @ value.abs())
 
 
-def on_gpu(index: int) -> Run:
-    """Run the operators on a GPU."""
+def together(device: str) -> Callable[[Sequence[PagedCheck]], Sequence[Tensor]]:
+    """Run checks on a device, one after another: their kernels are in no graph."""
     from healpass import lowering
 
     lowering.register()
-    return lambda check: check(f"cuda:{index}")
+    return lambda chosen: [check(device) for check in chosen]
+
+
+def on_gpu(index: int) -> Run:
+    """Run the operators on a GPU."""
+    run = together(f"cuda:{index}")
+    return lambda check: run([check])[0]

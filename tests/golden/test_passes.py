@@ -37,7 +37,7 @@ class Example:
     autocast: bool = False
 
 
-def from_a_cache(query: Tensor, digits: Tensor, scale: Tensor) -> Tensor:
+def from_a_cache(digits: Tensor, scale: Tensor, query: Tensor) -> Tensor:
     states = heal.dequantize(digits, scale).to(BF16)
     return F.scaled_dot_product_attention(query, states, states)
 
@@ -60,7 +60,7 @@ EXAMPLES = {
     "exact": Example(
         lambda x, w: F.rms_norm(F.linear(x, w), (8,)), (X, W), {"precision": "exact"}
     ),
-    "cache_reads": Example(from_a_cache, (STATES, *heal.quantize(random(1, 2, 40, 8), "int16"))),
+    "cache_reads": Example(from_a_cache, (*heal.quantize(random(1, 2, 40, 8), "int16"), STATES)),
     "autocast": Example(lambda x, w: F.linear(x, w).relu(), (X.float(), W.float()), autocast=True),
 }
 

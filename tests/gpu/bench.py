@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from healpass.bench.products import PRODUCTS
-from healpass.lowering.cuda import selfcheck
+from healpass.lowering.cuda import selfcheck_matmul
 
 #: (out, in) features: q, k and v; output; gate and up; down.
 MODELS = {
@@ -62,7 +62,7 @@ class Contender:
 
 def compiled(numerics: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Ours, through Inductor."""
-    multiply = selfcheck.on_gpu(torch.cuda.current_device(), fresh=False)
+    multiply = selfcheck_matmul.on_gpu(torch.cuda.current_device(), fresh=False)
     return lambda x, weight: multiply(x, weight.t(), numerics)
 
 

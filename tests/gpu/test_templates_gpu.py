@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from healpass.lowering.cuda import matmul, selfcheck
+from healpass.lowering.cuda import matmul, selfcheck, selfcheck_matmul
 from healpass.lowering.cuda.tiles import Tile
 from tests.support.template_bounds import template_bound
 
@@ -24,7 +24,7 @@ def values(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor, numerics: str = "heal") -> Tensor:
     """Through freshly compiled code."""
-    return selfcheck.on_gpu(torch.cuda.current_device())(a, b, numerics)
+    return selfcheck_matmul.on_gpu(torch.cuda.current_device())(a, b, numerics)
 
 
 def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str = "heal") -> None:
@@ -34,8 +34,14 @@ def assert_within_bound(a: Tensor, b: Tensor, result: Tensor, numerics: str = "h
     assert ratio <= 1
 
 
-def test_every_template_passes_its_own_check():
-    assert selfcheck.verdict(torch.cuda.current_device()) == {}
+@pytest.mark.parametrize("template", selfcheck.every())
+def test_every_template_passes_its_own_check(template):
+    found = selfcheck.answers(f"cuda:{torch.cuda.current_device()}", template)
+    assert found[template] is None
+
+
+def test_a_second_process_gives_the_verdict():
+    assert selfcheck.verdict(torch.cuda.current_device(), "decode") is None
 
 
 @pytest.mark.parametrize("numerics", ["heal", "layercast"])

@@ -33,6 +33,7 @@ from tests.support.compiling import (
 )
 from tests.support.evaluating import evaluate, in_dtype
 from tests.support.judging import Judge, ideally
+from tests.support.versions import AT_2_11
 
 PAGE = page()
 NAMES = [program.name for program in PAGE]
@@ -63,8 +64,14 @@ AUTOCAST = Known(
     lambda s: s.grads and not _half(s),
 )
 
+HOOK = Known(
+    "torch 2.11 traces a hook as an autograd.Function, which keeps the dtype of its operands",
+    lambda s: AT_2_11 and s.grads and _half(s),
+)
+
 #: Empty when all is well. A program that is listed here and passes fails the test.
 KNOWN: dict[str, Known] = {
+    "gradient_hook": HOOK,
     "autocast_inside": AUTOCAST,
     "autocast_with_an_island": AUTOCAST,
     "autocast_as_decorator": AUTOCAST,

@@ -343,6 +343,7 @@ def run(source: str, *inputs: Any) -> tuple[torch.Tensor, ...]:
         "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
         "get_raw_stream": always(None),
         "assert_size_stride": always(None),
+        "assert_size_stride_grouped": always(None),  # from torch 2.15 on
         "assert_alignment": always(None),
         "copy_if_misaligned": lambda tensor: tensor,
         **{kernel.name: _Launch(kernel) for kernel in kernels(source)},

@@ -17,6 +17,7 @@ from torch import nn
 from healpass.graph.forms import bind
 from healpass.graph.passes.matmul import FORMS as FORMS_OF_MATMULS
 from tests.support.rewriting import Rewritten, absolute, to, worst_ratio
+from tests.support.versions import AT_2_11
 
 U = 2.0**-24
 BF16 = torch.bfloat16
@@ -220,6 +221,8 @@ WIDER = {
 @pytest.mark.parametrize("name", WIDER)
 def test_a_result_that_is_asked_for_in_fp32_is(name):
     """torch's own CPU kernels lack these overloads; the product of ours is FP32 anyway."""
+    if AT_2_11 and name == "addmm":
+        pytest.skip("torch 2.11 cannot tell the shape of this overload")
     function, operands = WIDER[name]
     rewritten = Rewritten(function)
     result = rewritten(*operands)

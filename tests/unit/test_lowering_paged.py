@@ -135,7 +135,8 @@ def test_a_kernel_that_failed_its_check_does_not_run(monkeypatch):
     monkeypatch.setattr(PagedAttention, "attend", always("the reference"))
     monkeypatch.setattr(paged, "write_tokens", always(None))
     _, key, value = BATCH.states()
-    with gpu() as names, mock.patch.object(selfcheck, "verdict", always(wrong)):
+    verdict = mock.patch.object(selfcheck, "verdict", lambda _, template: wrong.get(template))
+    with gpu() as names, verdict:
         with pytest.raises(DeviceCheckError, match="3 of 40 elements"):
             paged.attend_on_cuda(*moved(BATCH.call("exact5")))
         with pytest.warns(selfcheck.TemplateWarning, match="'paged_attention'"):

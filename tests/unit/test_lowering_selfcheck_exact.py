@@ -32,14 +32,16 @@ def test_one_wrong_bit_is_named(template):
             result.view(torch.int32).view(-1)[-1] ^= 1
         return result
 
-    found = selfcheck_exact.examine(wrong)
+    other = next(check for check in selfcheck_exact.checks() if template not in check.templates)
+    found = selfcheck_exact.examine(wrong, [first, other])
     assert set(found) == set(first.templates)
     assert "1 of" in found[template]
 
 
 def test_a_template_that_failed_is_refused_and_nothing_runs_in_its_place(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", always("a GPU"))
-    monkeypatch.setattr(selfcheck, "verdict", always({"exact_gemm": "3 of 40 elements"}))
+    found = {"exact_gemm": "3 of 40 elements"}
+    monkeypatch.setattr(selfcheck, "verdict", lambda _, template: found.get(template))
     device = torch.device("cuda", 0)
     selfcheck.require("exact_gemm_batched", device)
     with pytest.raises(DeviceCheckError, match=r"precision='exact' cannot run on a GPU") as caught:
@@ -58,7 +60,7 @@ def test_a_compile_meets_the_refusal(monkeypatch):
 
 
 def test_the_check_does_not_check_itself(monkeypatch):
-    monkeypatch.setattr(selfcheck, "verdict", lambda _: pytest.fail("asked for a verdict"))
+    monkeypatch.setattr(selfcheck, "verdict", lambda *_: pytest.fail("asked for a verdict"))
     token = selfcheck._examining.set(True)
     try:
         selfcheck.require("exact_gemm", torch.device("cuda", 0))

@@ -11,20 +11,17 @@ from torch import Tensor
 from healpass.lowering.cuda import kernels, selfcheck_paged
 from healpass.lowering.cuda.paged import PagedProblem, attend
 from healpass.lowering.cuda.pages import Pages
-from healpass.lowering.cuda.selfcheck_paged import MERGE, WRITE, PagedCheck
+from healpass.lowering.cuda.selfcheck_paged import ATTENDED, WRITE, PagedCheck
 from healpass.ops.attention.paged import Cell, PagedAttention
 from tests.support.attention_runs import Change, without_products_of
 from tests.support.paged_runs import interpreted
 
 heal = torch.ops.heal
-SHORT = next(check for check in selfcheck_paged.checks() if MERGE in check.templates)
+MERGE = "attention_merge"
+SHORT = next(check for check in selfcheck_paged.checks() if check.templates == ATTENDED)
 
 
-def on_cpu(check: PagedCheck) -> tuple[Tensor, Tensor]:
-    return check("cpu")
-
-
-def by_kernels(check: PagedCheck, change: Change | None = None) -> tuple[Tensor, Tensor]:
+def by_kernels(check: PagedCheck, change: Change | None = None) -> Tensor:
     """As on a GPU, in the interpreter."""
 
     def write(pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, kv: str) -> None:
@@ -39,57 +36,45 @@ def by_kernels(check: PagedCheck, change: Change | None = None) -> tuple[Tensor,
         mock.patch.object(heal, "paged_attention", attended),
     ):
         found = check("cpu")
-    assert set(check.templates) == set(names), "a check goes through the templates that it names"
+    assert set(check.templates) == set(names) - {MERGE}, "a check goes through what it names"
     return found
 
 
 def test_the_reference_passes_and_every_template_is_examined():
-    assert selfcheck_paged.examine(on_cpu) == {}
+    assert selfcheck_paged.examine(PagedCheck.reference) == {}
     examined = {name for check in selfcheck_paged.checks() for name in check.templates}
-    assert examined == {*kernels.EAGER, MERGE}
-
-
-def only(monkeypatch: pytest.MonkeyPatch, *checks: PagedCheck) -> None:
-    monkeypatch.setattr(selfcheck_paged, "checks", lambda: iter(checks))
+    assert examined == set(kernels.EAGER)
 
 
 def test_the_kernels_pass():
     assert selfcheck_paged.examine(by_kernels) == {}
 
 
-def test_the_kernels_of_a_short_check_pass_and_a_lost_piece_is_noticed(monkeypatch):
-    only(monkeypatch, SHORT)
-    assert selfcheck_paged.examine(by_kernels) == {}
+def test_the_kernels_of_a_short_check_pass_and_a_lost_piece_is_noticed():
+    assert selfcheck_paged.examine(by_kernels, [SHORT]) == {}
     lost = without_products_of("v_low")
-    wrong = selfcheck_paged.examine(lambda check: by_kernels(check, lost))
-    assert {"paged_attention", MERGE} <= set(wrong)
+    wrong = selfcheck_paged.examine(lambda check: by_kernels(check, lost), [SHORT])
+    assert set(wrong) == set(ATTENDED)
 
 
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf, 0.0, 1.001])
 def test_a_wrong_output_is_named(spoil):
-    def wrong(check: PagedCheck) -> tuple[Tensor, Tensor]:
-        pages, output = check("cpu")
-        return pages, output * spoil
+    def wrong(check: PagedCheck) -> Tensor:
+        return check.reference() if check.writes else check.reference() * spoil
 
-    named = set(selfcheck_paged.examine(wrong))
-    assert named == {*kernels.EAGER, MERGE} - {WRITE}
+    assert set(selfcheck_paged.examine(wrong)) == set(kernels.EAGER) - {WRITE}
 
 
-def test_one_wrong_bit_and_one_wrong_byte_are_named(monkeypatch):
-    exact = next(check for check in selfcheck_paged.checks() if check.exact)
-    only(monkeypatch, exact)
+def test_one_wrong_bit_and_one_wrong_byte_are_named():
+    exact = next(check for check in selfcheck_paged.checks() if check.numerics == "exact5")
+    writing = next(check for check in selfcheck_paged.checks() if check.writes)
 
-    def bit(check: PagedCheck) -> tuple[Tensor, Tensor]:
-        pages, output = check("cpu")
-        output.view(torch.int32).view(-1)[-1] ^= 1
-        return pages, output
+    def bit(check: PagedCheck) -> Tensor:
+        output = check.reference()
+        output.view(torch.int8).view(-1)[-1] ^= 1
+        return output
 
-    def byte(check: PagedCheck) -> tuple[Tensor, Tensor]:
-        pages, output = check("cpu")
-        pages.view(-1)[-1] ^= 1
-        return pages, output
-
-    found = selfcheck_paged.examine(bit)
-    assert set(found) == set(exact.templates) - {WRITE}
+    found = selfcheck_paged.examine(bit, [exact])
+    assert set(found) == set(exact.templates)
     assert "1 of" in found["paged_sums"]
-    assert set(selfcheck_paged.examine(byte)) == {WRITE}
+    assert set(selfcheck_paged.examine(bit, [writing])) == {WRITE}

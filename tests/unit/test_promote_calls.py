@@ -23,6 +23,7 @@ from healpass.graph.nodes import subgraphs
 from healpass.graph.passes import promote_calls
 from tests.support.against_torch import BF16, U, as_accurate_as_fp32, random
 from tests.support.rewriting import Rewritten
+from tests.support.versions import AT_2_11
 
 A, B = random(6, 6), random(6, 6, seed=1) / 2
 
@@ -92,8 +93,21 @@ SHARED = (
 )
 
 
+#: What torch 2.11 does not compile by itself: without gradients, and with them.
+FAILING_AT_2_11 = {False: (inside_branches,), True: (called_from_two_graphs, with_a_loop_inside)}
+
+
+def skip_where_torch_fails(function, gradients=False):
+    if AT_2_11 and function in FAILING_AT_2_11[gradients]:
+        plain = torch.compile(function, backend="aot_eager", fullgraph=True)
+        with pytest.raises(Exception):  # noqa: B017, PT011  each fails in its own way
+            plain(A, B.clone().requires_grad_(gradients))
+        pytest.skip("torch 2.11 does not compile it, either")
+
+
 @pytest.mark.parametrize("function", SHARED, ids=lambda f: f.__name__)
 def test_a_shared_subgraph_gets_what_it_was_promoted_for(function):
+    skip_where_torch_fails(function)
     compiled = as_accurate_as_fp32(function, (A, B))
     assert not compiled.kept
 
@@ -101,6 +115,7 @@ def test_a_shared_subgraph_gets_what_it_was_promoted_for(function):
 @pytest.mark.parametrize("function", SHARED, ids=lambda f: f.__name__)
 def test_gradients_pass_through_a_shared_subgraph(function):
     """Of a weight in BF16: the FP64 gradient rounded once, and FP32's own error before that."""
+    skip_where_torch_fails(function, gradients=True)
 
     def gradient(run, dtype):
         w = torch.nn.Parameter(B.detach().to(dtype))

@@ -83,6 +83,8 @@ def _inline(
 
     def copy(inner: Node, copied: Callable[[Node], Any]) -> Node:
         made = graph.node_copy(inner, copied)
+        if made.target is aten.view.default:  # torch's kernel laid its input out; ours may differ
+            made.target = aten.reshape.default
         made.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
         set_value(made, evaluate(made, context.fake_mode))
         return made
