@@ -6,8 +6,11 @@ everything but sizes, and stands in for the reference implementation on CPU (`KE
 In an exact precision it has the reference's bits. The others' weights are FP64: their error is
 that of the integers, and one rounding (`arithmetic.attention_bounds` with `kv=`).
 
-What a kernel does not take stays with the reference: a cap or sinks in an exact precision, a
-simulated tensor core, sums in another order, and whatever has to be refused.
+A cap or sinks in an exact precision have a kernel of their own, for they go by other steps
+(`ops.attention.exact_capped`).
+
+What a kernel does not take stays with the reference: a simulated tensor core, sums in another
+order, and whatever has to be refused.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ from torch import Tensor
 from torch._inductor import config
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
+from healpass.arithmetic.digits import digit_limit
+from healpass.arithmetic.formats import FP32
 from healpass.lowering.cpu.text import source
 from healpass.ops.attention import paged
 from healpass.ops.attention.exact_steps import MOST_KEYS, P_BITS
 from healpass.ops.attention.paged import Cell, PagedAttention
 from healpass.ops.attention.quantize import FORMATS
 from healpass.ops.attention.scoring import Scoring
+from healpass.ops.products.exact import scheme
 from healpass.ops.products.matmul import OPERAND_DTYPES
 from healpass.ops.reproducible import fp64, fp64_coefficients
 from healpass.ops.reproducible.reduce import ACCUMULATOR_BITS, ELEMENT_BITS
@@ -49,6 +55,11 @@ FEWEST_ROWS, MOST_ROWS, SCORES = 8, 96, 1 << 16
 #: Of a causal tile so many rows, a few tiles of `product`, leave out what none of them sees.
 SOME_ROWS = 24
 FP64_BITS = 53
+#: The same of the kernel with a cap or sinks, whose keys and values lie there plane by plane, and
+#: are made anew for each tile: smaller blocks, and more rows of a tile.
+WEIGHED_BLOCK, WEIGHED_ROWS = 64, 32
+#: Terms of its products that FP64 adds exactly: each is below 2^38 (1 + 2^-7).
+MOST_TERMS = 1 << 14
 _C_TYPES = {torch.int32: "int32_t", torch.int64: "int64_t"}
 
 
@@ -155,16 +166,32 @@ def attend(*call: Any) -> Tensor:
 def _takes(asked: PagedAttention) -> bool:
     """Whether the kernel has a place for it."""
     scoring, how = asked.scoring, asked.how
-    exact, weighed = how.products is not None, (scoring.softcap, scoring.sinks) != (None, None)
     indices = (asked.starts, asked.lengths, asked.blocks)
     return (
         how.plain
         and asked.query.dtype in OPERAND_DTYPES
         and (scoring.sinks is None or scoring.sinks.shape == asked.query.shape[1:2])
-        and not (exact and weighed)
+        and (not _by_weights(asked) or _takes_by_weights(asked))
         and 0 not in (*asked.query.shape, *asked.pages.shape, asked.cell.value_size)
         and asked.pages.stride(-1) == 1
         and all(index.dtype in _C_TYPES for index in indices)
+    )
+
+
+def _by_weights(asked: PagedAttention) -> bool:
+    """Whether the steps are those of `ops.attention.exact_capped`."""
+    scoring = asked.scoring
+    return asked.how.products is not None and (scoring.softcap, scoring.sinks) != (None, None)
+
+
+def _takes_by_weights(asked: PagedAttention) -> bool:
+    """Whether sums stay exact, and FP32 has the numbers that the reference writes into it."""
+    scoring = asked.scoring
+    numbers = (scoring.scale, 0.0 if scoring.softcap is None else scoring.softcap)
+    return (
+        asked.cell.size <= MOST_TERMS
+        and all(abs(number) <= FP32.largest for number in numbers)
+        and (scoring.sinks is None or scoring.sinks.dtype in OPERAND_DTYPES)
     )
 
 
@@ -176,10 +203,12 @@ def _attended(asked: PagedAttention) -> Tensor | None:
     output, fault = asked.results().zero_(), torch.zeros(1, dtype=torch.int64)
     sinks = output if scoring.sinks is None else scoring.sinks.to(torch.float32).contiguous()
     types = tuple(_C_TYPES[index.dtype] for index in (starts, lengths, blocks))
-    run = compiled(
-        _attender(asked.cell, _constants(scoring), asked.how.products is not None, types)
-    )
-    run(
+    constants, products = _constants(scoring), asked.how.products
+    if _by_weights(asked):
+        kernel = _weigher(asked.cell, constants, products, types)
+    else:
+        kernel = _attender(asked.cell, constants, products is not None, types)
+    compiled(kernel)(
         *(query, pages, starts, lengths, blocks, sinks, output, fault),
         *(len(query), len(lengths), query.shape[1], pages.shape[1], pages.shape[0]),
         *(pages.shape[2], blocks.shape[1], *query.stride()[:2], *pages.stride()[:3]),
@@ -202,23 +231,49 @@ def _attender(cell: Cell, scoring: Scoring, exact: bool, types: tuple[str, ...])
     fmt = FORMATS[cell.kv]
     most = min(1 << MOST_KEYS[fmt.digits], 1 << (ACCUMULATOR_BITS - ELEMENT_BITS))
     values = {
-        "scoring": scoring, "exact": exact,
-        "index": dict(zip(("starts", "lengths", "blocks"), types, strict=True)),
+        "scoring": scoring, "exact": exact, "index": _index_types(types),
         "depth": (1 << FP64_BITS) // fmt.limit**2, "most_keys": most, "p_bits": P_BITS,
-        "element_bits": ELEMENT_BITS, "exp_limit": fp64.EXP_LIMIT, "inverse_ln2": 1 / math.log(2),
-        "ln2_high": fp64.LN2_HIGH, "ln2_low": fp64.LN2_LOW, "expm1": fp64_coefficients.EXPM1,
         "BLOCK": BLOCK, "FEWEST_ROWS": FEWEST_ROWS, "MOST_ROWS": MOST_ROWS, "SCORES": SCORES,
         "SOME_ROWS": SOME_ROWS,
     }  # fmt: skip
-    pointers = (
-        "float*",
-        "int8_t*",
-        *(f"{name}*" for name in types),
-        "float*",
-        "float*",
-        "int64_t*",
-    )
-    return Kernel("cpu_paged_attention", _of_cell(cell) | values, pointers, 14)
+    return _attends("cpu_paged_attention", _of_cell(cell) | _exponential() | values, types)
+
+
+@functools.cache
+def _weigher(cell: Cell, scoring: Scoring, products: int, types: tuple[str, ...]) -> Kernel:
+    """The kernel of an exact precision with a cap or sinks."""
+    plan = scheme(products, torch.float32)
+    assert plan.left == plan.right, "Q, K and V are FP32 there"
+    limit, functions = digit_limit(plan.left), _exponential()
+    values = {
+        "scale": scoring.scale, "softcap": scoring.softcap, "sinks": scoring.sinks is not None,
+        "window": scoring.window, "is_causal": scoring.is_causal, "index": _index_types(types),
+        "plan": plan, "piece_limit": float(limit), "piece_bits": limit.bit_length(),
+        # A sink is one more term of the denominator.
+        "most_keys": (1 << (ACCUMULATOR_BITS - ELEMENT_BITS)) - 1, "most_terms": MOST_TERMS,
+        "fp64": _template("cpu_fp64").render(functions), "element_bits": ELEMENT_BITS,
+        "BLOCK": WEIGHED_BLOCK, "FEWEST_ROWS": WEIGHED_ROWS, "MOST_ROWS": MOST_ROWS,
+        "SCORES": SCORES,
+    }  # fmt: skip
+    return _attends("cpu_paged_weights", _of_cell(cell) | values, types)
+
+
+def _index_types(types: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(("starts", "lengths", "blocks"), types, strict=True))
+
+
+def _exponential() -> dict[str, Any]:
+    """What C++ needs of `reproducible.fp64`."""
+    return {
+        "element_bits": ELEMENT_BITS, "exp_limit": fp64.EXP_LIMIT, "inverse_ln2": 1 / math.log(2),
+        "ln2_high": fp64.LN2_HIGH, "ln2_low": fp64.LN2_LOW, "expm1": fp64_coefficients.EXPM1,
+    }  # fmt: skip
+
+
+def _attends(template: str, values: dict[str, Any], types: tuple[str, ...]) -> Kernel:
+    indices = (f"{name}*" for name in types)
+    pointers = ("float*", "int8_t*", *indices, "float*", "float*", "int64_t*")
+    return Kernel(template, values, pointers, 14)
 
 
 #: Operator -> what runs in its place on CPU.

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import healpass.lowering as lowering
+from healpass.arithmetic import int16
+from healpass.arithmetic.formats import FP32
 from healpass.backend import PINNED_SETTINGS
 from healpass.lowering.cpu import paged as kernels
 from healpass.ops.attention import paged
 from healpass.ops.attention.paged import Cell, PagedAttention
-from healpass.ops.attention.quantize import Integers, integers
+from healpass.ops.attention.quantize import FORMATS, Integers, integers
 from healpass.ops.reproducible import fp64
 from tests.support.bits import differing
 from tests.support.profiles import examples
@@ -34,10 +36,22 @@ SCORINGS: dict[str, dict[str, Any]] = {
     "window": {"window": 7},
     "all": {"is_causal": False},
     "capped": {"softcap": 3.0, "sinks": True, "window": 9},
+    "gemma": {"softcap": 50.0},
+    "hard": {"softcap": 1e-30},
+    "soft": {"softcap": 3e38, "is_causal": False},
+    "nothing": {"softcap": 1e-46, "window": 200},
+    "sunk": {"sinks": True},
+    "sunk window": {"sinks": True, "window": 5},
 }
 CALLS = [
     ("grouped", "int16", "causal"), ("grouped", "int16", "window"), ("odd", "int16", "all"),
     ("odd", "int24", "window"), ("single", "int16", "causal"), ("wide", "int24", "causal"),
+]  # fmt: skip
+#: Calls that go by weights in an exact precision; caps are written into kernels, so there are few.
+WEIGHED = [
+    ("grouped", "int16", "capped"), ("grouped", "int16", "gemma"), ("odd", "int24", "hard"),
+    ("odd", "int16", "soft"), ("single", "int24", "nothing"), ("wide", "int24", "sunk"),
+    ("odd", "int24", "sunk window"), ("single", "int16", "sunk"),
 ]  # fmt: skip
 
 
@@ -55,7 +69,7 @@ def call_of(requests: list[tuple[int, int]], room: int, call: tuple[str, ...], *
         requests: Tokens and queries of each.
         room: Tokens of a page.
         call: Of `CALLS`.
-        **changes: `numerics`, `spread` of the exponents, `index` dtype, `lost` tokens.
+        **changes: `numerics`, `spread` of the exponents, `index` dtype, `lost` tokens, `sinks`.
     """
     (heads, key_heads, size, value_size), kv = SIZES[call[0]], call[1]
     how = {"is_causal": True, "window": None, "softcap": None, "sinks": None} | SCORINGS[call[2]]
@@ -79,7 +93,8 @@ def call_of(requests: list[tuple[int, int]], room: int, call: tuple[str, ...], *
     paged.write_tokens(pages, key, value, torch.tensor(slots), kv)
     starts = torch.tensor([0, *torch.tensor([q for _, q in requests]).cumsum(0)], dtype=index)
     query = drawn_states((int(starts[-1]) + 1, heads, size), 3, spread)
-    sinks = torch.linspace(-1, 3, heads) if how["sinks"] else None
+    given = changes.get("sinks", [-1.0, 0.5, 3.0])
+    sinks = torch.tensor([given[h % len(given)] for h in range(heads)]) if how["sinks"] else None
     lengths = torch.tensor([tokens for tokens, _ in requests], dtype=index)
     return (
         query, pages, starts, lengths, blocks, sinks, how["is_causal"], size**-0.5,
@@ -109,6 +124,56 @@ def test_exact_attention_has_the_bits_of_the_reference(requests, room, call, spr
     found = kernels._attended(asked)
     assert found is not None
     assert differing(found, asked.attend()) == 0
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_what_integers_hold_is_not_rounded_when_it_is_rounded_again(fmt):
+    """Every scale but for its power of two: the kernel leaves out what the reference does twice.
+
+    A row's largest integer is the format's limit, or its scale is the smallest that there is.
+    """
+    largest = (torch.arange(1 << 23, dtype=torch.int32) | 0x3F800000).view(torch.float32)
+    scale = (largest.double() / fmt.limit).float()
+    assert ((largest.double() / scale.double()).round() == fmt.limit).all()
+    assert torch.equal(((scale.double() * fmt.limit).float().double() / fmt.limit).float(), scale)
+    for power in (-126, -110, 0, 127):  # the ends of FP32's range
+        x = torch.randn(4096, 8) * 2.0**power
+        once = int16.round_trip(x.clamp(-FP32.largest, FP32.largest), fmt)
+        assert differing(int16.round_trip(once, fmt), once) == 0
+
+
+SINKS = [0.0, -1.5, 4.0, 90.0, 3e38, -3e38, -math.inf, math.inf, math.nan]
+
+
+@examples(60)
+@given(
+    requests=REQUESTS,
+    room=st.integers(1, 128),
+    call=st.sampled_from(WEIGHED),
+    spread=st.sampled_from([0, 3, 30, 62]),
+    lost=st.lists(st.integers(0, 600), max_size=1),
+    sinks=st.lists(st.sampled_from(SINKS), min_size=1, max_size=4),
+    numerics=st.sampled_from(["exact5", "exact8"]),
+)
+def test_exact_caps_and_sinks_have_the_bits_of_the_reference(
+    requests, room, call, spread, lost, sinks, numerics
+):
+    """Caps from below FP32's numbers to its largest, scores past it, sinks that are no numbers."""
+    changes = {"spread": spread, "lost": lost, "sinks": sinks, "numerics": numerics}
+    asked = PagedAttention.read(*call_of(requests, room, call, **changes))
+    assert kernels._takes(asked)
+    found = kernels._attended(asked)
+    assert found is not None
+    assert differing(found, asked.attend()) == 0
+
+
+@pytest.mark.parametrize("numerics", ["exact3", "exact6"])
+@pytest.mark.parametrize("tokens", [129, 700])
+def test_exact_caps_and_sinks_over_many_keys(tokens, numerics):
+    for queries in (1, 2, tokens):
+        call = call_of([(tokens, queries)], 16, WEIGHED[0], spread=8, numerics=numerics)
+        asked = PagedAttention.read(*call)
+        assert differing(kernels._attended(asked), asked.attend()) == 0
 
 
 @pytest.mark.parametrize("tokens", [129, 1000])
@@ -195,10 +260,8 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_kernel_shows(name, monkeypatch):
-    """The inverse."""
-    before, after = BREAKS[name]
+def broken_kernel(before: str, after: str) -> type[kernels.Kernel]:
+    """A kernel whose text says something else in one place."""
 
     class Broken(kernels.Kernel):
         def source(self) -> str:
@@ -206,9 +269,41 @@ def test_a_broken_kernel_shows(name, monkeypatch):
             assert before in text
             return text.replace(before, after)
 
-    whole = kernels._attender
-    monkeypatch.setattr(kernels, "_attender", lambda *how: Broken(**vars(whole(*how))))
+    return Broken
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_kernel_shows(name, monkeypatch):
+    """The inverse."""
+    whole, broken = kernels._attender, broken_kernel(*BREAKS[name])
+    monkeypatch.setattr(kernels, "_attender", lambda *how: broken(**vars(whole(*how))))
     asked = PagedAttention.read(*call_of([(90, 30), (50, 1)], 16, CALLS[0]))
+    assert differing(kernels._attended(asked), asked.attend()) > 0
+
+
+WEIGHED_BREAKS = {
+    "a tanh of FP32": ("hyperbolic_tangent(ratio)", "std::tanh(ratio)"),
+    "a tanh that FP64 keeps": ("tangent(ratio)) * CAP", "tangent(ratio) * CAP)"),
+    "a ratio that FP64 keeps": ("float ratio = static_cast<float>(", "double ratio = ("),
+    "a score that FP64 keeps": ("float>(sum * scale) * SCALE", "float>(sum * scale * SCALE)"),
+    "the sink's term": ("std::nearbyint(exponential(sink - top)", "(0.0 * (sink - top)"),
+    "the sink's maximum": ("top = sink > top ? sink : top;", ""),
+    "the denominator": ("some += std::nearbyint(", "some += 65536.0 + std::nearbyint("),
+    "an operand of FP32": ("dequantized(payload[e], factor)", "(payload[e] * factor)"),
+    "the largest power of V": ("counted > power ? counted : power", "power > 1.0 ? power : 1.0"),
+    "a pair that is dropped": ("plane_step + i * STEP] = above_2;", "plane_step + i * STEP] = 0;"),
+    "causality": ("position + 1)", "position + 2)"),
+    "the window": ("position - 9 + 1", "position - 10 + 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHED_BREAKS)
+def test_a_broken_kernel_of_caps_and_sinks_shows(name, monkeypatch):
+    """The inverse."""
+    whole, broken = kernels._weigher, broken_kernel(*WEIGHED_BREAKS[name])
+    monkeypatch.setattr(kernels, "_weigher", lambda *how: broken(**vars(whole(*how))))
+    call = call_of([(90, 30), (50, 1)], 16, ("odd", "int24", "capped"), sinks=[2.0, 90.0])
+    asked = PagedAttention.read(*call)
     assert differing(kernels._attended(asked), asked.attend()) > 0
 
 
@@ -255,8 +350,13 @@ def test_what_the_kernel_has_no_place_for_stays_with_the_reference():
         {"numerics": "heal:a100"},
     ):
         assert not kernels._takes(PagedAttention.read(*call_of([(5, 2)], 16, CALLS[0], **changes)))
-    capped = call_of([(5, 2)], 16, ("grouped", "int16", "capped"))
+    capped = list(call_of([(5, 2)], 16, WEIGHED[0]))
+    capped[5] = capped[5].double()  # sinks that the reference refuses
     assert not kernels._takes(PagedAttention.read(*capped))
+    capped = call_of([(5, 2)], 16, WEIGHED[1])
+    for softcap in (math.inf, math.nan, 1e39):
+        asked = PagedAttention.read(*capped[:9], softcap, *capped[10:])
+        assert not kernels._takes(asked)
     empty = call_of([(5, 0)], 16, CALLS[0])
     assert differing(kernels.attend(*empty), PagedAttention.read(*empty).attend()) == 0
 
