@@ -236,7 +236,7 @@ def _attender(cell: Cell, scoring: Scoring, exact: bool, types: tuple[str, ...])
         "BLOCK": BLOCK, "FEWEST_ROWS": FEWEST_ROWS, "MOST_ROWS": MOST_ROWS, "SCORES": SCORES,
         "SOME_ROWS": SOME_ROWS,
     }  # fmt: skip
-    return _attends("cpu_paged_attention", _of_cell(cell) | _exponential() | values, types)
+    return _attends("cpu_paged_attention", _of_cell(cell) | _functions() | values, types)
 
 
 @functools.cache
@@ -244,30 +244,30 @@ def _weigher(cell: Cell, scoring: Scoring, products: int, types: tuple[str, ...]
     """The kernel of an exact precision with a cap or sinks."""
     plan = scheme(products, torch.float32)
     assert plan.left == plan.right, "Q, K and V are FP32 there"
-    limit, functions = digit_limit(plan.left), _exponential()
+    limit = digit_limit(plan.left)
     values = {
         "scale": scoring.scale, "softcap": scoring.softcap, "sinks": scoring.sinks is not None,
         "window": scoring.window, "is_causal": scoring.is_causal, "index": _index_types(types),
         "plan": plan, "piece_limit": float(limit), "piece_bits": limit.bit_length(),
         # A sink is one more term of the denominator.
         "most_keys": (1 << (ACCUMULATOR_BITS - ELEMENT_BITS)) - 1, "most_terms": MOST_TERMS,
-        "fp64": _template("cpu_fp64").render(functions), "element_bits": ELEMENT_BITS,
         "BLOCK": WEIGHED_BLOCK, "FEWEST_ROWS": WEIGHED_ROWS, "MOST_ROWS": MOST_ROWS,
         "SCORES": SCORES,
     }  # fmt: skip
-    return _attends("cpu_paged_weights", _of_cell(cell) | values, types)
+    return _attends("cpu_paged_weights", _of_cell(cell) | _functions() | values, types)
 
 
 def _index_types(types: tuple[str, ...]) -> dict[str, str]:
     return dict(zip(("starts", "lengths", "blocks"), types, strict=True))
 
 
-def _exponential() -> dict[str, Any]:
-    """What C++ needs of `reproducible.fp64`."""
-    return {
-        "element_bits": ELEMENT_BITS, "exp_limit": fp64.EXP_LIMIT, "inverse_ln2": 1 / math.log(2),
-        "ln2_high": fp64.LN2_HIGH, "ln2_low": fp64.LN2_LOW, "expm1": fp64_coefficients.EXPM1,
+def _functions() -> dict[str, Any]:
+    """`reproducible.fp64` in C++, and the unit of a denominator."""
+    constants = {
+        "exp_limit": fp64.EXP_LIMIT, "inverse_ln2": 1 / math.log(2), "ln2_high": fp64.LN2_HIGH,
+        "ln2_low": fp64.LN2_LOW, "expm1": fp64_coefficients.EXPM1,
     }  # fmt: skip
+    return {"fp64": _template("cpu_fp64").render(constants), "element_bits": ELEMENT_BITS}
 
 
 def _attends(template: str, values: dict[str, Any], types: tuple[str, ...]) -> Kernel:
