@@ -8,8 +8,8 @@ same processor.
 
 `cpu_exact_gemm.cpp.jinja`: the digits of `ops.products.exact`, made in the kernel, and INT8
 products of VNNI: the bits of the operators' reference. Sums of a level stay in INT32: with K up to
-2^14, three pairs of 255 by 128 reach 1.6e9. One and two rows are summed in FP64 where that is exact:
-integers of 24 and 16 bits, and K up to 2^14, stay below 2^53. Processors without VNNI keep
+2^14, three pairs of 255 by 128 reach 1.6e9. One and two rows are summed in FP64 where that is
+exact: integers of 24 and 16 bits, and K up to 2^14, stay below 2^53. Processors without VNNI keep
 `cpu.exact`.
 """
 

@@ -118,17 +118,17 @@ def test_a_weight_that_the_graph_makes_is_the_kernels_too():
 
 
 #: What is changed, into what, and the rows of a product that shows it.
+_SCALE = ("> limit) line.scale *= 2.0f", "> 2.0 * limit) line.scale *= 2.0f")
+_PAIR = ("if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma")
 BREAKS = {
     "a digit": ("_mm512_set1_epi32(0x808080)", "_mm512_set1_epi32(0x808180)", 4),
-    "a pair": (
-        "if (i + j >= CUT)\n            #pragma", "if (i + j > CUT)\n            #pragma", 4
-    ),
+    "a pair": (*_PAIR, 4),
     "the 128": ("offsets[i + j - CUT] += 128 *", "offsets[i + j - CUT] += 127 *", 4),
-    "a scale": ("> limit) line.scale *= 2.0f", "> 2.0 * limit) line.scale *= 2.0f", 4),
-    "a scale of one row": ("> limit) line.scale *= 2.0f", "> 2.0 * limit) line.scale *= 2.0f", 1),
+    "a scale": (*_SCALE, 4),
+    "a scale of one row": (*_SCALE, 1),
     "the lowest digit": ("_mm512_set1_epi32(0xFF)", "_mm512_set1_epi32(0x7F)", 1),
-    "the lowest digit's 128": ("_mm512_set1_epi32(128), found", "_mm512_set1_epi32(127), found", 2),
-}  # fmt: skip
+    "its 128": ("_mm512_set1_epi32(128), found", "_mm512_set1_epi32(127), found", 2),
+}
 
 
 @needs_vnni
