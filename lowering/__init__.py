@@ -7,7 +7,8 @@ implementation, as one call from the code. Exact precisions are decompositions i
 bit-reproducible operators are traced as they are, and matrix products and attention are decomposed
 by `cpu.exact`, or by `cuda.exact_matmul` and `cuda.exact_attention`. Where the compile says that
 operators stay whole, AOTAutograd decomposes none, and the backend does later. Operators that
-engines call between graphs have kernels that stand in for them (`cpu.paged`, `cuda.paged`).
+engines call between graphs have kernels that stand in for them (`cpu.paged`, `cuda.paged`); an
+engine that compiles no graph asks for them by `start_kernels`.
 """
 
 from __future__ import annotations
@@ -61,9 +62,35 @@ def register() -> None:
         )
     decomposition.decompositions.update({op: _unless_whole(how) for op, how in decomposed.items()})
     decomposition.fast_random_decomps.cache_clear()  # it holds a copy of the table
-    for device, kernels in (("cpu", cpu.paged.KERNELS), ("cuda", cuda.paged.KERNELS)):
-        for operator, kernel in kernels.items():
-            operator.register_kernel(device)(kernel)
+    for device in ("cpu", "cuda"):
+        register_kernels(device)
+
+
+@cache
+def register_kernels(device: str) -> None:
+    """Register what runs in the place of operators that are called between graphs, once.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    from healpass.lowering import cpu, cuda
+
+    for operator, kernel in {"cpu": cpu, "cuda": cuda}[device].paged.KERNELS.items():
+        operator.register_kernel(device)(kernel)
+
+
+def start_kernels(device: str) -> str | None:
+    """The same where nothing else is compiled; or why no kernel can be, and references stay.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    from healpass.lowering import cpu
+
+    reason = cpu.paged.not_compiled() if device == "cpu" else None
+    if reason is None:
+        register_kernels(device)
+    return reason
 
 
 @cache

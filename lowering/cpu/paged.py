@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from healpass.arithmetic.digits import digit_limit
 from healpass.arithmetic.formats import FP32
@@ -95,6 +96,15 @@ def compiled(kernel: Kernel) -> Callable[..., None]:
             types, kernel.source(), extra_flags=VECTORIZE
         )
     return found
+
+
+def not_compiled() -> str | None:
+    """Why no kernel can be compiled here, or None: the smallest one is."""
+    try:
+        compiled(_writer(Cell("int16", 1, 1)))
+    except (InvalidCxxCompiler, CppCompileError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def _template(name: str) -> jinja2.Template:

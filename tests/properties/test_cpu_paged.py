@@ -291,7 +291,7 @@ WEIGHED_BREAKS = {
     "the denominator": ("some += std::nearbyint(", "some += 65536.0 + std::nearbyint("),
     "an operand of FP32": ("dequantized(payload[e], factor)", "(payload[e] * factor)"),
     "the largest power of V": ("counted > power ? counted : power", "power > 1.0 ? power : 1.0"),
-    "a pair that is dropped": ("plane_step + i * STEP] = above_2;", "plane_step + i * STEP] = 0;"),
+    "a lost pair": ("0 * plane_step + i * STEP] = above_2", "0 * plane_step + i * STEP] = 0"),
     "causality": ("position + 1)", "position + 2)"),
     "the window": ("position - 9 + 1", "position - 10 + 1"),
 }  # fmt: skip

@@ -32,6 +32,14 @@ def test_other_options_are_seen(llama):
     assert "392 bytes per token and head" in found.text()
     assert "vLLM's eager mode" in found.text()
     assert found.graphs == []
+    assert "reference implementation" not in found.text()
+
+
+def test_an_eager_engine_without_a_compiler_has_no_kernel_and_says_so(llama, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = explain(llama, {"precision": "exact"}, {"max_model_len": 64, "enforce_eager": True})
+    runs = {layer.name: layer.runs for layer in found.layers}
+    assert "no kernel can be compiled here" in runs["model.layers.1.self_attn.attn"]
 
 
 def test_every_reason_of_a_refusal(tmp_path):

@@ -39,7 +39,8 @@ BELOW = {
     "uncompiled": {"errors", "config"},
     "watch": {"errors", "config", "uncompiled"},
     "status": {"config", "report_view", "uncompiled", "watch"},
-    "integrations": {"errors", "arithmetic", "ops", "config", "watch"},
+    # Kernels that an engine without graphs has to ask for itself.
+    "integrations": {"errors", "arithmetic", "ops", "config", "watch", "lowering"},
     # Beyond the public names: the simulated adders for its baselines, the digits of exact weights
     # (to keep them), HEAL for transformers, and the stamp of the environment. Nothing below
     # depends on it.

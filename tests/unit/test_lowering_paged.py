@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from healpass import lowering
 from healpass.errors import DeviceCheckError
+from healpass.lowering import cpu
 from healpass.lowering.cuda import eager, paged, selfcheck
 from healpass.lowering.cuda.eager import Launch
 from healpass.ops.attention.paged import Cell, PagedAttention
@@ -167,6 +169,18 @@ def test_the_operators_have_kernels_for_cuda():
     lowering.register()
     for name in ("heal::paged_attention", "heal::paged_write"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+def test_without_a_compiler_references_stay_and_the_reason_is_given(monkeypatch):
+    """An engine that compiles no graph asks before kernels take the operators' place."""
+    registered: list[str] = []
+    monkeypatch.setattr(lowering, "register_kernels", registered.append)
+    cpu.paged.compiled.cache_clear()
+    with config.patch({"cpp.cxx": ("/nowhere/c++",)}):
+        assert "InvalidCxxCompiler" in lowering.start_kernels("cpu")
+    assert registered == []
+    assert lowering.start_kernels("cpu") is None
+    assert registered == ["cpu"]
 
 
 # ----------------------------------------------------------------------------------------- text

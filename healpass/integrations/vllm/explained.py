@@ -120,7 +120,7 @@ class Explained:
         console.print(self._table())
         lines = [f"Pages: {pages}" for pages in self.pages]
         if not self.compiled:
-            lines.append("Nothing is compiled: vLLM's eager mode.")
+            lines.append("No graph is compiled: vLLM's eager mode.")
         for graph in self.graphs:
             became = ", ".join(f"{count} {name}" for name, count in graph.became.items())
             said = f"rewritten: {became}" if became else "its layers call heal:: operators"

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 from healpass.integrations.vllm.answering import engine
 from healpass.integrations.vllm.attention import HealAttention
@@ -83,9 +85,15 @@ def _attention(impl: HealAttention) -> str:
         f"window of {impl.window}": impl.window is not None,
         f"cap of {impl.softcap}": impl.softcap is not None,
         "sinks": impl.sinks is not None,
+        "reference implementation, for no kernel can be compiled here": not _has_kernel(),
     }
     words = ["heal::paged_attention", f"{impl.kv} pages", *(k for k, v in extras.items() if v)]
     return ", ".join(words)
+
+
+def _has_kernel() -> bool:
+    device = current_platform.device_type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("heal::paged_attention", device)
 
 
 def graphs_of(model: Any) -> Iterator[Graph]:

@@ -8,6 +8,7 @@ A layer whose inputs are split over ranks adds integers across them (`heal::row_
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 import healpass.ops  # noqa: F401  the operators must be registered
+from healpass import lowering
 from healpass.errors import UnavailableError
 from healpass.integrations.vllm import sampling
 from healpass.integrations.vllm.attention import BACKENDS
@@ -145,6 +147,8 @@ class HealQuantConfig(QuantizationConfig):
         if self.prepared:
             return
         check(engine, os.environ)
+        if not _compiles(engine):  # a compiled graph brings the kernels along
+            _start_kernels(engine.device_config.device_type)
         sampling.install()
         _ROPE_DICT.clear()
         _cached_get_attn_backend.cache_clear()
@@ -189,8 +193,7 @@ class HealQuantConfig(QuantizationConfig):
             )
         self._prepare(engine)
         if isinstance(layer, VocabParallelEmbedding):
-            compiles = int(engine.compilation_config.mode or 0) != NO_COMPILER
-            return HealEmbeddingMethod(multiplier(options, compiles))
+            return HealEmbeddingMethod(multiplier(options, _compiles(engine)))
         if isinstance(layer, LinearBase):
             return HealLinearMethod(options.numerics)
         if isinstance(layer, RoutedExperts):
@@ -201,6 +204,21 @@ class HealQuantConfig(QuantizationConfig):
         raise UnavailableError(
             f"layer {prefix} is a {type(layer).__name__}, whose products HEAL does not have in "
             "vLLM yet.\nRun the model in transformers with heal_model."
+        )
+
+
+def _compiles(engine: Any) -> bool:
+    return int(engine.compilation_config.mode or 0) != NO_COMPILER
+
+
+def _start_kernels(device: str) -> None:
+    reason = lowering.start_kernels(device)
+    if reason is not None:
+        warnings.warn(
+            "attention over pages is the reference implementation in this engine, which gathers "
+            f"them: right, and slow. No kernel can be compiled here: {reason}\n"
+            "Install a C++ compiler, or name one in the environment variable CXX.",
+            stacklevel=2,
         )
 
 
