@@ -36,5 +36,5 @@ def test_vllm_as_it_is_has_not(llama):
 
 
 def test_an_engine_that_is_refused_says_why(tmp_path):
-    with pytest.raises(UnavailableError, match=r"vLLM with alone: .*MixtralForCausalLM"):
-        next(check(asked(save_model("mixtral", tmp_path))))
+    with pytest.raises(UnavailableError, match=r"vLLM with alone: .*CohereForCausalLM"):
+        next(check(asked(save_model("cohere", tmp_path))))

@@ -21,9 +21,7 @@ def test_layers_pages_and_graphs(llama):
     (pages,) = found.pages
     assert "264 bytes per token and head, 1584 per token" in str(pages)
     assert "model" in {graph.name for graph in found.graphs}
-    assert {why for graph in found.graphs for _, why, _ in graph.kept} == {
-        "vLLM's name for what HEAL's backend does"
-    }
+    assert [graph.kept for graph in found.graphs if graph.kept] == []
 
 
 def test_other_options_are_seen(llama):
@@ -45,6 +43,6 @@ def test_an_eager_engine_without_a_compiler_has_no_kernel_and_says_so(llama, mon
 def test_every_reason_of_a_refusal(tmp_path):
     engine = {"enforce_eager": True, "logprobs_mode": "processed_logprobs"}
     with pytest.raises(UnavailableError) as caught:
-        explain(save_model("phi3", tmp_path), {"precision": "exact"}, engine)
-    assert "not of Phi3ForCausalLM" in str(caught.value)
+        explain(save_model("cohere", tmp_path), {"precision": "exact"}, engine)
+    assert "not of CohereForCausalLM" in str(caught.value)
     assert "'processed_logprobs' is taken elsewhere" in str(caught.value)
