@@ -159,9 +159,6 @@ def _gate(
     progress(f"{workload.name}: {REFERENCE}")
     exact, found.roundoff[REFERENCE] = workers[REFERENCE].ask("outputs", workload)
     found.errors[REFERENCE] = 0.0
-    for contender in plan.contenders:
-        lost = workers[REFERENCE].ask("rounding", workload, contender)
-        found.rounding[contender.name] = lost / float(np.linalg.norm(exact))
 
     def check(name: str) -> None:
         progress(f"{workload.name}: compiling and checking {name}")
@@ -177,6 +174,8 @@ def _gate(
         name = contender.name
         if name in found.failures:
             continue
+        lost = workers[REFERENCE].ask("rounding", workload, contender)
+        found.rounding[name] = lost / float(np.linalg.norm(exact))
         if contender.yardstick not in found.errors:
             found.failures[name] = f"not measured: its yardstick {contender.yardstick} failed"
         elif not found.errors[name] <= _limit(contender, found):
