@@ -281,6 +281,7 @@ def _functions() -> dict[str, Any]:
 
 
 def _attends(template: str, values: dict[str, Any], types: tuple[str, ...]) -> Kernel:
+    values = values | {"requests": _template("cpu_paged_requests").render(values)}
     indices = (f"{name}*" for name in types)
     pointers = ("float*", "int8_t*", *indices, "float*", "float*", "int64_t*")
     return Kernel(template, values, pointers, 14)
